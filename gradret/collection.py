@@ -1,0 +1,203 @@
+"""Collections: documents, queries and qrels, from a BEIR directory, ir_datasets or a ranking-list file."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from gradret.errors import GradretError
+from gradret.lists import ListFile, Passage, decode_json, open_file
+
+QRELS_HEADER = ["query-id", "corpus-id", "score"]
+
+
+@dataclass(slots=True)
+class Document:
+    """A document of a collection; `content` is what an encoder reads."""
+
+    doc_id: str
+    content: str
+
+
+class Collection(ABC):
+    """What one evaluation needs, or one training source with real judgments.
+
+    Attributes:
+        name: how the user named it.
+        queries: query id -> text, in the collection's order; only queries with qrels.
+        qrels: query id -> {doc id -> grade}.
+        document_count: how many documents.
+        drop_self: whether a document whose id is the query's is left out of a ranking (BEIR does so for
+            ArguAna and Quora, whose queries are documents).
+    """
+
+    name: str
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, float]]
+    document_count: int
+    drop_self: bool
+
+    @abstractmethod
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        """The documents in the collection's order, from position `start`."""
+
+    @abstractmethod
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out."""
+
+    def _keep_judged_queries(self, queries: dict[str, str]) -> None:
+        self.queries = {query_id: text for query_id, text in queries.items() if self.qrels.get(query_id)}
+        if not self.queries:
+            raise GradretError(f"{self.name}: no query has a judgment; check that queries and qrels belong together")
+
+
+class BeirCollection(Collection):
+    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+
+    def __init__(self, directory: Path, split: str):
+        self.name = f"{directory}:{split}"
+        self._corpus = directory / "corpus.jsonl"
+        self.drop_self = _is_self_retrieving(directory.name)
+        self.qrels = _read_qrels(directory, split)
+        queries = directory / "queries.jsonl"
+        self._keep_judged_queries({r["_id"]: r["text"] for r, _ in _read_records(queries, ("_id", "text"))})
+        judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
+        self._offsets: dict[str, int] = {}
+        self.document_count = 0
+        for record, offset in _read_records(self._corpus, ("_id", "text")):
+            self.document_count += 1
+            if record["_id"] in judged:
+                self._offsets[record["_id"]] = offset
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for record, _ in islice(_read_records(self._corpus, ("_id", "text")), start, None):
+            yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        found = {}
+        with open_file(self._corpus) as file:
+            for doc_id in doc_ids:
+                if doc_id in self._offsets:
+                    file.seek(self._offsets[doc_id])
+                    record = decode_json(file.readline(), str(self._corpus))
+                    found[doc_id] = Passage(0, record["text"], record.get("title") or None, doc_id)
+        return found
+
+
+class IrDatasetsCollection(Collection):
+    """Any ir_datasets id that has documents, queries and qrels, through its API alone."""
+
+    def __init__(self, dataset_id: str):
+        import ir_datasets
+
+        ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
+        self.name = dataset_id
+        try:
+            self._dataset = ir_datasets.load(dataset_id)
+        except KeyError:
+            raise GradretError(
+                f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
+                "check the path, or pick an id from https://ir-datasets.com"
+            ) from None
+        if not (self._dataset.has_qrels() and self._dataset.has_queries() and self._dataset.has_docs()):
+            splits = [i for i in ir_datasets.registry._registered if i.startswith(f"{dataset_id}/")]
+            splits = [i for i in splits if ir_datasets.load(i).has_qrels()]
+            hint = f"name one that has, such as {', '.join(splits[:3])}" if splits else "name a dataset that has"
+            raise GradretError(f"{dataset_id}: this ir_datasets id has no qrels; {hint}")
+        self.drop_self = _is_self_retrieving(*dataset_id.split("/"))
+        self._store = None
+        try:
+            self.document_count = self._dataset.docs_count() or sum(1 for _ in self._dataset.docs_iter())
+            self.qrels = {}
+            for qrel in self._dataset.qrels_iter():
+                self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+            self._keep_judged_queries({q.query_id: q.default_text() for q in self._dataset.queries_iter()})
+        except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
+            raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for document in islice(self._dataset.docs_iter(), start, None):
+            yield Document(document.doc_id, document.default_text())
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        if self._store is None:
+            self._store = self._dataset.docs_store()
+        found = self._store.get_many(doc_ids)
+        return {doc_id: Passage(0, document.default_text(), None, doc_id) for doc_id, document in found.items()}
+
+
+class ListCollection(Collection):
+    """A ranking-list file as a collection: its distinct passages are the documents, its grades the qrels.
+
+    A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document.
+    """
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self.drop_self = False
+        self.queries, self.qrels, self._documents = {}, {}, {}
+        doc_ids: dict[str, str] = {}
+        lists = ListFile(path)
+        for ranking_list in (lists[i] for i in range(len(lists))):
+            grades = self.qrels.setdefault(ranking_list.query_id, {})
+            self.queries[ranking_list.query_id] = ranking_list.query
+            for position, passage in enumerate(ranking_list.passages, 1):
+                own_id = passage.doc_id or f"{ranking_list.query_id}/{position}"
+                doc_id = doc_ids.setdefault(passage.content, own_id)
+                self._documents.setdefault(doc_id, passage.content)
+                grades.setdefault(doc_id, passage.grade)
+        self.document_count = len(self._documents)
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for doc_id, content in islice(self._documents.items(), start, None):
+            yield Document(doc_id, content)
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
+
+
+def _is_self_retrieving(*names: str) -> bool:
+    return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
+
+
+def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict, int]]:
+    """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
+    offset = 0
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                record = decode_json(line, f"{path}:{number}")
+                for key in keys:
+                    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                        raise GradretError(f"{path}:{number}: expected a JSON object with the string '{key}'")
+                yield record, offset
+            offset += len(line)
+
+
+def _read_qrels(directory: Path, split: str) -> dict[str, dict[str, float]]:
+    path = directory / "qrels" / f"{split}.tsv"
+    if not path.exists():
+        splits = ", ".join(sorted(p.stem for p in path.parent.glob("*.tsv"))) or "none"
+        raise GradretError(f"{path}: no such file; splits with qrels here: {splits}")
+    qrels: dict[str, dict[str, float]] = {}
+    with open_file(path) as file:
+        header = file.readline().decode("utf-8", "replace").rstrip("\r\n")
+        if header.split("\t") != QRELS_HEADER:
+            raise GradretError(
+                f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{header[:60]}'; "
+                "add it as the first line"
+            )
+        for number, line in enumerate(file, 2):
+            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
+            if fields == [""]:
+                continue
+            try:
+                query_id, doc_id, score = fields
+                qrels.setdefault(query_id, {})[doc_id] = int(score)
+            except ValueError:
+                raise GradretError(
+                    f"{path}:{number}: expected 'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
+                ) from None
+    return qrels

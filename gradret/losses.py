@@ -1,0 +1,199 @@
+"""Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar mean over lists.
+
+B is the number of lists, N the number of documents a list, absent ones included. `targets` says where a
+list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); or the
+weights themselves, (B, N), >= 0. Each row is normalised to 1.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from gradret.ops import Transport, masked_softmax, normalize_mass
+
+
+def wasserstein_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    order: int = 1,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean exact W_p^p, along the grade axis, between predicted and target relevance mass.
+
+    p = softmax(scores / temperature) and q = targets, over each row; mass at a document sits at its grade.
+
+    Args:
+        scores: (B, N) float; higher ranks earlier.
+        grades: (B, N) real, same device; needs no gradient.
+        order: 1 or 2, the p of W_p^p; the unit of the result is grade^order.
+        temperature: > 0, in units of score.
+        targets: "gain", "softmax", or weights (B, N).
+        mask: (B, N) bool, True where a document exists; None for all.
+
+    Returns: scalar, float64 for float64 scores, else float32. A row without target mass counts as 0 and gets
+        no gradient.
+    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0 or targets are unknown.
+    Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
+        arXiv 2503.23239.
+    """
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    return Transport.apply(scores, grades, weights, mask, order, temperature).mean()
+
+
+def gaussian_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Squared 2-Wasserstein distance between Gaussians fitted over the batch to p's and q's rows.
+
+    |mean_p - mean_q|^2 + tr C_p + tr C_q - 2 tr (C_p C_q)^1/2, where the last trace is the nuclear norm of
+    E_p E_q^T / (B - 1) with E the centred rows: no N x N matrix, no eigenvalues of a product.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one a list; at
+        B = 1 the covariances are 0.
+    Source: SyCL, arXiv 2503.23239, which takes targets="softmax"; the trace after Mathiasen and Hvilshøj,
+        arXiv 2009.14075.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    p = masked_softmax(_widen(scores) / temperature, mask)
+    q = normalize_mass(weights.to(p.dtype))
+    mean_term = (p.mean(0) - q.mean(0)).square().sum()
+    e_p, e_q = (p - p.mean(0)).double(), (q - q.mean(0)).double()  # (B, N); singular values want the precision
+    sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
+    # Centring leaves null directions, whose singular vectors are arbitrary: they must not reach the gradient.
+    sigma = torch.where(sigma > sigma.detach().amax() * 1e-12, sigma, 0)
+    traces = e_p.square().sum() + e_q.square().sum() - 2 * sigma.sum()
+    return mean_term + (traces / max(len(p) - 1, 1)).to(p.dtype)
+
+
+def infonce_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of -log e_i / (e_i + sum of e over the negatives), e = exp(scores / temperature).
+
+    Positive are the documents of the row's highest grade, each against all documents of a lower one; several
+    positives are averaged. A row without negatives counts as 0.
+
+    Args, Returns, Raises: as wasserstein_loss, without order and targets.
+    Source: van den Oord et al., arXiv 1807.03748.
+    """
+    mask = _check_list(scores, grades, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
+    grades = grades.to(logits.dtype)
+    top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    positive = mask & (grades == top)
+    # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
+    negatives = logits.masked_fill(positive | ~mask, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
+    terms = nnf.softplus(negatives - logits.masked_fill(~positive, 0)) * positive
+    return (terms.sum(-1) / positive.sum(-1).clamp_min(1)).mean()
+
+
+def kl_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean KL(q || p), p = softmax(scores / temperature): the listwise cross-entropy less the entropy of q.
+
+    Args, Returns, Raises: as wasserstein_loss, without order.
+    Source: ListNet, Cao et al. (ICML 2007).
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
+    q = normalize_mass(weights.to(logits.dtype))
+    return (torch.xlogy(q, q) - q * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def ranknet_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean over each row's pairs y_i > y_j of log(1 + exp((s_j - s_i) / temperature)), then over rows.
+
+    Needs B * N * N numbers. A row without a pair counts as 0.
+
+    Args, Returns, Raises: as wasserstein_loss, without order and targets.
+    Source: RankNet, Burges et al. (ICML 2005).
+    """
+    mask = _check_list(scores, grades, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, 0)
+    pair = (grades[:, :, None] > grades[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # (B, N, N)
+    terms = nnf.softplus(logits[:, None, :] - logits[:, :, None]) * pair
+    return (terms.sum((1, 2)) / pair.sum((1, 2)).clamp_min(1)).mean()
+
+
+LOSSES = {
+    "wasserstein": wasserstein_loss,
+    "gaussian": gaussian_loss,
+    "infonce": infonce_loss,
+    "kl": kl_loss,
+    "ranknet": ranknet_loss,
+}
+TARGET_LOSSES = ("wasserstein", "gaussian", "kl")  # those that take targets
+
+
+def make_loss(name: str, *, order: int, temperature: float, targets: str):
+    """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
+    options: dict = {"temperature": temperature}
+    if name in TARGET_LOSSES:
+        options["targets"] = targets
+    if name == "wasserstein":
+        options["order"] = order
+    return partial(LOSSES[name], **options)
+
+
+def _widen(scores: Tensor) -> Tensor:
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    if scores.dim() != 2 or scores.shape != grades.shape or not scores.is_floating_point():
+        raise ValueError(
+            "scores and grades must both be (B, N), scores floating point; "
+            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(grades.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    if mask is None:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if mask.shape != scores.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool {tuple(scores.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    return mask
+
+
+def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor, Tensor]:
+    """Unnormalised target mass (B, N), 0 where masked, and the mask."""
+    mask = _check_list(scores, grades, temperature, mask)
+    real = grades.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    if isinstance(targets, Tensor):
+        if targets.shape != scores.shape:
+            raise ValueError(f"targets must be {tuple(scores.shape)}, got {tuple(targets.shape)}")
+        weights = targets.to(real.dtype)
+    elif targets == "gain":
+        weights = torch.expm1(real * 0.6931471805599453).clamp_min(0)  # 2^y - 1
+    elif targets == "softmax":
+        weights = masked_softmax(real, mask)
+    else:
+        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
+    return weights * mask, mask

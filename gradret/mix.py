@@ -1,0 +1,133 @@
+"""Several sources merged into one ranking list per query, with grade selection, remapping and sampling."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from gradret.errors import GradretError
+from gradret.lists import RankingList
+from gradret.sources import Source, open_lists, query_selector
+
+
+class MixedLists(Sequence):
+    """The ranking lists of one or more sources by position, one for each query, read when asked for.
+
+    Queries with the same id and the same words are one; an id that stands for other words elsewhere is
+    another query. A passage that comes twice counts once, with the grade of the source named first.
+
+    Args:
+        sources: in the order of precedence.
+        seed: draws the `sample=K` passages; the draw depends on it, the source and the query alone.
+    Attributes:
+        colliding_ids: how many query ids stand for different queries in different sources.
+        fingerprint: of the sources' content and options.
+    Raises: GradretError.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int = 0):
+        self._sources, self._seed = list(sources), seed
+        self._parts = [open_lists(source) for source in sources]
+        self._select = [query_selector(s.queries) if s.queries is not None else None for s in sources]
+        self.fingerprint = "+".join(part.fingerprint for part in self._parts)
+        self._rows = self._merge_rows()  # (lists, sources) int32, -1 where a source lacks the query
+        seen: dict[int, int] = {}
+        colliding = set()
+        if len(self._parts) > 1:
+            for part in self._parts:
+                for query_id, key in zip(part.ids.tolist(), part.keys.tolist(), strict=True):
+                    if seen.setdefault(query_id, key) != key:
+                        colliding.add(query_id)
+        self.colliding_ids = len(colliding)
+
+    def _merge_rows(self) -> np.ndarray:
+        if len(self._parts) == 1:
+            return np.arange(len(self._parts[0]), dtype=np.int32)[:, None]
+        row_of: dict[int, int] = {}
+        for part in self._parts:
+            for key in part.keys.tolist():
+                row_of.setdefault(key, len(row_of))
+        rows = np.full((len(row_of), len(self._parts)), -1, np.int32)
+        for column, part in enumerate(self._parts):
+            for index, key in enumerate(part.keys.tolist()):
+                rows[row_of[key], column] = index
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> RankingList:
+        merged, seen = None, set()
+        for column, row in enumerate(self._rows[index]):
+            if row < 0:
+                continue
+            part = self._parts[column][row]
+            passages = self._choose(part, self._sources[column], self._select[column])
+            if merged is None:
+                merged = RankingList(part.query_id, part.query, [], part.meta, part.extra, part.where)
+            for passage in passages:
+                if (passage.title, passage.text) not in seen:
+                    seen.add((passage.title, passage.text))
+                    merged.passages.append(passage)
+        return merged
+
+    def _choose(self, part: RankingList, source: Source, select) -> list:
+        if select is not None and not select(part.query_id):
+            return []
+        passages = part.passages
+        if source.grades is not None:
+            mapping = dict(source.grades)
+            passages = [p for p in passages if p.grade in mapping]
+            for passage in passages:
+                passage.grade = mapping[passage.grade]
+        if source.sample is not None and len(passages) > source.sample:
+            draw = random.Random(f"{self._seed}/{source.name}/{part.query_id}")
+            chosen = sorted(draw.sample(range(len(passages)), source.sample))
+            passages = [passages[i] for i in chosen]
+        return passages
+
+
+@dataclass(frozen=True)
+class ListsSummary:
+    """What a check of all lists found; `kept` holds the positions of the lists that have passages."""
+
+    kept: np.ndarray
+    passages: int
+    lowest: float
+    highest: float
+    equal_grades: int
+
+    def __str__(self) -> str:
+        text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
+        if self.equal_grades:
+            text += f"; {self.equal_grades} lists whose grades are all equal, kept"
+        return text
+
+
+def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool) -> ListsSummary:
+    """Read every list once: all are well formed, and under gain targets no grade is negative.
+
+    Raises: GradretError naming the first list at fault, or when no list has a passage.
+    """
+    kept = np.zeros(len(lists), bool)
+    passages, lowest, highest, equal_grades = 0, np.inf, -np.inf, 0
+    for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
+        ranking_list = lists[index]
+        grades = [p.grade for p in ranking_list.passages]
+        if not grades:
+            continue
+        kept[index] = True
+        low, high = min(grades), max(grades)
+        if refuse_negative and low < 0:
+            raise GradretError(
+                f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, which gain "
+                f"targets (2^grade - 1) do not allow; map it (SOURCE?grades={low:g}:0,...) or use --targets softmax"
+            )
+        passages += len(grades)
+        lowest, highest = min(lowest, low), max(highest, high)
+        equal_grades += low == high
+    if not kept.any():
+        raise GradretError("no ranking list is left: the chosen queries and grades match no passage")
+    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades)

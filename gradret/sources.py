@@ -1,0 +1,165 @@
+"""Sources as the user names them: a file, a BEIR directory or an ir_datasets id, with options after a '?'."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from gradret.collection import BeirCollection, Collection, IrDatasetsCollection, ListCollection
+from gradret.errors import GradretError
+from gradret.lists import ListFile, RankingList, hash64, open_file, query_key
+
+SAMPLE = "sample"  # the name of the bundled lists
+
+
+@dataclass(frozen=True)
+class Source:
+    """`NAME[?grades=...&sample=K&queries=...]`, parsed.
+
+    Attributes:
+        name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`.
+        grades: pairs (old, new): as training data only these grades are used, each under its new value;
+            as a collection to evaluate on, the others keep theirs. None uses all as they are.
+        sample: as training data, at most this many passages a query, drawn with the run's seed.
+        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line.
+        drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
+    """
+
+    name: str
+    grades: tuple[tuple[float, float], ...] | None = None
+    sample: int | None = None
+    queries: str | None = None
+    drop_self: bool | None = None
+
+
+def parse_source(text: str) -> Source:
+    """A Source from its spelling, e.g. `beir/scifact/train?grades=1:3&sample=2`. Raises: GradretError."""
+    name, _, query = text.partition("?")
+    options: dict = {}
+    for option in filter(None, query.split("&")):
+        key, _, value = option.partition("=")
+        if key == "grades":
+            options[key] = parse_grade_map(value)
+        elif key == "sample":
+            if not value.isdecimal() or int(value) == 0:
+                raise GradretError(f"{text}: sample '{value}' is not a whole number above 0")
+            options[key] = int(value)
+        elif key == "queries" and value:
+            options[key] = value
+        elif key == "drop_self" and value in ("yes", "no"):
+            options[key] = value == "yes"
+        else:
+            raise GradretError(
+                f"{text}: option '{option}' is not known; "
+                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE or drop_self=yes|no"
+            )
+    return Source(name, **options)
+
+
+def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
+    """Pairs (old, new) from `1:3,2` (1 becomes 3, 2 stays); `=` may stand for `:`. Raises: GradretError."""
+    pairs = []
+    for item in text.split(","):
+        old, _, new = item.replace("=", ":").partition(":")
+        try:
+            pairs.append((float(old), float(new or old)))
+        except ValueError:
+            raise GradretError(f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'") from None
+    return tuple(pairs)
+
+
+def find_path(name: str) -> Path | None:
+    """The file or directory a source's name stands for; None when it can only be an ir_datasets id."""
+    if name == SAMPLE:
+        return Path(str(resources.files("gradret") / "data" / "sample.jsonl"))
+    directory, _ = _split_directory(name)
+    if directory.is_dir():
+        return directory
+    if os.path.exists(name):
+        return Path(name)
+    if name.endswith((".jsonl", ".json", ".tsv")) or name.startswith((".", "/", "~")):
+        raise GradretError(f"{name}: no such file")
+    return None
+
+
+def _split_directory(name: str) -> tuple[Path, str]:
+    head, colon, split = name.rpartition(":")
+    return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), "test")
+
+
+def open_collection(source: Source) -> Collection:
+    """The collection to evaluate on, its queries selected and its grades mapped. Raises: GradretError."""
+    path = find_path(source.name)
+    if path is None:
+        collection = IrDatasetsCollection(source.name)
+    elif path.is_dir():
+        collection = BeirCollection(*_split_directory(source.name))
+    else:
+        collection = ListCollection(path)
+    if source.queries is not None:
+        select = query_selector(source.queries)
+        collection.queries = {q: text for q, text in collection.queries.items() if select(q)}
+        if not collection.queries:
+            raise GradretError(f"{source.name}: queries={source.queries} selects none of its queries")
+    if source.grades is not None:
+        mapping = dict(source.grades)
+        for query_id, grades in collection.qrels.items():
+            collection.qrels[query_id] = {d: mapping.get(grade, grade) for d, grade in grades.items()}
+    if source.drop_self is not None:
+        collection.drop_self = source.drop_self
+    return collection
+
+
+def query_selector(selection: str):
+    """A function of a query id: whether `even`, `odd` or the ids listed in a file hold it. Raises: GradretError."""
+    if selection not in ("even", "odd"):
+        with open_file(selection) as file:
+            chosen = {line.decode().strip() for line in file}
+        return chosen.__contains__
+
+    def has_parity(query_id: str) -> bool:
+        number = re.search(r"\d+$", query_id)
+        if number is None:
+            raise GradretError(f"queries={selection}: query id '{query_id}' does not end in a number; name a file of ids")
+        return int(number.group()) % 2 == (selection == "odd")
+
+    return has_parity
+
+
+def open_lists(source: Source) -> Sequence[RankingList]:
+    """A source's ranking lists by position, before its options; see mix.MixedLists. Raises: GradretError."""
+    path = find_path(source.name)
+    if path is not None and path.is_file():
+        return ListFile(path)
+    return JudgedLists(open_collection(Source(source.name)))
+
+
+class JudgedLists(Sequence):
+    """A collection's judgments as ranking lists: each query with its judged documents, read when asked for."""
+
+    def __init__(self, collection: Collection):
+        self._collection = collection
+        self._query_ids = list(collection.queries)
+        self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)
+        self.keys = np.array([query_key(q, t) for q, t in collection.queries.items()], np.uint64)
+        judgments = (f"{q} {d} {g}" for q in self._query_ids for d, g in collection.qrels[q].items())
+        self.fingerprint = f"{hash64(collection.name, *judgments):016x}"
+
+    def __len__(self) -> int:
+        return len(self._query_ids)
+
+    def __getitem__(self, index: int) -> RankingList:
+        query_id = self._query_ids[index]
+        grades = self._collection.qrels[query_id]
+        documents = self._collection.read_documents(grades)
+        passages = []
+        for doc_id, grade in grades.items():
+            if doc_id in documents:
+                documents[doc_id].grade = grade
+                passages.append(documents[doc_id])
+        where = f"{self._collection.name} query {query_id}"
+        return RankingList(query_id, self._collection.queries[query_id], passages, where=where)

