@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from transformers.utils import logging as transformers_logging
 
 from gradret.errors import GradretError
-from gradret.hub import DEFAULT_ENCODER, locate_encoder
+from gradret.hub import locate_encoder
+from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 
 Kind = Literal["query", "document"]
 
-POOLINGS = {"mean": "mean", "cls": "cls", "last": "lasttoken"}  # our names and sentence-transformers'
-SIMILARITIES = ("cosine", "dot")
+FOREIGN_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # sentence-transformers' names and ours
 UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # not content
 MAX_LENGTH_CAP = 8192  # where neither tokenizer nor model says how much it can read
 
@@ -268,13 +268,12 @@ def _read_pooling(config: dict, name: str) -> str:
         if key.startswith("pooling_mode_") and on
     ]
     modes = [modes] if isinstance(modes, str) else list(modes)
-    ours = {theirs: mine for mine, theirs in POOLINGS.items()}
-    if len(modes) != 1 or modes[0] not in ours or not config.get("include_prompt", True):
+    if len(modes) != 1 or modes[0] not in FOREIGN_POOLINGS or not config.get("include_prompt", True):
         raise GradretError(
-            f"{name}: pooling {'+'.join(modes) or 'none'} is not supported; expected one of {', '.join(ours)}, "
-            "over the prompt too"
+            f"{name}: pooling {'+'.join(modes) or 'none'} is not supported; "
+            f"expected one of {', '.join(FOREIGN_POOLINGS)}, over the prompt too"
         )
-    return ours[modes[0]]
+    return FOREIGN_POOLINGS[modes[0]]
 
 
 def default_device() -> str:

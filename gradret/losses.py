@@ -5,6 +5,7 @@ list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softma
 weights themselves, (B, N), >= 0. Each row is normalised to 1.
 """
 
+import inspect
 from functools import partial
 
 import torch
@@ -150,17 +151,13 @@ LOSSES = {
     "kl": kl_loss,
     "ranknet": ranknet_loss,
 }
-TARGET_LOSSES = ("wasserstein", "gaussian", "kl")  # those that take targets
 
 
 def make_loss(name: str, *, order: int, temperature: float, targets: str):
     """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
-    options: dict = {"temperature": temperature}
-    if name in TARGET_LOSSES:
-        options["targets"] = targets
-    if name == "wasserstein":
-        options["order"] = order
-    return partial(LOSSES[name], **options)
+    options = {"order": order, "temperature": temperature, "targets": targets}
+    taken = inspect.signature(LOSSES[name]).parameters
+    return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
 
 
 def _widen(scores: Tensor) -> Tensor:

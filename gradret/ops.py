@@ -62,9 +62,9 @@ def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, ord
     c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
     gradient = torch.zeros_like(p).scatter(-1, by_grade, p_sorted * c) / temperature
     # p and q are 0 in a list without mass, but the quantiles of nothing are not.
-    return (loss * alive).to(scores.dtype if dtype == torch.float64 else dtype), (
-        gradient * alive[:, None]
-    ).to(scores.dtype)
+    return (loss * alive).to(scores.dtype if dtype == torch.float64 else dtype), (gradient * alive[:, None]).to(
+        scores.dtype
+    )
 
 
 def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:

@@ -75,9 +75,7 @@ def embed_corpus(
             f"{folder}: corpus embeddings could not be written ({error.strerror}); free space or set GRADRET_CACHE "
             "to another disk, and run again: finished blocks are kept"
         ) from error
-    return CorpusEmbeddings(
-        *(np.memmap(p, t, "r", shape=s) for p, t, s in zip(paths, types, shapes, strict=True))
-    )
+    return CorpusEmbeddings(*(np.memmap(p, t, "r", shape=s) for p, t, s in zip(paths, types, shapes, strict=True)))
 
 
 def _digest_documents(collection: Collection) -> tuple[str, int, int]:

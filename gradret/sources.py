@@ -12,8 +12,7 @@ import numpy as np
 from gradret.collection import BeirCollection, Collection, IrDatasetsCollection, ListCollection
 from gradret.errors import GradretError
 from gradret.lists import ListFile, RankingList, hash64, open_file, query_key
-
-SAMPLE = "sample"  # the name of the bundled lists
+from gradret.settings import SAMPLE
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,9 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
         try:
             pairs.append((float(old), float(new or old)))
         except ValueError:
-            raise GradretError(f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'") from None
+            raise GradretError(
+                f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'"
+            ) from None
     return tuple(pairs)
 
 
@@ -124,7 +125,9 @@ def query_selector(selection: str):
     def has_parity(query_id: str) -> bool:
         number = re.search(r"\d+$", query_id)
         if number is None:
-            raise GradretError(f"queries={selection}: query id '{query_id}' does not end in a number; name a file of ids")
+            raise GradretError(
+                f"queries={selection}: query id '{query_id}' does not end in a number; name a file of ids"
+            )
         return int(number.group()) % 2 == (selection == "odd")
 
     return has_parity

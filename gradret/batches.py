@@ -1,0 +1,86 @@
+"""From ranking lists to the tensors of a step: which lists, which distinct documents, which grades."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradret.lists import RankingList
+
+
+def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
+    """Positions of the `size` lists of a step, out of `count`.
+
+    Epochs are seeded permutations laid end to end, and step s takes places s * size onwards: every list comes
+    once an epoch, every step is full, and a step's lists depend on the seed and the step alone.
+    """
+    positions = []
+    place = step * size
+    while len(positions) < size:
+        epoch, start = divmod(place, count)
+        order = np.random.default_rng([seed, epoch]).permutation(count)
+        part = order[start : start + size - len(positions)].tolist()
+        positions += part
+        place += len(part)
+    return positions
+
+
+@dataclass
+class Batch:
+    """B lists with their N distinct documents; each list has up to n of its own.
+
+    Attributes:
+        query_ids, queries: B strings.
+        documents: N texts, every one once however many lists share it.
+        columns: (B, n) int64, a list's own documents as positions in `documents`.
+        grades: (B, n) float32.
+        mask: (B, n) bool, True where the list has a document.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    documents: list[str]
+    columns: Tensor
+    grades: Tensor
+    mask: Tensor
+
+    def spread_grades(self, floor: float) -> Tensor:
+        """(B, N) grades of every document for every list: its own, and `floor` for the other lists'."""
+        grades = torch.full((len(self.queries), len(self.documents)), floor)
+        rows = torch.arange(len(self.queries))[:, None].expand_as(self.columns)
+        grades[rows[self.mask], self.columns[self.mask]] = self.grades[self.mask]
+        return grades
+
+    def to_lists(self, scores: Tensor) -> Tensor:
+        """(B, N) scores to (B, n): each list's own documents."""
+        return scores.gather(1, self.columns.to(scores.device))
+
+
+def collate(lists: Sequence[RankingList]) -> Batch:
+    """A Batch of ranking lists. A document that stands twice in one list keeps its first grade."""
+    position: dict[str, int] = {}
+    rows = []
+    for ranking_list in lists:
+        own: dict[int, float] = {}
+        for passage in ranking_list.passages:
+            own.setdefault(position.setdefault(passage.content, len(position)), passage.grade)
+        rows.append(own)
+    shape = len(rows), max(len(own) for own in rows)
+    columns, grades = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        columns[row, : len(own)] = torch.tensor(list(own))
+        grades[row, : len(own)] = torch.tensor(list(own.values()), dtype=torch.float32)
+        mask[row, : len(own)] = True
+    return Batch([r.query_id for r in lists], [r.query for r in lists], list(position), columns, grades, mask)
+
+
+def draw_batches(
+    lists: Sequence[RankingList], kept: np.ndarray, step: int, *, batch_lists: int, accumulate: int, seed: int
+) -> Iterator[Batch]:
+    """The step's micro-batches of `batch_lists` lists each, read as they are asked for."""
+    positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
+    for start in range(0, len(positions), batch_lists):
+        yield collate([lists[int(kept[i])] for i in positions[start : start + batch_lists]])

@@ -1,0 +1,267 @@
+"""A training run's directory: who owns it, its metrics, and checkpoints that are whole or not there.
+
+DIR/gradret.json                settings, data fingerprint, versions, whether the run has finished
+DIR/metrics.jsonl               a line a step; dev.jsonl a line a dev evaluation
+DIR/checkpoints/step-000000050  the last one alone: model, optimizer and best weights, state.json
+DIR/config.json ...             once finished, the encoder as a sentence-transformers directory
+"""
+
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gradret import __version__
+from gradret.encoder import Encoder, read_json, write_json
+from gradret.errors import GradretError
+
+RUN_FILE = "gradret.json"
+
+
+@dataclass
+class RunState:
+    """Where a run stands: steps done, the best dev value and its step, the step last evaluated on dev."""
+
+    step: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    dev_step: int | None = None
+
+
+class Run:
+    """A run's directory, claimed for these settings.
+
+    Args:
+        directory: made if needed; must be empty or hold this very run.
+        settings: JSON-serialisable; must equal those of the run found there.
+        data: fingerprint of the training data; likewise.
+        resume: go on with the run found there; without it any run found is an error.
+    Raises: GradretError.
+    """
+
+    def __init__(self, directory: str | os.PathLike, settings: dict, data: str, *, resume: bool):
+        self.directory = Path(directory)
+        found = read_json(self.directory / RUN_FILE)
+        if not found:
+            if self.directory.is_dir() and any(self.directory.iterdir()):
+                raise GradretError(f"{directory}: is not empty and holds no gradret run; choose another --out")
+            self._record = {"settings": settings, "data": data, "versions": versions(), "finished": False}
+            self._create()
+        else:
+            self._record = found
+            self._check(found, settings, data, resume)
+        self._checkpoints = self.directory / "checkpoints"
+        for torn in self._checkpoints.glob("*.part"):
+            shutil.rmtree(torn)
+
+    def _create(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            replace_json(self.directory / RUN_FILE, self._record)
+        except OSError as error:
+            raise GradretError(f"{self.directory}: can not be written ({error.strerror})") from error
+
+    def _check(self, found: dict, settings: dict, data: str, resume: bool) -> None:
+        before = found["settings"]
+        changed = [k for k in settings if settings[k] != before.get(k)]
+        if changed:
+            name = changed[0]
+            raise GradretError(
+                f"{self.directory}: holds another run, with {name}={_show(before.get(name))} where "
+                f"{_show(settings[name])} is asked for; choose another --out"
+            )
+        if data != found["data"]:
+            raise GradretError(
+                f"{self.directory}: the training data has changed since this run began; "
+                "restore it, or start again in another --out"
+            )
+        if not resume:
+            how = "finished" if self.finished else "unfinished"
+            advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
+            raise GradretError(f"{self.directory}: holds a {how} run with these settings; {advice}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the encoder has been saved."""
+        return self._record["finished"]
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint's directory."""
+        return max(self._checkpoints.glob("step-*[0-9]"), default=None)
+
+    def restore(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> RunState:
+        """Put the last checkpoint into encoder and optimizer; metrics written after it are dropped."""
+        checkpoint = self.last_checkpoint
+        state = RunState()
+        if checkpoint is not None:
+            state = RunState(**read_json(checkpoint / "state.json"))
+            _put_tensors(encoder, load_file(checkpoint / "model.safetensors"))
+            _put_optimizer(encoder, optimizer, load_file(checkpoint / "optimizer.safetensors"))
+        _drop_after(self.directory / "metrics.jsonl", state.step)
+        _drop_after(self.directory / "dev.jsonl", -1 if state.dev_step is None else state.dev_step)
+        return state
+
+    def append(self, name: str, record: dict) -> None:
+        """Append one JSON line to a file of the run."""
+        try:
+            with open(self.directory / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def save_checkpoint(self, encoder: Encoder, optimizer: torch.optim.Optimizer, state: RunState) -> None:
+        """Write a checkpoint beside the last one, then put it in its place in one rename.
+
+        Raises: GradretError when it can not be written; the last one is then untouched.
+        """
+        previous = self.last_checkpoint
+        target = self._checkpoints / step_name(state.step)
+        part = target.with_suffix(".part")
+        try:
+            if previous == target:  # this step's weights are there; what changed is what dev made of them
+                self._record_best(state, target, target)
+                return
+            part.mkdir(parents=True)
+            save_file(_get_tensors(encoder), part / "model.safetensors")
+            save_file(_get_optimizer(encoder, optimizer), part / "optimizer.safetensors")
+            self._record_best(state, part, previous)
+            for file in part.iterdir():
+                _sync(file)
+            os.rename(part, target)
+            _sync(self._checkpoints)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(part, ignore_errors=True)
+            raise self._write_error(error) from error
+        for stale in self._checkpoints.iterdir():
+            if stale != target:
+                shutil.rmtree(stale)
+
+    def _record_best(self, state: RunState, checkpoint: Path, previous: Path | None) -> None:
+        if state.best_step is not None:
+            source = (
+                checkpoint / "model.safetensors" if state.best_step == state.step else previous / "best.safetensors"
+            )
+            if source != checkpoint / "best.safetensors":
+                _link(source, checkpoint / "best.safetensors")
+        replace_json(checkpoint / "state.json", vars(state))
+
+    def _write_error(self, error: Exception) -> GradretError:
+        last = self.last_checkpoint
+        kept = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint yet"
+        reason = getattr(error, "strerror", None) or str(error)
+        return GradretError(
+            f"{self.directory}: could not be written ({reason}); {kept}: make room and run again with --resume"
+        )
+
+    def finish(self, encoder: Encoder, state: RunState) -> None:
+        """Save the encoder, with the best weights if dev was measured, and drop the checkpoints."""
+        if state.best_step is not None and state.best_step != state.step:
+            _put_tensors(encoder, load_file(self.last_checkpoint / "best.safetensors"))
+        try:
+            encoder.save(self.directory)
+            self._record["finished"] = True
+            replace_json(self.directory / RUN_FILE, self._record)
+        except (OSError, SafetensorError) as error:
+            raise self._write_error(error) from error
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+
+
+def versions() -> dict:
+    """Versions that a run or a result depends on, and the machine it came from."""
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "gradret": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def step_name(step: int) -> str:
+    """The name of a step's checkpoint; names sort as steps do."""
+    return f"step-{step:09d}"
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Write JSON so that the file is the old one or the new one, never half of it."""
+    part = path.with_suffix(".part")
+    write_json(part, content)
+    os.replace(part, path)
+
+
+def _show(value: object) -> str:
+    return json.dumps(value)
+
+
+def _get_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (a tied one once) and buffers by name."""
+    return {name: t.detach().contiguous() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def _put_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, target in [*module.named_parameters(), *module.named_buffers()]:
+            target.copy_(tensors[name])
+
+
+def _get_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}:{key}": value.contiguous()
+        for name, parameter in module.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _put_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    for place, value in tensors.items():
+        name, key = place.rsplit(":", 1)
+        parameter = parameters[name]
+        # AdamW keeps its step count on the CPU.
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def _link(source: Path, target: Path) -> None:
+    part = target.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, part)
+    os.replace(part, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Rewrite a file of JSON lines without those of later steps and without a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,260 @@
+"""The command line: parse, call one function, print. Heavy imports stay inside the commands."""
+
+import json
+import os
+import sys
+
+import click
+
+from gradret import __version__
+from gradret.errors import GradretError
+from gradret.options import BUDGET_OPTIONS, DEFAULTS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, option
+from gradret.settings import LOSS_NAMES, PRECISIONS, FitSettings
+
+
+class Commands(click.Group):
+    """A group whose commands end with one line and exit code 1 on a GradretError."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except GradretError as error:
+            raise click.ClickException(str(error)) from error
+
+
+class Bench(click.Group):
+    """A group that runs `quality` when no command is named."""
+
+    def parse_args(self, ctx, args):
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["quality", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="gradret")
+def main():
+    """Dense retrievers from graded lists: train with a list-wise Wasserstein loss, measure against InfoNCE."""
+
+
+@main.command()
+@click.option(
+    "--data", multiple=True, metavar="SOURCE", help="Training lists; again to merge several. [default: sample]"
+)
+@click.option(
+    "--out", default="gradret-model", show_default=True, type=click.Path(), help="Where the encoder and its run go."
+)
+@click.option("--resume", is_flag=True, help="Continue the unfinished run in --out, with its settings.")
+@option("--loss", type=click.Choice(LOSS_NAMES), help="The loss over a list.")
+@ENCODER_OPTIONS
+@BUDGET_OPTIONS
+@option("--seed", type=int, help="Of the lists' order, of sampling and of dropout.")
+@option("--dev", metavar="SOURCE", help="A collection to measure while training; the best model is kept.")
+@option("--dev-every", type=POSITIVE, help="Steps between dev measurements.")
+@option("--dev-measure", help="An ir_measures name.")
+@option("--checkpoint-every", type=POSITIVE, help="Steps between checkpoints.")
+@DEVICE
+@JSON
+@click.pass_context
+def fit(ctx, out, resume, device, as_json, **given):
+    """Fine-tune an encoder on graded lists and save it as a sentence-transformers directory.
+
+    SOURCE is a JSONL file of ranking lists, a BEIR directory (DIR or DIR:SPLIT), an ir_datasets id, or `sample`, the
+    bundled lists. After a '?' come options joined by '&': grades=1:3,0 (use these grades, 1 as 3), sample=K (at most
+    K passages a query), queries=even|odd|FILE. Without any option it trains on the bundled sample.
+
+    \b
+    gradret fit --data lists.jsonl --out model
+    gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
+    """
+    from gradret.encoder import read_json
+    from gradret.train import fit as train
+
+    given["data"] = given["data"] or DEFAULTS.data
+    if resume:  # settings come from the run; what was spelled out must agree with it
+        stored = read_json(_path(out, "gradret.json")).get("settings", {})
+        given |= {k: v for k, v in stored.items() if ctx.get_parameter_source(k).name != "COMMANDLINE"}
+    settings = FitSettings(**{**given, "data": tuple(given["data"])})
+    result = train(settings, out, resume=resume, device=device)
+    document = {
+        "out": str(result.out),
+        "steps": result.steps,
+        "loss": result.loss,
+        "dev": None if result.dev is None else {settings.dev_measure: result.dev, "step": result.dev_step},
+        "seconds": round(result.seconds, 1),
+    }
+    if as_json:
+        click.echo(json.dumps(document))
+    elif result.loss is None:
+        click.echo(f"{result.out}: already finished, {result.steps} steps")
+    else:
+        best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""
+        click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
+
+
+@main.group(cls=Bench)
+def bench():
+    """Measure retrieval quality. Without a command: quality, on the bundled sample."""
+
+
+@bench.command()
+@click.option(
+    "--data", multiple=True, metavar="SOURCE", help="Training lists, as of fit. [default: sample?queries=odd]"
+)
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="SOURCE",
+    help="Collections to measure on. [default: sample?queries=even]",
+)
+@click.option(
+    "--losses",
+    default="infonce,wasserstein",
+    show_default=True,
+    help="Rows, separated by commas; wasserstein:2 is its order 2.",
+)
+@click.option("--seeds", default=3, show_default=True, type=POSITIVE, help="Runs a loss.")
+@MEASURES
+@click.option(
+    "--out",
+    default="gradret-bench",
+    show_default=True,
+    type=click.Path(),
+    help="Where quality.json and quality.png go.",
+)
+@ENCODER_OPTIONS
+@BUDGET_OPTIONS
+@DEVICE
+@JSON
+def quality(data, datasets, losses, seeds, measures, out, device, as_json, **given):
+    """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
+
+    By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
+    its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
+    queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
+    """
+    from gradret.report import draw_quality, format_quality, require_bench_extra
+
+    require_bench_extra()
+    from gradret.bench import measure_quality, parse_loss
+    from gradret.encoder import write_json
+
+    names = losses.split(",")
+    try:
+        for name in names:
+            parse_loss(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--losses") from None
+    given["data"] = data or ("sample?queries=odd",)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise GradretError(f"{out}: can not be written ({error.strerror})") from error
+    result = {"command": " ".join(["gradret", *sys.argv[1:]])} | measure_quality(
+        FitSettings(**given),
+        losses=names,
+        seeds=seeds,
+        datasets=datasets or ("sample?queries=even",),
+        measures=measures.split(","),
+        device=device,
+    )
+    write_json(_path(out, "quality.json"), result)
+    draw_quality(result, _path(out, "quality.png"))
+    click.echo(json.dumps(result) if as_json else format_quality(result))
+    click.echo(f"written: {out}/quality.json, {out}/quality.png", err=True)
+
+
+@bench.command("eval")
+@ENCODER_OPTIONS
+@click.option(
+    "--dataset",
+    default="sample",
+    show_default=True,
+    metavar="SOURCE",
+    help="BEIR directory, ir_datasets id or ranking-list file.",
+)
+@click.option("--queries", metavar="even|odd|FILE", help="Only these queries; FILE holds an id a line.")
+@click.option("--grade-map", metavar="OLD=NEW,...", help="Other values for some grades of the qrels.")
+@click.option(
+    "--drop-self/--keep-self",
+    default=None,
+    help="Leave out a document whose id is the query's. [default: for ArguAna and Quora]",
+)
+@MEASURES
+@click.option("--depth", default=1000, show_default=True, type=POSITIVE, help="Documents ranked for each query.")
+@click.option("--run", "run_file", type=click.Path(), help="Write the ranking as a TREC run.")
+@click.option(
+    "--cache", type=click.Path(), help="Folder of corpus embeddings. [default: $GRADRET_CACHE or ~/.cache/gradret]"
+)
+@click.option("--batch-size", default=32, show_default=True, type=POSITIVE, help="Texts encoded at once.")
+@click.option("--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS), help="Of encoding.")
+@DEVICE
+@JSON
+def evaluate_command(
+    model,
+    dataset,
+    queries,
+    grade_map,
+    drop_self,
+    measures,
+    depth,
+    run_file,
+    cache,
+    batch_size,
+    precision,
+    device,
+    as_json,
+    **encoder_options,
+):
+    """Measure one encoder on one collection: exact search, ir_measures.
+
+    \b
+    gradret bench eval --model model --dataset beir/scifact/test
+    gradret bench eval --model model --dataset cranfield --queries even --grade-map=-1=4,1=4,2=3,3=2,4=1
+    """
+    from dataclasses import replace
+
+    from gradret.checkpoint import versions
+    from gradret.encoder import load
+    from gradret.evaluate import evaluate, parse_measures
+    from gradret.report import format_table
+    from gradret.retrieve import default_cache, write_run
+    from gradret.sources import open_collection, parse_grade_map, parse_source
+    from gradret.train import choose_precision
+
+    names = measures.split(",")
+    parse_measures(names)
+    source = parse_source(dataset)
+    flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}
+    collection = open_collection(replace(source, **{k: v for k, v in flags.items() if v is not None}))
+    encoder = load(model, device=device, **encoder_options)
+    precision = choose_precision(precision, encoder.device)
+    click.echo(
+        f"eval: {model} on {dataset}, {len(collection.queries)} queries, {collection.document_count} documents",
+        err=True,
+    )
+    result = evaluate(
+        encoder,
+        collection,
+        measures=names,
+        depth=depth,
+        cache=_path(cache) if cache else default_cache(),
+        batch_size=batch_size,
+        precision=precision,
+    )
+    if run_file:
+        write_run(run_file, result.run)
+    size = {"queries": len(collection.queries), "documents": collection.document_count}
+    document = {"model": model, "dataset": dataset, **size, "measures": result.measures, "versions": versions()}
+    click.echo(
+        json.dumps(document)
+        if as_json
+        else format_table([dataset, *result.measures], [[model, *(f"{v:.4f}" for v in result.measures.values())]])
+    )
+
+
+def _path(*parts: str):
+    from pathlib import Path
+
+    return Path(*parts)

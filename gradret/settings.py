@@ -1,0 +1,110 @@
+"""The settings of a training run, the schedule they make, and the names they are chosen from."""
+
+import math
+from dataclasses import dataclass
+
+SAMPLE = "sample"  # the bundled ranking lists
+DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "ranknet")
+TARGETS = ("gain", "softmax")
+TARGET_LOSSES = ("wasserstein", "gaussian", "kl")
+SCHEDULES = ("linear", "cosine")
+PRECISIONS = ("auto", "float32", "bfloat16")
+POOLINGS = ("mean", "cls", "last")
+SIMILARITIES = ("cosine", "dot")
+DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything that decides a run's outcome. Encoder fields left None are the encoder's own.
+
+    Attributes:
+        data: sources, see sources.parse_source; merged into one list per query.
+        loss: a name in losses.LOSSES; order is wasserstein's, targets those of wasserstein, gaussian and kl.
+        temperature: divides the scores before the softmax.
+        in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
+            or the lowest grade of the data if that is lower).
+        epochs: passes over the lists; max_steps ends a run sooner.
+        batch_lists: lists whose documents share a batch; accumulate batches make one optimizer step.
+        warmup: share of the steps over which the learning rate rises; then it falls, "linear" or "cosine".
+        clip: highest gradient norm; 0 for no limit.
+        precision: "float32", "bfloat16" (autocast) or "auto", bfloat16 where the device computes in it.
+        dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
+            model is kept.
+    """
+
+    data: tuple[str, ...] = (SAMPLE,)
+    model: str = DEFAULT_ENCODER
+    loss: str = "wasserstein"
+    order: int = 1
+    temperature: float = 0.05
+    targets: str = "gain"
+    in_batch: bool = True
+    in_batch_grade: float | None = None
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_lists: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: str = "linear"
+    clip: float = 1.0
+    precision: str = "auto"
+    seed: int = 0
+    dev: str | None = None
+    dev_every: int = 100
+    dev_measure: str = "nDCG@10"
+    checkpoint_every: int = 50
+    pooling: str | None = None
+    normalize: bool | None = None
+    similarity: str | None = None
+    query_prefix: str | None = None
+    document_prefix: str | None = None
+    query_max_length: int | None = None
+    document_max_length: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self):
+        for name, allowed in (
+            ("loss", LOSS_NAMES),
+            ("targets", TARGETS),
+            ("schedule", SCHEDULES),
+            ("precision", PRECISIONS),
+            ("order", (1, 2)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("temperature", "epochs", "batch_lists", "accumulate", "dev_every", "checkpoint_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+
+    @property
+    def encoder_options(self) -> dict:
+        """What encoder.load takes besides the name and the device."""
+        names = ("pooling", "normalize", "similarity", "query_prefix", "document_prefix")
+        names += ("query_max_length", "document_max_length", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def takes_gain(self) -> bool:
+        """Whether targets are 2^grade - 1, which negative grades do not have."""
+        return self.loss in TARGET_LOSSES and self.targets == "gain"
+
+
+def count_steps(settings: FitSettings, lists: int) -> int:
+    """Optimizer steps of a run: every list at least `epochs` times, the last step filled up."""
+    size = min(settings.batch_lists, lists) * settings.accumulate
+    steps = max(1, math.ceil(settings.epochs * lists / size - 1e-9))
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def learning_rate_at(step: int, steps: int, settings: FitSettings) -> float:
+    """The learning rate of step `step` (from 0) out of `steps`."""
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    share = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return settings.learning_rate * share
