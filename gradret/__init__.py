@@ -19,7 +19,7 @@ _HOMES = {
     "kl_loss": "losses",
     "ranknet_loss": "losses",
     "Encoder": "encoder",
-    "evaluate": "evaluate",
+    "evaluate": "evaluation",
     "FitSettings": "train",
     "fit": "train",
 }

@@ -48,7 +48,7 @@ class Batch:
 
     def spread_grades(self, floor: float) -> Tensor:
         """(B, N) grades of every document for every list: its own, and `floor` for the other lists'."""
-        grades = torch.full((len(self.queries), len(self.documents)), floor)
+        grades = torch.full((len(self.queries), len(self.documents)), floor, dtype=torch.float32)
         rows = torch.arange(len(self.queries))[:, None].expand_as(self.columns)
         grades[rows[self.mask], self.columns[self.mask]] = self.grades[self.mask]
         return grades

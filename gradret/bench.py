@@ -12,7 +12,7 @@ from gradret.checkpoint import versions
 from gradret.collection import Collection
 from gradret.console import say
 from gradret.encoder import Encoder, load
-from gradret.evaluate import Evaluation, evaluate, paired_t_test, parse_measures
+from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measures
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
 from gradret.sources import open_collection, parse_source
 from gradret.train import fit

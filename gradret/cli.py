@@ -217,7 +217,7 @@ def evaluate_command(
 
     from gradret.checkpoint import versions
     from gradret.encoder import load
-    from gradret.evaluate import evaluate, parse_measures
+    from gradret.evaluation import evaluate, parse_measures
     from gradret.report import format_table
     from gradret.retrieve import default_cache, write_run
     from gradret.sources import open_collection, parse_grade_map, parse_source

@@ -217,6 +217,10 @@ def load(
             directory, config=model_config, use_safetensors=True, dtype=torch.float32, **options
         )
     except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise GradretError(
+                f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
+            ) from error
         raise GradretError(f"{name}: can not be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
     config = _read_config(directory, name, tokenizer, model_config)
     config = replace(config, **{key: value for key, value in overrides.items() if value is not None})

@@ -125,7 +125,7 @@ def format_list(ranking_list: RankingList) -> str:
 def decode_json(line: bytes, where: str) -> object:
     """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip())
     except UnicodeDecodeError as error:
         raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:

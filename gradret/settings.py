@@ -37,7 +37,7 @@ class FitSettings:
     data: tuple[str, ...] = (SAMPLE,)
     model: str = DEFAULT_ENCODER
     loss: str = "wasserstein"
-    order: int = 1
+    order: int = 2
     temperature: float = 0.05
     targets: str = "gain"
     in_batch: bool = True

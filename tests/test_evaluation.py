@@ -1,0 +1,47 @@
+import math
+
+import numpy as np
+import pytest
+from conftest import list_record
+
+from gradret.errors import GradretError
+from gradret.evaluation import measure_run, paired_t_test, parse_measures
+from gradret.sources import Source, open_collection
+
+
+@pytest.fixture
+def collection(write_jsonl):
+    return open_collection(Source(str(write_jsonl("f.jsonl", [list_record("q1"), list_record("q2", (2.6, 0.2))]))))
+
+
+def test_measures_by_hand(collection):
+    # q1 has grades 3, 2, 1, 0; trec_eval's gain is the grade, the discount log2(rank + 1). q2 is not ranked at all.
+    run = {"q1": [("q1/2", 0.9), ("q1/1", 0.8), ("q2/1", 0.7), ("q1/3", 0.6)]}
+    found = measure_run(run, collection, ["nDCG@10", "RR@10", "R@100"])
+    ideal = 3 + 2 / math.log2(3) + 1 / 2
+    assert found.per_query["nDCG@10"]["q1"] == pytest.approx((2 + 3 / math.log2(3) + 1 / math.log2(5)) / ideal)
+    assert found.per_query["RR@10"] == {"q1": 1.0, "q2": 0.0}
+    assert found.measures["R@100"] == 0.5  # a query for which nothing was found counts as 0
+
+
+def test_a_grade_that_is_not_whole_is_rounded(collection):
+    run = {"q1": [("q1/1", 1.0)], "q2": [("q2/2", 1.0), ("q2/1", 0.5)]}
+    assert measure_run(run, collection, ["RR@10"]).per_query["RR@10"]["q2"] == 0.5  # .2 is 0, 2.6 is 3
+
+
+def test_an_unknown_measure():
+    with pytest.raises(GradretError, match=r"^measure 'hits@3' is not known .*use ir_measures' names, such as nDCG@10"):
+        parse_measures(["nDCG@10", "hits@3"])
+
+
+def test_paired_t_test():
+    # Student's sleep data: t = -4.0621 on 9 degrees of freedom, p = .002833.
+    drug_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    drug_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    ours, theirs = ({str(i): v for i, v in enumerate(values)} for values in (drug_1, drug_2))
+    assert paired_t_test(ours, theirs) == pytest.approx(0.002833, abs=1e-6)
+    assert paired_t_test(ours, dict(reversed(theirs.items()))) == paired_t_test(ours, theirs)  # paired by id
+    assert paired_t_test(ours, ours) == 1.0
+    assert np.isnan(paired_t_test({"a": 1.0}, {"a": 0.0}))
+    with pytest.raises(ValueError, match="same queries"):
+        paired_t_test(ours, {"a": 1.0})

@@ -1,0 +1,46 @@
+"""Imports point down only, and the core never loads torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gradret
+
+PACKAGE = Path(gradret.__file__).parent
+# A file imports only from files below it.
+LAYERS = """
+    __main__ cli options report bench train checkpoint batches evaluation retrieve encoder hub losses ops
+    mix sources collection lists console settings errors
+""".split()
+CORE = ["errors", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gradret."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_every_module_has_a_layer():
+    assert {p.stem for p in PACKAGE.glob("*.py")} == {*LAYERS, "__init__"}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_imports_point_down(name):
+    allowed = set(LAYERS[LAYERS.index(name) + 1 :])
+    assert imported_modules(PACKAGE / f"{name}.py") <= allowed
+
+
+def test_the_core_loads_without_torch():
+    code = "import sys; import " + ", ".join(f"gradret.{m}" for m in CORE) + "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_resolve():
+    for name in gradret.__all__:
+        assert getattr(gradret, name).__name__ == name

@@ -1,0 +1,209 @@
+"""Interruptions: SIGKILL, SIGINT and SIGTERM in real processes, full disks, directories that are taken."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gradret import checkpoint
+from gradret.errors import GradretError
+from gradret.settings import FitSettings
+from gradret.train import fit
+
+STEPS = 12
+
+
+def command(model: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "gradret", "fit", "--data", "sample?queries=odd", "--model", str(model)),
+        *(
+            "--out",
+            str(out),
+            "--max-steps",
+            str(STEPS),
+            "--epochs",
+            "9",
+            "--batch-lists",
+            "8",
+            "--precision",
+            "float32",
+        ),
+        *(
+            "--checkpoint-every",
+            "5",
+            "--dev",
+            "sample?queries=even",
+            "--dev-every",
+            "4",
+            "--learning-rate",
+            "1e-3",
+            *more,
+        ),
+    ]
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, check=False)
+
+
+def stop_at(arguments: list[str], out: Path, step: int, number: int) -> subprocess.CompletedProcess:
+    """Start a run and send it a signal once its metrics reach a step."""
+    process = subprocess.Popen(arguments, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and steps_done(out) < step and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert process.poll() is None, "the run ended before the signal"
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+
+def steps_done(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_encoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    result = run(command(tiny_encoder, out))
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def losses(out: Path) -> list:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "step_ms"} for r in records]
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    assert losses(out) == losses(expected)
+    assert (out / "dev.jsonl").read_text() == (expected / "dev.jsonl").read_text()
+    assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("step", [1, 4, 6, 8, 11])
+def test_a_killed_run_resumes_to_the_same_bits(tiny_encoder, tmp_path, uninterrupted, step):
+    out = tmp_path / "out"
+    killed = stop_at(command(tiny_encoder, out), out, step, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (out / "model.safetensors").exists()
+    resumed = run([sys.executable, "-m", "gradret", "fit", "--out", str(out), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(out, uninterrupted)
+
+
+def test_killed_again_and_again(tiny_encoder, tmp_path, uninterrupted):
+    out = tmp_path / "out"
+    for step in (2, 5, 9):
+        stop_at(command(tiny_encoder, out, "--resume"), out, step, signal.SIGKILL)
+    assert run(command(tiny_encoder, out, "--resume")).returncode == 0
+    assert_same_run(out, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_checkpoints_and_says_how_to_go_on(tiny_encoder, tmp_path, uninterrupted, number):
+    out = tmp_path / "out"
+    stopped = stop_at(command(tiny_encoder, out), out, 6, number)
+    assert stopped.returncode == 1
+    last = stopped.stderr.splitlines()[-1]
+    done = json.loads(next((out / "checkpoints").glob("step-*/state.json")).read_text())["step"]
+    assert done >= 6
+    assert last == (
+        f"Error: stopped by {signal.Signals(number).name} after step {done} of {STEPS}, all saved; "
+        f"continue with: gradret fit --out {out} --resume"
+    )
+    resumed = run([sys.executable, "-m", "gradret", "fit", "--out", str(out), "--resume"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(out, uninterrupted)
+
+
+SMALL = {"batch_lists": 4, "max_steps": 6, "checkpoint_every": 2, "precision": "float32"}
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """From the second checkpoint on there is no space left, halfway through the file."""
+    save, calls = checkpoint.save_file, []
+
+    def fail(tensors, path):
+        calls.append(path)
+        if len(calls) > 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    yield
+    monkeypatch.setattr(checkpoint, "save_file", save)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tiny_encoder, tmp_path, full_disk, monkeypatch):
+    settings, out = FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out"
+    with pytest.raises(GradretError) as error:
+        fit(settings, out)
+    assert str(error.value) == (
+        f"{out}: could not be written (No space left on device); the last checkpoint, step-000000002, is intact: "
+        "make room and run again with --resume"
+    )
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000000002"]
+    monkeypatch.undo()
+    assert fit(settings, out, resume=True).steps == 6
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small file system")
+def test_a_disk_that_is_really_full(tiny_encoder, tmp_path):
+    size_kib = sum(f.stat().st_size for f in tiny_encoder.iterdir()) // 1024
+    (tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size_kib * 5}k", "tmpfs", str(tmp_path / "disk")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount here")
+    try:
+        with pytest.raises(GradretError, match="No space left on device.*step-000000002, is intact"):
+            fit(FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "disk" / "out")
+        assert [p.name for p in (tmp_path / "disk" / "out" / "checkpoints").iterdir()] == ["step-000000002"]
+    finally:
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def test_a_directory_that_is_taken(tiny_encoder, tmp_path):
+    settings, out = FitSettings(model=str(tiny_encoder), **{**SMALL, "max_steps": 1}), tmp_path / "out"
+    fit(settings, out)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    with pytest.raises(GradretError) as error:
+        fit(settings, out)
+    assert str(error.value) == f"{out}: holds a finished run with these settings; choose another --out"
+    other = FitSettings(model=str(tiny_encoder), **{**SMALL, "max_steps": 1}, loss="infonce")
+    for resume in (False, True):
+        with pytest.raises(GradretError) as error:
+            fit(other, out, resume=resume)
+        assert str(error.value) == (
+            f'{out}: holds another run, with loss="wasserstein" where "infonce" is asked for; choose another --out'
+        )
+    assert fit(settings, out, resume=True).loss is None  # nothing left to do
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    (tmp_path / "things").mkdir()
+    (tmp_path / "things" / "file").touch()
+    with pytest.raises(GradretError, match="things: is not empty and holds no gradret run; choose another --out"):
+        fit(settings, tmp_path / "things")
+
+
+def test_changed_data_are_noticed(tiny_encoder, tmp_path):
+    from conftest import SAMPLE_FILE
+
+    data = tmp_path / "data.jsonl"
+    data.write_bytes(SAMPLE_FILE.read_bytes())
+    settings = FitSettings(data=(str(data),), model=str(tiny_encoder), **SMALL)
+    fit(settings, tmp_path / "out")
+    data.write_text(data.read_text().replace("bread", "rolls"))
+    with pytest.raises(GradretError, match="the training data has changed since this run began"):
+        fit(settings, tmp_path / "out", resume=True)

@@ -1,0 +1,210 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SAMPLE_FILE, list_record, make_tiny_encoder
+
+from gradret import train
+from gradret.batches import collate, draw_batches, draw_lists
+from gradret.encoder import load
+from gradret.errors import GradretError
+from gradret.evaluation import evaluate
+from gradret.lists import parse_list, read_lists, write_lists
+from gradret.losses import wasserstein_loss
+from gradret.settings import FitSettings, count_steps, learning_rate_at
+from gradret.sources import Source, open_collection
+from gradret.train import batch_loss, fit, make_optimizer
+
+
+def test_every_list_comes_once_an_epoch_and_steps_are_full():
+    drawn = [draw_lists(step, count=10, size=4, seed=0) for step in range(5)]
+    assert all(len(d) == 4 for d in drawn)
+    flat = [i for d in drawn for i in d]
+    assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
+    assert flat[:10] != flat[10:]
+    assert draw_lists(0, count=10, size=4, seed=1) != drawn[0]
+    wrapped = draw_lists(1, count=3, size=7, seed=0)  # places 7 to 13: the third list of epoch 2 to the second of 4
+    assert len(wrapped) == 7
+    assert sorted(wrapped[2:5]) == [0, 1, 2]
+
+
+def test_a_batch_holds_every_document_once():
+    first, second = (parse_list(list_record(q, grades), "") for q, grades in (("a", (3, 0, 0)), ("b", (2, 1))))
+    first.passages[2].text = first.passages[0].text  # twice in one list: the first grade, 3, counts
+    second.passages[1].text = first.passages[0].text  # in two lists, with the grades 3 and 1
+    batch = collate([first, second])
+    assert batch.documents == ["passage 0 about a", "passage 1 about a", "passage 0 about b"]
+    assert batch.mask.tolist() == [[True, True], [True, True]]
+    assert batch.spread_grades(-1).tolist() == [[3, 0, -1], [1, -1, 2]]
+    assert batch.to_lists(torch.tensor([[10.0, 11, 12], [20, 21, 22]])).tolist() == [[10, 11], [22, 20]]
+
+
+def test_lists_of_other_lengths_are_padded_and_masked():
+    batch = collate([parse_list(list_record("a", (3, 2, 1)), ""), parse_list(list_record("b", (1,)), "")])
+    assert batch.mask.tolist() == [[True] * 3, [True, False, False]]
+    assert len(batch.documents) == 4
+
+
+def test_schedule():
+    settings = FitSettings(learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate_at(step, 10, settings) for step in range(10)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    cosine = FitSettings(learning_rate=1.0, warmup=0, schedule="cosine")
+    assert learning_rate_at(5, 10, cosine) == pytest.approx(0.5)
+    assert learning_rate_at(0, 1, settings) == 1.0
+
+
+def test_steps():
+    assert count_steps(FitSettings(batch_lists=16), 417) == 27
+    assert count_steps(FitSettings(batch_lists=16, accumulate=2, epochs=2), 417) == 27
+    assert count_steps(FitSettings(batch_lists=16, max_steps=5), 417) == 5
+    assert count_steps(FitSettings(batch_lists=16, epochs=3), 6) == 3
+
+
+def test_biases_and_norms_do_not_decay(tiny_encoder):
+    encoder = load(str(tiny_encoder))
+    decayed, kept = make_optimizer(encoder, 0.1).param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in kept["params"])
+    assert not any("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in decayed["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+
+
+def test_batch_loss_is_the_loss_of_the_scores(tiny_encoder):
+    encoder = load(str(tiny_encoder))
+    batch = collate([parse_list(list_record(q, (3, 1, 0)), "") for q in "ab"])
+    q, d = (
+        torch.from_numpy(encoder.encode(t, k)) for t, k in ((batch.queries, "query"), (batch.documents, "document"))
+    )
+    scores = q @ d.T
+    joined = torch.tensor([[3, 1, 0, 0, 0, 0], [0, 0, 0, 3, 1, 0]])
+    found = batch_loss(encoder, batch, wasserstein_loss, 0.0, "float32")
+    torch.testing.assert_close(found, wasserstein_loss(scores, joined))
+    alone = batch_loss(encoder, batch, wasserstein_loss, None, "float32")
+    own = torch.stack([scores[0, :3], scores[1, 3:]])
+    torch.testing.assert_close(alone, wasserstein_loss(own, torch.tensor([[3, 1, 0]] * 2)))
+
+
+def test_accumulation_is_the_mean_over_micro_batches(tiny_encoder, tmp_path):
+    """In-batch documents stay within a micro-batch: two of 4 lists, each with its own."""
+    encoder = load(str(make_tiny_encoder(tmp_path, dropout=0.0)))
+    lists = list(read_lists(SAMPLE_FILE))[:8]
+    kept = torch.arange(8).numpy()
+    batches = list(draw_batches(lists, kept, 0, batch_lists=4, accumulate=2, seed=0))
+    assert [len(b.queries) for b in batches] == [4, 4]
+    assert [len(b.documents) for b in batches] == [16, 16]
+    mean = sum(batch_loss(encoder, b, wasserstein_loss, 0.0, "float32") for b in batches) / 2
+    mean.backward()
+    norm = torch.stack([p.grad.norm() for p in encoder.parameters() if p.grad is not None]).norm()
+    settings = FitSettings(
+        data=(str(SAMPLE_FILE) + "?queries=" + _ids(tmp_path, lists),), model=str(tmp_path), batch_lists=4,
+        accumulate=2, max_steps=1, precision="float32", temperature=1.0, order=1,
+    )  # fmt: skip
+    fit(settings, tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
+    assert (record["loss"], record["passages"]) == (pytest.approx(mean.item(), rel=1e-5), 32)
+    assert record["gradient_norm"] == pytest.approx(norm.item(), rel=1e-5)
+
+
+def _ids(directory, lists) -> str:
+    (directory / "ids").write_text("".join(f"{r.query_id}\n" for r in lists))
+    return str(directory / "ids")
+
+
+@pytest.mark.parametrize("loss", ["wasserstein", "wasserstein:2", "gaussian", "infonce", "kl", "ranknet"])
+def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
+    model = make_tiny_encoder(tmp_path / "model", dropout=0.0)
+    lists = list(read_lists(SAMPLE_FILE))[:6]
+    write_lists(tmp_path / "six.jsonl", lists)
+    name, _, order = loss.partition(":")
+    settings = FitSettings(
+        data=(str(tmp_path / "six.jsonl"),), model=str(model), loss=name, order=int(order or 1), batch_lists=6,
+        epochs=300, learning_rate=3e-3, warmup=0.05, precision="float32", temperature=0.1, weight_decay=0.0,
+    )  # fmt: skip
+    result = fit(settings, tmp_path / "out", progress=False)
+    first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert result.loss < 0.05 * first
+    # infonce does not say how grades below the highest rank. SyCL's Gaussian does not change when the rows of the
+    # scores alone are permuted: its minimum need not rank at all, and here it does not.
+    measure = {"infonce": "RR(rel=3)@10", "gaussian": None}.get(name, "nDCG@10")
+    if measure is not None:
+        collection = open_collection(Source(str(tmp_path / "six.jsonl")))
+        assert evaluate(load(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
+
+
+def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path):
+    lists = list(read_lists(SAMPLE_FILE))[:6]
+    write_lists(tmp_path / "six.jsonl", lists)
+    # A learning rate that ruins the model: the untrained one is the best and is what remains.
+    settings = FitSettings(
+        data=(str(tmp_path / "six.jsonl"),), model=str(tiny_encoder), batch_lists=6, epochs=4, learning_rate=5.0,
+        dev=str(tmp_path / "six.jsonl"), dev_every=2, precision="float32", warmup=0,
+    )  # fmt: skip
+    result = fit(settings, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "dev.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    values = [line["nDCG@10"] for line in lines]
+    assert (result.dev, result.dev_step) == (max(values), lines[values.index(max(values))]["step"])
+    again = evaluate(load(str(result.out)), open_collection(Source(str(tmp_path / "six.jsonl"))), measures=["nDCG@10"])
+    assert again.measures["nDCG@10"] == pytest.approx(max(values), abs=1e-9)
+    if result.dev_step == 0:
+        assert load(str(result.out)).fingerprint() == load(str(tiny_encoder)).fingerprint()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeypatch, value):
+    def spoil(scores, grades, mask=None):
+        spoil.calls += 1
+        return scores.sum() * (value if spoil.calls == 4 else 1.0)
+
+    spoil.calls = 0
+    monkeypatch.setattr(train, "make_loss", lambda *a, **k: spoil)
+    settings = FitSettings(model=str(tiny_encoder), batch_lists=2, checkpoint_every=2, precision="float32")
+    with pytest.raises(GradretError) as error:
+        fit(settings, tmp_path / "out")
+    kept = [r.query_id for r in read_lists(SAMPLE_FILE)]
+    ids = ", ".join(kept[i] for i in draw_lists(3, count=96, size=2, seed=0))
+    shown = "nan" if math.isnan(value) else str(value)
+    assert str(error.value).replace("-inf", "inf") == (
+        f"step 4: loss is {shown}; lists: {ids}; last good checkpoint: "
+        f"{tmp_path / 'out' / 'checkpoints' / 'step-000000002'}; look at these lists, or lower --learning-rate"
+    )
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_wrong_settings():
+    with pytest.raises(ValueError, match="loss must be one of"):
+        FitSettings(loss="hinge")
+    with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
+        FitSettings(epochs=0)
+
+
+@pytest.mark.slow
+def test_a_million_lists_train_in_600_mib_above_the_model(tiny_encoder, tmp_path):
+    """The same two steps on a file of a million lists and on the sample: the peaks differ by the index alone."""
+    path = tmp_path / "million.jsonl"
+    passages = json.dumps([{"grade": g, "text": f"some words of grade {g} " * 8} for g in (3, 2, 1, 0)])
+    with open(path, "w") as file:
+        for i in range(1_000_000):
+            file.write(f'{{"query_id": "q{i}", "query": "query {i}", "passages": {passages}}}\n')
+    code = """
+import resource, sys
+from gradret.settings import FitSettings
+from gradret.train import fit
+fit(FitSettings(data=(sys.argv[1],), model=sys.argv[2], max_steps=2), sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+    peaks = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, str(data), str(tiny_encoder), str(tmp_path / name)],
+                capture_output=True, text=True, check=True,
+            ).stdout
+        )
+        for name, data in (("large", path), ("small", "sample"))
+    ]  # fmt: skip
+    assert peaks[0] - peaks[1] < 600
