@@ -42,7 +42,7 @@ def measure_quality(
     """Train each loss with each seed and measure it, and the untrained encoder, on each dataset.
 
     Args:
-        base: settings shared by all runs; loss, order where a row names it, and seed are replaced.
+        base: settings shared by all runs; loss, order where a row names it, seed and exclude are replaced.
         losses: rows, see parse_loss.
         seeds: runs a loss, with seeds 0 to seeds - 1.
         datasets: collections, see sources.parse_source.
@@ -54,6 +54,7 @@ def measure_quality(
     began = time.monotonic()
     parse_measures(measures)
     collections = {name: open_collection(parse_source(name)) for name in datasets}
+    base = replace(base, exclude=tuple(datasets))
     plan = [(name, replace(base, seed=seed, **parse_loss(name))) for name in losses for seed in range(seeds)]
     found: dict[tuple[str, str], list[Evaluation]] = {}
     fit_seconds: dict[str, list[float]] = {}

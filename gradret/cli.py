@@ -48,6 +48,12 @@ def main():
 @option("--loss", type=click.Choice(LOSS_NAMES), help="The loss over a list.")
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="SOURCE",
+    help="A collection to be measured later: its queries are not trained on.",
+)
 @option("--seed", type=int, help="Of the lists' order, of sampling and of dropout.")
 @option("--dev", metavar="SOURCE", help="A collection to measure while training; the best model is kept.")
 @option("--dev-every", type=POSITIVE, help="Steps between dev measurements.")
@@ -74,7 +80,7 @@ def fit(ctx, out, resume, device, as_json, **given):
     if resume:  # settings come from the run; what was spelled out must agree with it
         stored = read_json(_path(out, "gradret.json")).get("settings", {})
         given |= {k: v for k, v in stored.items() if ctx.get_parameter_source(k).name != "COMMANDLINE"}
-    settings = FitSettings(**{**given, "data": tuple(given["data"])})
+    settings = FitSettings(**{**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
     result = train(settings, out, resume=resume, device=device)
     document = {
         "out": str(result.out),

@@ -168,6 +168,11 @@ def query_key(query_id: str, query: str) -> int:
     return hash64(query_id, " ".join(query.split()))
 
 
+def query_words(query: str) -> str:
+    """A query as compared between training and evaluation: without case and runs of space."""
+    return " ".join(query.lower().split())
+
+
 class ListFile(Sequence):
     """Ranking lists of a JSONL file by position; only an index of 28 bytes a list stays in memory.
 

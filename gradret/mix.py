@@ -1,14 +1,14 @@
 """Several sources merged into one ranking list per query, with grade selection, remapping and sampling."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
 
 from gradret.errors import GradretError
-from gradret.lists import RankingList
+from gradret.lists import RankingList, query_words
 from gradret.sources import Source, open_lists, query_selector
 
 
@@ -91,32 +91,42 @@ class MixedLists(Sequence):
 
 @dataclass(frozen=True)
 class ListsSummary:
-    """What a check of all lists found; `kept` holds the positions of the lists that have passages."""
+    """What a check of all lists found; `kept` holds the positions of the lists to train on."""
 
     kept: np.ndarray
     passages: int
     lowest: float
     highest: float
     equal_grades: int
+    excluded: int
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
         if self.equal_grades:
             text += f"; {self.equal_grades} lists whose grades are all equal, kept"
+        if self.excluded:
+            text += f"; {self.excluded} lists left out, whose query is one to be measured"
         return text
 
 
-def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool) -> ListsSummary:
+def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
     """Read every list once: all are well formed, and under gain targets no grade is negative.
 
+    Args:
+        lists: any sequence of ranking lists.
+        refuse_negative: whether a negative grade is an error.
+        exclude: lists with these queries (see lists.query_words) are left out, as those without passages are.
     Raises: GradretError naming the first list at fault, or when no list has a passage.
     """
     kept = np.zeros(len(lists), bool)
-    passages, lowest, highest, equal_grades = 0, np.inf, -np.inf, 0
+    passages, lowest, highest, equal_grades, excluded = 0, np.inf, -np.inf, 0, 0
     for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:
+            continue
+        if query_words(ranking_list.query) in exclude:
+            excluded += 1
             continue
         kept[index] = True
         low, high = min(grades), max(grades)
@@ -129,5 +139,7 @@ def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool) -> Lists
         lowest, highest = min(lowest, low), max(highest, high)
         equal_grades += low == high
     if not kept.any():
-        raise GradretError("no ranking list is left: the chosen queries and grades match no passage")
-    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades)
+        raise GradretError(
+            "no ranking list is left: the chosen queries and grades match none, or all are to be measured"
+        )
+    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades, excluded)

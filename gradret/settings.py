@@ -21,6 +21,8 @@ class FitSettings:
 
     Attributes:
         data: sources, see sources.parse_source; merged into one list per query.
+        exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
+            dev's, is not trained on.
         loss: a name in losses.LOSSES; order is wasserstein's, targets those of wasserstein, gaussian and kl.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
@@ -35,6 +37,7 @@ class FitSettings:
     """
 
     data: tuple[str, ...] = (SAMPLE,)
+    exclude: tuple[str, ...] = ()
     model: str = DEFAULT_ENCODER
     loss: str = "wasserstein"
     order: int = 2

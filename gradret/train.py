@@ -18,7 +18,7 @@ from gradret.console import StopRequest, say
 from gradret.encoder import Encoder, autocast, load
 from gradret.errors import GradretError
 from gradret.evaluation import evaluate, parse_measures
-from gradret.lists import RankingList, hash64
+from gradret.lists import RankingList, hash64, query_words
 from gradret.losses import make_loss
 from gradret.mix import ListsSummary, MixedLists, check_lists
 from gradret.settings import FitSettings, count_steps, learning_rate_at
@@ -84,8 +84,10 @@ def fit(
     began = time.monotonic()
     parse_measures([settings.dev_measure])
     lists = MixedLists([parse_source(s) for s in settings.data], seed=settings.seed)
-    summary = check_lists(lists, refuse_negative=settings.takes_gain)
     dev = open_collection(parse_source(settings.dev)) if settings.dev else None
+    measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([dev] if dev else [])
+    queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+    summary = check_lists(lists, refuse_negative=settings.takes_gain, exclude=queries)
     encoder = load(settings.model, device=device, **settings.encoder_options)
     run = Run(out, _as_json(settings), lists.fingerprint, resume=resume)
     steps = count_steps(settings, len(summary.kept))
@@ -219,7 +221,7 @@ class _Trainer:
 
 
 def _as_json(settings: FitSettings) -> dict:
-    return asdict(settings) | {"data": list(settings.data)}
+    return asdict(settings) | {"data": list(settings.data), "exclude": list(settings.exclude)}
 
 
 def _tell_collisions(lists: MixedLists) -> str:
