@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.checkpoint import versions
 from gradret.collection import Collection
 from gradret.console import say
 from gradret.encoder import Encoder, load
@@ -16,6 +15,7 @@ from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measur
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
 from gradret.sources import open_collection, parse_source
 from gradret.train import fit
+from gradret.versions import versions
 
 UNTRAINED = "untrained"
 BASELINE = "infonce"

@@ -8,7 +8,6 @@ DIR/config.json ...             once finished, the encoder as a sentence-transfo
 
 import json
 import os
-import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradret import __version__
 from gradret.encoder import Encoder, read_json, write_json
 from gradret.errors import GradretError
+from gradret.versions import versions
 
 RUN_FILE = "gradret.json"
 
@@ -172,21 +171,6 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
-
-
-def versions() -> dict:
-    """Versions that a run or a result depends on, and the machine it came from."""
-    import transformers
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {
-        "gradret": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def step_name(step: int) -> str:

@@ -221,13 +221,13 @@ def evaluate_command(
     """
     from dataclasses import replace
 
-    from gradret.checkpoint import versions
     from gradret.encoder import load
     from gradret.evaluation import evaluate, parse_measures
     from gradret.report import format_table
     from gradret.retrieve import default_cache, write_run
     from gradret.sources import open_collection, parse_grade_map, parse_source
     from gradret.train import choose_precision
+    from gradret.versions import versions
 
     names = measures.split(",")
     parse_measures(names)

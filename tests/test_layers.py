@@ -13,7 +13,7 @@ PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
     __main__ cli options report bench train checkpoint batches evaluation retrieve encoder hub losses ops
-    mix sources collection lists console settings errors
+    mix sources collection lists console settings versions errors
 """.split()
 CORE = ["errors", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
 
