@@ -17,8 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gradret.encoder import Encoder, read_json, write_json
+from gradret.encoder import Encoder
 from gradret.errors import GradretError
+from gradret.files import read_json, replace_json
 from gradret.versions import versions
 
 RUN_FILE = "gradret.json"
@@ -176,13 +177,6 @@ class Run:
 def step_name(step: int) -> str:
     """The name of a step's checkpoint; names sort as steps do."""
     return f"step-{step:09d}"
-
-
-def replace_json(path: Path, content: object) -> None:
-    """Write JSON so that the file is the old one or the new one, never half of it."""
-    part = path.with_suffix(".part")
-    write_json(part, content)
-    os.replace(part, path)
 
 
 def _show(value: object) -> str:

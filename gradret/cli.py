@@ -73,7 +73,7 @@ def fit(ctx, out, resume, device, as_json, **given):
     gradret fit --data lists.jsonl --out model
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
-    from gradret.encoder import read_json
+    from gradret.files import read_json
     from gradret.train import fit as train
 
     given["data"] = given["data"] or DEFAULTS.data
@@ -144,7 +144,7 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
 
     require_bench_extra()
     from gradret.bench import measure_quality, parse_loss
-    from gradret.encoder import write_json
+    from gradret.files import write_json
 
     names = losses.split(",")
     try:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTo
 from transformers.utils import logging as transformers_logging
 
 from gradret.errors import GradretError
+from gradret.files import read_json, write_json
 from gradret.hub import locate_encoder
 from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 
@@ -296,13 +297,3 @@ def _like_lengths(texts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's content; {} when it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write JSON, indented."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

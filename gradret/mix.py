@@ -98,12 +98,15 @@ class ListsSummary:
     lowest: float
     highest: float
     equal_grades: int
+    empty: int
     excluded: int
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
         if self.equal_grades:
             text += f"; {self.equal_grades} lists whose grades are all equal, kept"
+        if self.empty:
+            text += f"; {self.empty} lists left out, without passages"
         if self.excluded:
             text += f"; {self.excluded} lists left out, whose query is one to be measured"
         return text
@@ -119,11 +122,12 @@ def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool, exclude:
     Raises: GradretError naming the first list at fault, or when no list has a passage.
     """
     kept = np.zeros(len(lists), bool)
-    passages, lowest, highest, equal_grades, excluded = 0, np.inf, -np.inf, 0, 0
+    passages, lowest, highest, equal_grades, empty, excluded = 0, np.inf, -np.inf, 0, 0, 0
     for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:
+            empty += 1
             continue
         if query_words(ranking_list.query) in exclude:
             excluded += 1
@@ -142,4 +146,4 @@ def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool, exclude:
         raise GradretError(
             "no ranking list is left: the chosen queries and grades match none, or all are to be measured"
         )
-    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades, excluded)
+    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded)

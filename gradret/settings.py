@@ -45,7 +45,7 @@ class FitSettings:
     targets: str = "gain"
     in_batch: bool = True
     in_batch_grade: float | None = None
-    epochs: float = 1.0
+    epochs: float = 2.0
     max_steps: int | None = None
     batch_lists: int = 16
     accumulate: int = 1

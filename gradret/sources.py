@@ -119,7 +119,7 @@ def query_selector(selection: str):
     """A function of a query id: whether `even`, `odd` or the ids listed in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
         with open_file(selection) as file:
-            chosen = {line.decode().strip() for line in file}
+            chosen = {line.decode("utf-8", "replace").strip() for line in file}
         return chosen.__contains__
 
     def has_parity(query_id: str) -> bool:

@@ -53,8 +53,8 @@ def choose_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if device.type == "cpu" and supported() else "float32"
 
 
 def batch_loss(encoder: Encoder, batch: Batch, loss: Callable, floor: float | None, precision: str) -> Tensor:

@@ -126,7 +126,7 @@ def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     result = invoke("fit", "--model", tiny_encoder, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert (document["out"], document["steps"]) == ("gradret-model", 6)
+    assert (document["out"], document["steps"]) == ("gradret-model", 12)
     result = invoke("bench", "eval", "--model", "gradret-model", "--run", "out.run", "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
@@ -137,7 +137,7 @@ def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     assert table.splitlines()[0].split() == ["sample", "AP"]
     assert table.splitlines()[2].split()[0] == "gradret-model"
     finished = invoke("fit", "--resume")
-    assert finished.stdout == "gradret-model: already finished, 6 steps\n"
+    assert finished.stdout == "gradret-model: already finished, 12 steps\n"
 
 
 def test_the_measures_are_those_of_ir_measures_on_the_written_run(tiny_encoder, tmp_path, monkeypatch):

@@ -13,9 +13,9 @@ PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
     __main__ cli options report bench train checkpoint batches evaluation retrieve encoder hub losses ops
-    mix sources collection lists console settings versions errors
+    mix sources collection lists console settings versions files errors
 """.split()
-CORE = ["errors", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
+CORE = ["errors", "files", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
 
 
 def imported_modules(path: Path) -> set[str]:

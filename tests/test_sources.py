@@ -154,7 +154,10 @@ def test_check_counts_and_keeps_lists_of_one_grade_and_drops_empty_ones(write_js
     path = write_jsonl("f.jsonl", records)
     summary = check_lists(MixedLists([parse_source(f"{path}?grades=2,3")]), refuse_negative=True)
     assert summary.kept.tolist() == [0, 1]
-    assert str(summary) == "2 lists, 4 passages, grades 2 to 3; 1 lists whose grades are all equal, kept"
+    assert str(summary) == (
+        "2 lists, 4 passages, grades 2 to 3; 1 lists whose grades are all equal, kept; "
+        "1 lists left out, without passages"
+    )
     less = check_lists(MixedLists([Source(str(path))]), refuse_negative=True, exclude={"what is b"})
     assert less.kept.tolist() == [0, 2]
     assert str(less).endswith("; 1 lists left out, whose query is one to be measured")

@@ -1,0 +1,22 @@
+"""Small JSON files: read, written, and replaced in one piece."""
+
+import json
+import os
+from pathlib import Path
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file's content; {} when it is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, indented."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_json(path: Path, content: object) -> None:
+    """Write JSON so that the file is the old one or the new one, never half of it."""
+    part = path.with_suffix(".part")
+    write_json(part, content)
+    os.replace(part, path)
