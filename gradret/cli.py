@@ -144,6 +144,7 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
 
     require_bench_extra()
     from gradret.bench import measure_quality, parse_loss
+    from gradret.evaluation import split_measures
     from gradret.files import write_json
 
     names = losses.split(",")
@@ -162,7 +163,7 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
         losses=names,
         seeds=seeds,
         datasets=datasets or ("sample?queries=even",),
-        measures=measures.split(","),
+        measures=split_measures(measures),
         device=device,
     )
     write_json(_path(out, "quality.json"), result)
@@ -222,14 +223,14 @@ def evaluate_command(
     from dataclasses import replace
 
     from gradret.encoder import load
-    from gradret.evaluation import evaluate, parse_measures
+    from gradret.evaluation import evaluate, parse_measures, split_measures
     from gradret.report import format_table
     from gradret.retrieve import default_cache, write_run
     from gradret.sources import open_collection, parse_grade_map, parse_source
     from gradret.train import choose_precision
     from gradret.versions import versions
 
-    names = measures.split(",")
+    names = split_measures(measures)
     parse_measures(names)
     source = parse_source(dataset)
     flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}

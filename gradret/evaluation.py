@@ -1,5 +1,6 @@
 """Retrieval quality: measures by ir_measures, and paired tests between systems."""
 
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ class Evaluation:
     measures: dict[str, float]
     per_query: dict[str, dict[str, float]]
     run: dict[str, list[tuple[str, float]]]
+
+
+def split_measures(text: str) -> list[str]:
+    """Measure names from `nDCG@10,P(rel=2,judged_only=True)@5`: split at the commas outside parentheses."""
+    return [name.strip() for name in re.split(r",(?![^(]*\))", text)]
 
 
 def parse_measures(names: Sequence[str]) -> list:

@@ -5,7 +5,7 @@ import pytest
 from conftest import list_record
 
 from gradret.errors import GradretError
-from gradret.evaluation import measure_run, paired_t_test, parse_measures
+from gradret.evaluation import measure_run, paired_t_test, parse_measures, split_measures
 from gradret.sources import Source, open_collection
 
 
@@ -32,6 +32,12 @@ def test_a_grade_that_is_not_whole_is_rounded(collection):
 def test_an_unknown_measure():
     with pytest.raises(GradretError, match=r"^measure 'hits@3' is not known .*use ir_measures' names, such as nDCG@10"):
         parse_measures(["nDCG@10", "hits@3"])
+
+
+def test_measure_names_may_hold_commas():
+    names = split_measures("nDCG@10, P(rel=2,judged_only=True)@5,RR")
+    assert names == ["nDCG@10", "P(rel=2,judged_only=True)@5", "RR"]
+    assert len(parse_measures(names)) == 3
 
 
 def test_paired_t_test():
