@@ -1,5 +1,6 @@
 """Retrieval quality of losses side by side: the same lists, seeds and budget for each."""
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import numpy as np
 from gradret.collection import Collection
 from gradret.console import say
 from gradret.encoder import Encoder, load
+from gradret.errors import GradretError
 from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measures
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
 from gradret.sources import open_collection, parse_source
@@ -46,15 +48,18 @@ def measure_quality(
         losses: rows, see parse_loss.
         seeds: runs a loss, with seeds 0 to seeds - 1.
         datasets: collections, see sources.parse_source.
-    Returns: a JSON-serialisable document; its "rows" hold for each system and dataset the mean over seeds, the
-        standard deviation, each seed's value, and the p-value of the paired t-test over queries (each query's
-        mean over seeds) against infonce.
+    Returns: a JSON-serialisable document. Its "rows" hold for each system and dataset the mean over seeds, the
+        standard deviation, each seed's value, each query's mean over seeds, and the p-value of the paired t-test
+        over these queries against infonce.
     Raises: GradretError.
     """
     began = time.monotonic()
-    parse_measures(measures)
+    measures = list(parse_measures(measures))
     collections = {name: open_collection(parse_source(name)) for name in datasets}
     base = replace(base, exclude=tuple(datasets))
+    rows = [replace(base, **parse_loss(name)) for name in losses]
+    if len(set(rows)) < len(rows):
+        raise GradretError(f"--losses {','.join(losses)}: the same loss stands there twice")
     plan = [(name, replace(base, seed=seed, **parse_loss(name))) for name in losses for seed in range(seeds)]
     found: dict[tuple[str, str], list[Evaluation]] = {}
     fit_seconds: dict[str, list[float]] = {}
@@ -75,7 +80,7 @@ def measure_quality(
         with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
             result = fit(settings, Path(temporary) / "run", device=device, progress=progress)
             fit_seconds.setdefault(system, []).append(round(result.seconds, 1))
-            measure(system, load(str(result.out), device=device))
+            measure(system, load(str(result.out), device=device, trust_remote_code=base.trust_remote_code))
     return {
         "versions": versions(),
         "settings": {k: v for k, v in asdict(base).items() if k not in ("loss", "seed")},
@@ -93,15 +98,17 @@ def _describe(collection: Collection) -> dict:
 
 def _make_row(system: str, dataset: str, found: dict, measures: Sequence[str]) -> dict:
     runs = found[system, dataset]
-    row: dict = {"system": system, "dataset": dataset, "mean": {}, "sd": {}, "values": {}, "p": {}}
+    row: dict = {"system": system, "dataset": dataset, "mean": {}, "sd": {}, "values": {}, "p": {}, "per_query": {}}
     for measure in measures:
         values = [run.measures[measure] for run in runs]
         row["mean"][measure] = float(np.mean(values))
         row["sd"][measure] = float(np.std(values, ddof=1)) if len(values) > 1 else None
         row["values"][measure] = values
+        row["per_query"][measure] = _mean_per_query(runs, measure)
         baseline = found.get((BASELINE, dataset))
         if baseline is not None and system != BASELINE:
-            row["p"][measure] = paired_t_test(_mean_per_query(runs, measure), _mean_per_query(baseline, measure))
+            p = paired_t_test(row["per_query"][measure], _mean_per_query(baseline, measure))
+            row["p"][measure] = None if math.isnan(p) else p
     return row
 
 

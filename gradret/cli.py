@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 
 import click
@@ -78,9 +79,11 @@ def fit(ctx, out, resume, device, as_json, **given):
 
     given["data"] = given["data"] or DEFAULTS.data
     if resume:  # settings come from the run; what was spelled out must agree with it
-        stored = read_json(_path(out, "gradret.json")).get("settings", {})
+        stored = read_json(_path(out, "gradret.json")).get("settings")
+        if stored is None:
+            raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
         given |= {k: v for k, v in stored.items() if ctx.get_parameter_source(k).name != "COMMANDLINE"}
-    settings = FitSettings(**{**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
+    settings = _settings({**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
     result = train(settings, out, resume=resume, device=device)
     document = {
         "out": str(result.out),
@@ -158,8 +161,10 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise GradretError(f"{out}: can not be written ({error.strerror})") from error
-    result = {"command": " ".join(["gradret", *sys.argv[1:]])} | measure_quality(
-        FitSettings(**given),
+    for name in ("quality.json", "quality.png"):
+        _check_writable(_path(out, name))
+    result = {"command": _command()} | measure_quality(
+        _settings(given),
         losses=names,
         seeds=seeds,
         datasets=datasets or ("sample?queries=even",),
@@ -230,11 +235,12 @@ def evaluate_command(
     from gradret.train import choose_precision
     from gradret.versions import versions
 
-    names = split_measures(measures)
-    parse_measures(names)
-    source = parse_source(dataset)
+    names = list(parse_measures(split_measures(measures), depth))
+    if run_file:
+        _check_writable(run_file)
     flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}
-    collection = open_collection(replace(source, **{k: v for k, v in flags.items() if v is not None}))
+    source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
+    collection = open_collection(source)
     encoder = load(model, device=device, **encoder_options)
     precision = choose_precision(precision, encoder.device)
     click.echo(
@@ -250,15 +256,48 @@ def evaluate_command(
         batch_size=batch_size,
         precision=precision,
     )
-    if run_file:
-        write_run(run_file, result.run)
-    size = {"queries": len(collection.queries), "documents": collection.document_count}
-    document = {"model": model, "dataset": dataset, **size, "measures": result.measures, "versions": versions()}
+    document = {
+        "command": _command(),
+        "model": model,
+        "dataset": dataset,
+        "queries": len(collection.queries),
+        "documents": collection.document_count,
+        "selection": {"queries": source.queries, "grades": source.grades, "drop_self": collection.drop_self},
+        "depth": depth,
+        "precision": precision,
+        "measures": result.measures,
+        "versions": versions(),
+    }
     click.echo(
         json.dumps(document)
         if as_json
         else format_table([dataset, *result.measures], [[model, *(f"{v:.4f}" for v in result.measures.values())]])
     )
+    if run_file:
+        write_run(run_file, result.run)
+
+
+def _settings(given: dict) -> FitSettings:
+    try:
+        return FitSettings(**given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def _command() -> str:
+    return shlex.join(["gradret", *sys.argv[1:]])
+
+
+def _check_writable(path) -> None:
+    """Refuse before the work what could not be written after it."""
+    try:
+        new = not os.path.exists(path)
+        with open(path, "ab"):
+            pass
+        if new:
+            os.unlink(path)
+    except OSError as error:
+        raise GradretError(f"{path}: can not be written ({error.strerror})") from None
 
 
 def _path(*parts: str):

@@ -2,13 +2,16 @@
 
 import logging
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from gradret.errors import GradretError
-from gradret.lists import ListFile, Passage, decode_json, open_file
+from gradret.lists import ListFile, Passage, decode_json, hash64, open_file
 
 QRELS_HEADER = ["query-id", "corpus-id", "score"]
 
@@ -59,17 +62,22 @@ class BeirCollection(Collection):
     def __init__(self, directory: Path, split: str):
         self.name = f"{directory}:{split}"
         self._corpus = directory / "corpus.jsonl"
-        self.drop_self = _is_self_retrieving(directory.name)
+        self.drop_self = _is_self_retrieving(directory.resolve().name)
         self.qrels = _read_qrels(directory, split)
         queries = directory / "queries.jsonl"
         self._keep_judged_queries({r["_id"]: r["text"] for r, _ in _read_records(queries, ("_id", "text"))})
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
-        self.document_count = 0
+        hashes = array("Q")  # 8 bytes a document, to find an id used twice
         for record, offset in _read_records(self._corpus, ("_id", "text")):
-            self.document_count += 1
+            hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
                 self._offsets[record["_id"]] = offset
+        self.document_count = len(hashes)
+        if len(np.unique(np.frombuffer(hashes, np.uint64))) < len(hashes):
+            raise GradretError(
+                f"{self._corpus}: some document ids are used more than once; give every document its own"
+            )
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         for record, _ in islice(_read_records(self._corpus, ("_id", "text")), start, None):
@@ -146,7 +154,8 @@ class ListCollection(Collection):
             for position, passage in enumerate(ranking_list.passages, 1):
                 own_id = passage.doc_id or f"{ranking_list.query_id}/{position}"
                 doc_id = doc_ids.setdefault(passage.content, own_id)
-                self._documents.setdefault(doc_id, passage.content)
+                if self._documents.setdefault(doc_id, passage.content) != passage.content:
+                    raise GradretError(f"{ranking_list.where}: doc_id '{doc_id}' stands for two different texts")
                 grades.setdefault(doc_id, passage.grade)
         self.document_count = len(self._documents)
 

@@ -4,48 +4,34 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
+from gradret.encoder_config import EncoderConfig, read_config
 from gradret.errors import GradretError
-from gradret.files import read_json, write_json
-from gradret.hub import locate_encoder
+from gradret.files import write_json
+from gradret.hub import find_weights, locate_encoder
 from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 
 Kind = Literal["query", "document"]
 
-FOREIGN_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # sentence-transformers' names and ours
 UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # not content
 MAX_LENGTH_CAP = 8192  # where neither tokenizer nor model says how much it can read
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """How texts become vectors and vectors scores.
-
-    Attributes:
-        pooling: "mean", "cls" or "last", over the real tokens.
-        normalize: whether embeddings have length 1.
-        similarity: "cosine" or "dot".
-        query_prefix, document_prefix: put before every query or document.
-        query_max_length, document_max_length: tokens, special ones and prefix included; the rest is cut off.
-    """
-
-    pooling: str = "mean"
-    normalize: bool = True
-    similarity: str = "cosine"
-    query_prefix: str = ""
-    document_prefix: str = ""
-    query_max_length: int = 512
-    document_max_length: int = 512
 
 
 class Encoder(nn.Module):
@@ -60,8 +46,8 @@ class Encoder(nn.Module):
     def __init__(self, transformer: nn.Module, tokenizer, config: EncoderConfig):
         super().__init__()
         self.transformer, self.tokenizer, self.config = transformer, tokenizer, config
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token is None:  # padding is masked out: any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
 
     @property
     def device(self) -> torch.device:
@@ -117,12 +103,16 @@ class Encoder(nn.Module):
             self.train(was_training)
         return result
 
-    def fingerprint(self) -> str:
-        """Hex digest of everything an embedding depends on: weights, vocabulary, configuration."""
+    def fingerprint(self, *, queries: bool = True) -> str:
+        """Hex digest of all an embedding depends on: weights, tokenizer, settings (documents' alone if asked)."""
         digest = hashlib.blake2b(digest_size=16)
         model = {k: v for k, v in self.transformer.config.to_dict().items() if k not in UNCOUNTED_CONFIG}
-        digest.update(json.dumps([asdict(self.config), model], default=str, sort_keys=True).encode())
-        digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
+        ours = {k: v for k, v in asdict(self.config).items() if queries or not k.startswith("query_")}
+        tokenizer = [self.tokenizer.padding_side, self.tokenizer.special_tokens_map, self.tokenizer.get_vocab()]
+        if self.tokenizer.is_fast:
+            rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+            tokenizer.append({k: v for k, v in rules.items() if k not in ("padding", "truncation")})  # set by each call
+        digest.update(json.dumps([ours, model, tokenizer], default=str, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -207,78 +197,72 @@ def load(
     Raises: GradretError when there are no safetensors weights, a module is not supported or a value is wrong.
     """
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
+    device = _check_device(device)
+    transformer, tokenizer = _load_parts(find_weights(directory), name, trust_remote_code)
+    readable = _count_positions(transformer)
+    config = read_config(directory, name, min(tokenizer.model_max_length, readable))
+    config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
+    if config.pooling not in POOLINGS:
+        raise GradretError(f"{name}: pooling '{config.pooling}' is not one of {', '.join(POOLINGS)}")
+    if config.similarity not in SIMILARITIES:
+        raise GradretError(f"{name}: similarity '{config.similarity}' is not one of {', '.join(SIMILARITIES)}")
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    for length in (config.query_max_length, config.document_max_length):
+        if not shortest <= length <= readable:
+            raise GradretError(f"{name}: maximum length {length} is not between {shortest} and {readable} tokens")
+    return Encoder(transformer, tokenizer, config).to(device).eval()
+
+
+def _load_parts(directory: Path, name: str, trust_remote_code: bool) -> tuple:
+    """The transformer, all of whose weights were found, and its tokenizer."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
     try:
         model_config = AutoConfig.from_pretrained(directory, **options)
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         # Of an encoder-decoder such as T5 only the encoder is wanted.
-        auto = AutoModelForTextEncoding if getattr(model_config, "is_encoder_decoder", False) else AutoModel
-        transformer = auto.from_pretrained(
-            directory, config=model_config, use_safetensors=True, dtype=torch.float32, **options
+        auto = AutoModelForTextEncoding if type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+        transformer, info = auto.from_pretrained(
+            directory,
+            config=model_config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise GradretError(
                 f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
             ) from error
         raise GradretError(f"{name}: can not be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
-    config = _read_config(directory, name, tokenizer, model_config)
-    config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
-    if config.pooling not in POOLINGS:
-        raise GradretError(f"{name}: pooling '{config.pooling}' is not one of {', '.join(POOLINGS)}")
-    if config.similarity not in SIMILARITIES:
-        raise GradretError(f"{name}: similarity '{config.similarity}' is not one of {', '.join(SIMILARITIES)}")
-    return Encoder(transformer, tokenizer, config).to(device or default_device()).eval()
-
-
-def _read_config(directory: Path, name: str, tokenizer, model_config) -> EncoderConfig:
-    """What a directory says of pooling, normalisation, prompts, similarity and lengths."""
-    positions = getattr(model_config, "max_position_embeddings", None) or MAX_LENGTH_CAP
-    longest = min(tokenizer.model_max_length, positions, MAX_LENGTH_CAP)
-    if not (directory / "modules.json").is_file():
-        return EncoderConfig(query_max_length=longest, document_max_length=longest)
-    pooling, normalize = "mean", False
-    for module in read_json(directory / "modules.json"):
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == "Pooling":
-            pooling = _read_pooling(read_json(directory / module["path"] / "config.json"), name)
-        elif kind == "Normalize":
-            normalize = True
-        elif kind != "Transformer":
-            raise GradretError(
-                f"{name}: sentence-transformers module '{kind}' is not supported; "
-                "expected Transformer, Pooling and Normalize"
-            )
-    lengths = read_json(directory / "sentence_bert_config.json")
-    longest = min(lengths.get("max_seq_length") or longest, positions)
-    whole = read_json(directory / "config_sentence_transformers.json")
-    prompts = whole.get("prompts") or {}
-    default = prompts.get(whole.get("default_prompt_name") or "", "")
-    return EncoderConfig(
-        pooling,
-        normalize,
-        whole.get("similarity_fn_name") or "cosine",
-        prompts.get("query", default),
-        prompts.get("document", prompts.get("passage", default)),
-        lengths.get("query_length") or longest,
-        lengths.get("document_length") or longest,
-    )
-
-
-def _read_pooling(config: dict, name: str) -> str:
-    modes = config.get("pooling_mode") or [
-        key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in FOREIGN_POOLINGS or not config.get("include_prompt", True):
+    # A pooler is no part of an embedding here; anything else that is missing would be random.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise GradretError(f"{name}: {len(missing)} weights are not in its safetensors, {missing[0]} among them")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise GradretError(
-            f"{name}: pooling {'+'.join(modes) or 'none'} is not supported; "
-            f"expected one of {', '.join(FOREIGN_POOLINGS)}, over the prompt too"
+            f"{name}: its tokenizer knows no words; expected tokenizer.json or a vocabulary beside the model"
         )
-    return FOREIGN_POOLINGS[modes[0]]
+    return transformer, tokenizer
+
+
+def _count_positions(transformer: nn.Module) -> int:
+    """How many tokens the model can take; RoBERTa's first positions belong to padding."""
+    positions = getattr(transformer.config, "max_position_embeddings", None) or MAX_LENGTH_CAP
+    for path, module in transformer.named_modules():
+        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
+    return min(positions, MAX_LENGTH_CAP)
+
+
+def _check_device(device: str | torch.device | None) -> torch.device:
+    try:
+        found = torch.device(device or default_device())
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise GradretError(f"device '{device}' is not there ({str(error).splitlines()[0]})") from None
+    return found
 
 
 def default_device() -> str:

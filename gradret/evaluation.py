@@ -1,5 +1,6 @@
 """Retrieval quality: measures by ir_measures, and paired tests between systems."""
 
+import math
 import re
 import tempfile
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gradret.collection import Collection
+from gradret.console import say
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.retrieve import embed_corpus, search
@@ -22,7 +24,7 @@ class Evaluation:
     """One encoder on one collection.
 
     Attributes:
-        measures: measure -> mean over the queries.
+        measures: measure, by its canonical name -> mean over the queries (a sum for those that count).
         per_query: measure -> {query id -> value}.
         run: query id -> [(doc id, score)], best first.
     """
@@ -33,22 +35,35 @@ class Evaluation:
 
 
 def split_measures(text: str) -> list[str]:
-    """Measure names from `nDCG@10,P(rel=2,judged_only=True)@5`: split at the commas outside parentheses."""
+    """Measure names from `nDCG@10,P(rel=2,judged_only=True)@5`: split at the commas outside brackets."""
     return [name.strip() for name in re.split(r",(?![^(]*\))", text)]
 
 
-def parse_measures(names: Sequence[str]) -> list:
-    """ir_measures' measure objects. Raises: GradretError when a name is not one of ir_measures'."""
+def parse_measures(names: Sequence[str], depth: int | None = None) -> dict:
+    """ir_measures' measure objects by their canonical names, each once.
+
+    Raises: GradretError when a name is unknown, ir_measures can not compute it, or it looks below `depth`.
+    """
     import ir_measures
 
-    measures = []
+    measures = {}
     for name in names:
         try:
-            measures.append(ir_measures.parse_measure(name))
-        except (NameError, ValueError, SyntaxError) as error:
+            measure = ir_measures.parse_measure(name)
+            measure.validate_params()
+            if not ir_measures.DefaultPipeline.supports(measure):
+                raise ValueError("nothing that is installed computes it")
+        except (NameError, ValueError, SyntaxError, KeyError, TypeError, AssertionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise GradretError(
-                f"measure '{name}' is not known ({error}); use ir_measures' names, such as nDCG@10, R@100, RR@10, AP"
+                f"measure '{name}' is not known ({reason}); use ir_measures' names, such as nDCG@10, R@100, RR@10, AP"
             ) from None
+        cutoff = measure.params.get("cutoff")
+        if depth is not None and cutoff is not None and cutoff > depth:
+            raise GradretError(
+                f"measure '{name}' looks at {cutoff} documents, but only {depth} are ranked; raise --depth"
+            )
+        measures[str(measure)] = measure
     return measures
 
 
@@ -68,12 +83,12 @@ def evaluate(
     Args:
         encoder: see encoder.load.
         collection: see sources.open_collection.
-        measures: any ir_measures names. A grade that is not whole is rounded for them.
+        measures: any ir_measures names; a grade that is not whole is rounded for them, halves upwards.
         depth: documents ranked for each query.
         cache: folder that keeps the corpus embeddings; None throws them away.
     Raises: GradretError.
     """
-    parse_measures(measures)
+    parse_measures(measures, depth)
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         corpus = embed_corpus(
             encoder,
@@ -88,18 +103,42 @@ def evaluate(
 
 
 def measure_run(run: dict, collection: Collection, measures: Sequence[str] = DEFAULT_MEASURES) -> Evaluation:
-    """Measure a ranking against the collection's qrels, over the collection's queries."""
+    """Measure a ranking against the collection's qrels, over the collection's queries.
+
+    The ranking counts as it stands: ir_measures' providers, which break ties in different ways, are given ranks
+    for scores, and plain numbers for ids, which some of them can not read otherwise. A query for which nothing was
+    found counts as 0.
+    """
     import ir_measures
 
-    parsed = dict(zip(parse_measures(measures), measures, strict=True))
-    qrels = {q: {d: round(grade) for d, grade in collection.qrels[q].items()} for q in collection.queries}
-    scores = {query_id: dict(ranking) for query_id, ranking in run.items()}
-    per_query: dict[str, dict[str, float]] = {name: {} for name in measures}
-    for metric in ir_measures.iter_calc(list(parsed), qrels, scores):
-        per_query[parsed[metric.measure]][metric.query_id] = metric.value
-    # A query for which nothing was found counts as 0, not as absent.
-    per_query = {name: {q: values.get(q, 0.0) for q in collection.queries} for name, values in per_query.items()}
-    return Evaluation({name: float(np.mean(list(v.values()))) for name, v in per_query.items()}, per_query, run)
+    parsed = parse_measures(measures)
+    grades = [g for q in collection.queries for g in collection.qrels[q].values()]
+    if any(g != int(g) for g in grades):
+        say(f"{collection.name}: grades that are not whole are rounded for the measures, halves upwards")
+    numbers: dict[str, str] = {}
+    qrels, scores = {}, {}
+    for number, query_id in enumerate(collection.queries, 1):
+        judged = collection.qrels[query_id].items()
+        qrels[str(number)] = {_number(numbers, doc_id): math.floor(grade + 0.5) for doc_id, grade in judged}
+        ranking = run.get(query_id, ())
+        scores[str(number)] = {_number(numbers, d): float(len(ranking) - i) for i, (d, _) in enumerate(ranking)}
+    found = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
+    for metric in ir_measures.iter_calc(list(found), qrels, scores):
+        if metric.query_id not in qrels:
+            raise RuntimeError(f"{metric.measure} came back for the unknown query '{metric.query_id}'")
+        found[metric.measure][metric.query_id] = metric.value
+    means, per_query = {}, {}
+    for name, measure in parsed.items():
+        total = measure.aggregator()
+        for value in found[measure].values():
+            total.add(value)
+        means[name] = float(total.result())
+        per_query[name] = dict(zip(collection.queries, found[measure].values(), strict=True))
+    return Evaluation(means, per_query, run)
+
+
+def _number(numbers: dict[str, str], doc_id: str) -> str:
+    return numbers.setdefault(doc_id, str(len(numbers) + 1))
 
 
 def paired_t_test(ours: dict[str, float], theirs: dict[str, float]) -> float:

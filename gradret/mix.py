@@ -106,7 +106,7 @@ class ListsSummary:
         if self.equal_grades:
             text += f"; {self.equal_grades} lists whose grades are all equal, kept"
         if self.empty:
-            text += f"; {self.empty} lists left out, without passages"
+            text += f"; {self.empty} lists left out: none of their passages is selected"
         if self.excluded:
             text += f"; {self.excluded} lists left out, whose query is one to be measured"
         return text

@@ -1,5 +1,6 @@
 """Corpus embeddings, cached and resumable, and exact top-k over them by blocks."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,23 @@ from tqdm import tqdm
 from gradret.collection import Collection
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
+from gradret.files import replace_json
 
 ENCODE_BLOCK = 2048  # documents encoded, written and recorded at once: what an interruption may cost
 SEARCH_BLOCK = 16384  # documents scored at once
+ENCODE_PART = 256  # documents sorted by length together, and steps of the progress bar
 QUERY_BLOCK = 1024  # queries scored at once: with SEARCH_BLOCK, 64 MiB of scores
+
+WRITE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+)
 
 
 def default_cache() -> Path:
@@ -60,17 +74,22 @@ def embed_corpus(
     content, count, id_width = _digest_documents(collection)
     if not count:
         raise GradretError(f"{collection.name}: no documents")
-    key = hashlib.blake2b(f"{encoder.fingerprint()} {content} {precision}".encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b(
+        f"{encoder.fingerprint(queries=False)} {content} {precision}".encode(), digest_size=16
+    ).hexdigest()
     folder = cache / key
     paths = folder / "vectors.f32", folder / "doc_ids.bin"
     shapes = (count, encoder.dimension), (count,)
     types = np.dtype(np.float32), np.dtype(f"S{id_width}")
+    row_bytes = 4 * encoder.dimension, id_width
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        done = _read_done(folder, paths)
+        done = _read_done(folder, paths, row_bytes, count)
         if done < count:
-            _write_blocks(encoder, collection, folder, paths, types, done, count, batch_size, precision, progress)
+            _write_blocks(encoder, collection, folder, paths, row_bytes, done, count, batch_size, precision, progress)
     except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise GradretError(f"{collection.name}: documents could not be read ({error})") from error
         raise GradretError(
             f"{folder}: corpus embeddings could not be written ({error.strerror}); free space or set GRADRET_CACHE "
             "to another disk, and run again: finished blocks are kept"
@@ -88,36 +107,37 @@ def _digest_documents(collection: Collection) -> tuple[str, int, int]:
     return digest.hexdigest(), count, id_width
 
 
-def _read_done(folder: Path, paths: tuple[Path, Path]) -> int:
+def _read_done(folder: Path, paths: tuple[Path, Path], row_bytes: tuple[int, int], count: int) -> int:
+    """How many documents are whole on disk: what was recorded, if both files are that long, else 0."""
     try:
-        return json.loads((folder / "done.json").read_text())["documents"] if all(p.exists() for p in paths) else 0
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        done = json.loads((folder / "done.json").read_bytes())["documents"]
+        sizes = [path.stat().st_size for path in paths]
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
         return 0
+    whole = isinstance(done, int) and 0 <= done <= count
+    return done if whole and all(s >= done * r for s, r in zip(sizes, row_bytes, strict=True)) else 0
 
 
-def _write_blocks(encoder, collection, folder, paths, types, done, count, batch_size, precision, progress) -> None:
+def _write_blocks(encoder, collection, folder, paths, row_bytes, done, count, batch_size, precision, progress) -> None:
     # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
     files = [open(path, "r+b" if path.exists() else "w+b") for path in paths]
-    row_bytes = 4 * encoder.dimension, types[1].itemsize
     documents = collection.documents(done)
     bar = tqdm(total=count, initial=done, desc="embedding documents", unit="doc", disable=None if progress else True)
     try:
         for file, size in zip(files, row_bytes, strict=True):
             file.seek(done * size)
         while block := list(islice(documents, ENCODE_BLOCK)):
-            for start in range(0, len(block), 256):
-                part = block[start : start + 256]
+            for start in range(0, len(block), ENCODE_PART):
+                part = block[start : start + ENCODE_PART]
                 vectors = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
                 files[0].write(encoder.search_vectors(torch.from_numpy(vectors)).numpy().tobytes())
-                files[1].write(np.array([d.doc_id.encode() for d in part], types[1]).tobytes())
+                files[1].write(np.array([d.doc_id.encode() for d in part], f"S{row_bytes[1]}").tobytes())
                 bar.update(len(part))
             done += len(block)
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-            temporary = folder / f"done.json.{os.getpid()}"
-            temporary.write_text(json.dumps({"documents": done}))
-            os.replace(temporary, folder / "done.json")
+            replace_json(folder / "done.json", {"documents": done})
     finally:
         bar.close()
         for file in files:
@@ -198,8 +218,15 @@ def search(
 
 
 def write_run(path: str | os.PathLike, run: dict[str, Sequence[tuple[str, float]]], tag: str = "gradret") -> None:
-    """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has."""
+    """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has.
+
+    Raises: GradretError when an id holds white space, which the format can not carry.
+    """
     with open(path, "w", encoding="utf-8") as file:
         for query_id, ranking in run.items():
             for rank, (doc_id, score) in enumerate(ranking, 1):
+                if query_id.split() != [query_id] or doc_id.split() != [doc_id]:
+                    raise GradretError(
+                        f"{path}: a TREC run can not hold the ids '{query_id}' and '{doc_id}': white space"
+                    )
                 file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")

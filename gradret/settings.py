@@ -79,9 +79,17 @@ class FitSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("temperature", "epochs", "batch_lists", "accumulate", "dev_every", "checkpoint_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in (
+            "temperature",
+            "epochs",
+            "learning_rate",
+            "batch_lists",
+            "accumulate",
+            "dev_every",
+            "checkpoint_every",
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
 
     @property
     def encoder_options(self) -> dict:

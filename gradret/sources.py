@@ -1,5 +1,6 @@
 """Sources as the user names them: a file, a BEIR directory or an ir_datasets id, with options after a '?'."""
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ class Source:
 def parse_source(text: str) -> Source:
     """A Source from its spelling, e.g. `beir/scifact/train?grades=1:3&sample=2`. Raises: GradretError."""
     name, _, query = text.partition("?")
+    if not name:
+        raise GradretError(f"source '{text}': expected a file, a BEIR directory or an ir_datasets id before the '?'")
     options: dict = {}
     for option in filter(None, query.split("&")):
         key, _, value = option.partition("=")
@@ -65,7 +68,10 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
     for item in text.split(","):
         old, _, new = item.replace("=", ":").partition(":")
         try:
-            pairs.append((float(old), float(new or old)))
+            pair = float(old), float(new or old)
+            if not all(map(math.isfinite, pair)):
+                raise ValueError
+            pairs.append(pair)
         except ValueError:
             raise GradretError(
                 f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'"
@@ -94,6 +100,10 @@ def _split_directory(name: str) -> tuple[Path, str]:
 
 def open_collection(source: Source) -> Collection:
     """The collection to evaluate on, its queries selected and its grades mapped. Raises: GradretError."""
+    if source.sample is not None:
+        raise GradretError(
+            f"{source.name}: sample={source.sample} is for training lists, not for a collection to measure"
+        )
     path = find_path(source.name)
     if path is None:
         collection = IrDatasetsCollection(source.name)
@@ -135,6 +145,8 @@ def query_selector(selection: str):
 
 def open_lists(source: Source) -> Sequence[RankingList]:
     """A source's ranking lists by position, before its options; see mix.MixedLists. Raises: GradretError."""
+    if source.drop_self is not None:
+        raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
     path = find_path(source.name)
     if path is not None and path.is_file():
         return ListFile(path)

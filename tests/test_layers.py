@@ -12,7 +12,7 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli options report bench train checkpoint batches evaluation retrieve encoder hub losses ops
+    __main__ cli options report bench train checkpoint batches evaluation retrieve encoder encoder_config hub losses ops
     mix sources collection lists console settings versions files errors
 """.split()
 CORE = ["errors", "files", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
@@ -21,9 +21,15 @@ CORE = ["errors", "files", "settings", "console", "lists", "collection", "source
 def imported_modules(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gradret."):
-            found.add(node.module.split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            names = [node.module] if node.module != "gradret" else [f"gradret.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("gradret.")}
+    return found - {"__version__"}
 
 
 def test_every_module_has_a_layer():

@@ -104,8 +104,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_encoder, tmp_path, uninterru
 
 def test_killed_again_and_again(tiny_encoder, tmp_path, uninterrupted):
     out = tmp_path / "out"
-    for step in (2, 5, 9):
-        stop_at(command(tiny_encoder, out, "--resume"), out, step, signal.SIGKILL)
+    for step, more in ((2, ()), (5, ("--resume",)), (9, ("--resume",))):
+        stop_at(command(tiny_encoder, out, *more), out, step, signal.SIGKILL)
     assert run(command(tiny_encoder, out, "--resume")).returncode == 0
     assert_same_run(out, uninterrupted)
 

@@ -143,6 +143,8 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
     run = search(encoder, collection, embed_corpus(encoder, collection, tmp_path), depth=2)
     assert sorted(doc_id for doc_id, _ in run["q"]) == ["a", "b"]
     write_run(tmp_path / "run", run)
+    with pytest.raises(GradretError, match="can not hold the ids 'q' and 'a b': white space"):
+        write_run(tmp_path / "spaces", {"q": [("a b", 1.0)]})
     first = (tmp_path / "run").read_text().splitlines()[0].split(" ")
     assert (first[:4], first[5]) == (["q", "Q0", "b", "1"], "gradret")
     assert np.float32(first[4]) == np.float32(run["q"][0][1])
@@ -152,5 +154,9 @@ def test_a_broken_record_of_progress_starts_over(tiny_encoder, collection, tmp_p
     encoder = load(str(tiny_encoder))
     whole = np.array(embed_corpus(encoder, collection, tmp_path / "cache").vectors)
     (folder,) = (tmp_path / "cache").iterdir()
-    (folder / "done.json").write_text("{")
-    assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
+    for torn in ("{", "[]", '{"documents": "40"}', '{"documents": -1}'):
+        (folder / "done.json").write_text(torn)
+        assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
+    for file in ("vectors.f32", "doc_ids.bin"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+        assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)

@@ -156,7 +156,7 @@ def test_check_counts_and_keeps_lists_of_one_grade_and_drops_empty_ones(write_js
     assert summary.kept.tolist() == [0, 1]
     assert str(summary) == (
         "2 lists, 4 passages, grades 2 to 3; 1 lists whose grades are all equal, kept; "
-        "1 lists left out, without passages"
+        "1 lists left out: none of their passages is selected"
     )
     less = check_lists(MixedLists([Source(str(path))]), refuse_negative=True, exclude={"what is b"})
     assert less.kept.tolist() == [0, 2]

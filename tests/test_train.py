@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeyp
 def test_wrong_settings():
     with pytest.raises(ValueError, match="loss must be one of"):
         FitSettings(loss="hinge")
-    with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
+    with pytest.raises(ValueError, match="epochs must be above 0 and finite, got 0"):
         FitSettings(epochs=0)
 
 
