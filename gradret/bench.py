@@ -12,7 +12,7 @@ import numpy as np
 from gradret.collection import Collection
 from gradret.console import say
 from gradret.encoder import Encoder, load
-from gradret.errors import GradretError
+from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measures
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
 from gradret.sources import open_collection, parse_source
@@ -78,7 +78,12 @@ def measure_quality(
     for number, (system, settings) in enumerate(plan, 1):
         say(f"run {number} of {len(plan)}: {system}, seed {settings.seed}")
         with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-            result = fit(settings, Path(temporary) / "run", device=device, progress=progress)
+            try:
+                result = fit(settings, Path(temporary) / "run", device=device, progress=progress)
+            except Interrupted:
+                raise GradretError(
+                    f"stopped in run {number} of {len(plan)}; no result is written: start again"
+                ) from None
             fit_seconds.setdefault(system, []).append(round(result.seconds, 1))
             measure(system, load(str(result.out), device=device, trust_remote_code=base.trust_remote_code))
     return {

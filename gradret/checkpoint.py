@@ -9,6 +9,7 @@ DIR/config.json ...             once finished, the encoder as a sentence-transfo
 import json
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,11 @@ from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.files import read_json, replace_json
 from gradret.versions import versions
+
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
 
 RUN_FILE = "gradret.json"
 
@@ -41,25 +47,53 @@ class Run:
     Args:
         directory: made if needed; must be empty or hold this very run.
         settings: JSON-serialisable; must equal those of the run found there.
-        data: fingerprint of the training data; likewise.
+        content: fingerprints of what the settings name, "data" and "encoder"; likewise.
         resume: go on with the run found there; without it any run found is an error.
     Raises: GradretError.
     """
 
-    def __init__(self, directory: str | os.PathLike, settings: dict, data: str, *, resume: bool):
+    def __init__(self, directory: str | os.PathLike, settings: dict, content: dict[str, str], *, resume: bool):
         self.directory = Path(directory)
         found = read_json(self.directory / RUN_FILE)
         if not found:
-            if self.directory.is_dir() and any(self.directory.iterdir()):
+            # A run killed while it claimed the directory leaves no more than its half-written claim.
+            if self.directory.is_dir() and any(p.name != "gradret.part" for p in self.directory.iterdir()):
                 raise GradretError(f"{directory}: is not empty and holds no gradret run; choose another --out")
-            self._record = {"settings": settings, "data": data, "versions": versions(), "finished": False}
+            self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
             self._create()
         else:
             self._record = found
-            self._check(found, settings, data, resume)
+            self._check(found, settings, content, resume)
         self._checkpoints = self.directory / "checkpoints"
-        for torn in self._checkpoints.glob("*.part"):
+        self._lock()
+        for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
             shutil.rmtree(torn)
+
+    def _lock(self) -> None:
+        """Hold the directory until close(): two runs would overwrite each other's checkpoints."""
+        self._held: int | None = None
+        if fcntl is None:
+            return
+        self._held = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise GradretError(f"{self.directory}: another process is training here; wait for it or stop it") from None
+        except OSError:  # a network file system without locks
+            pass
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def last_loss(self) -> float | None:
+        """The loss of the last step that was done."""
+        path = self.directory / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return json.loads(lines[-1])["loss"] if lines else None
 
     def _create(self) -> None:
         try:
@@ -68,7 +102,7 @@ class Run:
         except OSError as error:
             raise GradretError(f"{self.directory}: can not be written ({error.strerror})") from error
 
-    def _check(self, found: dict, settings: dict, data: str, resume: bool) -> None:
+    def _check(self, found: dict, settings: dict, content: dict, resume: bool) -> None:
         before = found["settings"]
         changed = [k for k in settings if settings[k] != before.get(k)]
         if changed:
@@ -77,11 +111,13 @@ class Run:
                 f"{self.directory}: holds another run, with {name}={_show(before.get(name))} where "
                 f"{_show(settings[name])} is asked for; choose another --out"
             )
-        if data != found["data"]:
-            raise GradretError(
-                f"{self.directory}: the training data has changed since this run began; "
-                "restore it, or start again in another --out"
-            )
+        for name, fingerprint in content.items():
+            if fingerprint != found["content"][name]:
+                what = {"data": "training data", "encoder": "encoder to start from"}[name]
+                raise GradretError(
+                    f"{self.directory}: the {what} has changed since this run began; "
+                    "restore it, or start again in another --out"
+                )
         if not resume:
             how = "finished" if self.finished else "unfinished"
             advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
@@ -167,9 +203,12 @@ class Run:
             _put_tensors(encoder, load_file(self.last_checkpoint / "best.safetensors"))
         try:
             encoder.save(self.directory)
+            for file in self.directory.rglob("*"):
+                if file.is_file():
+                    _sync(file)
             self._record["finished"] = True
             replace_json(self.directory / RUN_FILE, self._record)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
 

@@ -82,7 +82,7 @@ def fit(ctx, out, resume, device, as_json, **given):
         stored = read_json(_path(out, "gradret.json")).get("settings")
         if stored is None:
             raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
-        given |= {k: v for k, v in stored.items() if ctx.get_parameter_source(k).name != "COMMANDLINE"}
+        given |= {k: v for k, v in stored.items() if k in given and ctx.get_parameter_source(k).name != "COMMANDLINE"}
     settings = _settings({**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
     result = train(settings, out, resume=resume, device=device)
     document = {
@@ -94,7 +94,7 @@ def fit(ctx, out, resume, device, as_json, **given):
     }
     if as_json:
         click.echo(json.dumps(document))
-    elif result.loss is None:
+    elif result.was_finished:
         click.echo(f"{result.out}: already finished, {result.steps} steps")
     else:
         best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""

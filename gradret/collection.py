@@ -65,7 +65,11 @@ class BeirCollection(Collection):
         self.drop_self = _is_self_retrieving(directory.resolve().name)
         self.qrels = _read_qrels(directory, split)
         queries = directory / "queries.jsonl"
-        self._keep_judged_queries({r["_id"]: r["text"] for r, _ in _read_records(queries, ("_id", "text"))})
+        texts: dict[str, str] = {}
+        for record, _ in _read_records(queries, ("_id", "text")):
+            if texts.setdefault(record["_id"], record["text"]) != record["text"]:
+                raise GradretError(f"{queries}: query id '{record['_id']}' stands for two different queries")
+        self._keep_judged_queries(texts)
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes a document, to find an id used twice

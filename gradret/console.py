@@ -3,9 +3,12 @@
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+SECOND_THOUGHT_S = 2.0
 
 
 def say(line: str) -> None:
@@ -16,7 +19,8 @@ def say(line: str) -> None:
 class StopRequest:
     """Notes SIGINT and SIGTERM while it is entered, so that a loop can end between two steps.
 
-    A second signal interrupts at once, as does the first inside `at_once()`.
+    A second one some seconds later interrupts at once, as does the first inside `at_once()`; while `uninterrupted()`
+    none does.
 
     Attributes:
         signal: the signal's number, None while there was none.
@@ -24,7 +28,8 @@ class StopRequest:
 
     def __init__(self):
         self.signal: int | None = None
-        self._at_once = False
+        self._at_once = self._deaf = False
+        self._heard_s = 0.0
         self._previous: dict = {}
 
     def __enter__(self):
@@ -37,10 +42,21 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        hurry = self._at_once or self.signal is not None
+        # Supervisors send one signal to a process and to its group: what comes at once is no second thought.
+        again = self.signal is not None and time.monotonic() - self._heard_s > SECOND_THOUGHT_S
+        self._heard_s = time.monotonic() if self.signal is None else self._heard_s
         self.signal = number
-        if hurry:
+        if (self._at_once or again) and not self._deaf:
             raise KeyboardInterrupt
+
+    @contextmanager
+    def uninterrupted(self):
+        """A stretch that no signal cuts short."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
 
     @contextmanager
     def at_once(self):

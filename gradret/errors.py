@@ -1,4 +1,4 @@
-"""The one exception that ends a command with a single line."""
+"""The exceptions that end a command with a single line."""
 
 
 class GradretError(Exception):
@@ -6,3 +6,10 @@ class GradretError(Exception):
 
     The message says where, what was expected, what came and what to do.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever is quoted in it
+
+
+class Interrupted(GradretError):
+    """A run ended by SIGINT or SIGTERM after it was saved."""

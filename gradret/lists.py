@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from gradret.errors import GradretError
 
+GRADE_LIMIT = 1000  # 2^grade still fits a float64
 PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
 LIST_KEYS = ("query_id", "query", "passages", "meta")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(slots=True)
@@ -84,8 +86,10 @@ def _parse_passage(record: object, where: str) -> Passage:
     grade = record.get("grade")
     if isinstance(grade, bool) or not isinstance(grade, (int, float)):
         raise GradretError(f"{where}: grade {_quote(grade)} is not a number; write one such as 0, 1, 2 or 3")
-    if not math.isfinite(grade):
-        raise GradretError(f"{where}: grade {_quote(grade)} is not finite; write a number such as 0, 1, 2 or 3")
+    if not (abs(grade) < GRADE_LIMIT):
+        raise GradretError(
+            f"{where}: grade {_quote(grade)} is not a finite number below 1000; write one such as 0, 1, 2 or 3"
+        )
     text = record.get("text")
     if not isinstance(text, str):
         raise GradretError(f"{where}: text {_quote(text)} is not a string")
@@ -125,11 +129,21 @@ def format_list(ranking_list: RankingList) -> str:
 def decode_json(line: bytes, where: str) -> object:
     """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
     try:
-        return json.loads(line.rstrip())
+        record = json.loads(line.rstrip())
     except UnicodeDecodeError as error:
         raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
         raise GradretError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise GradretError(f"{where}: not readable as JSON ({error})") from None
+    if SURROGATE.search(line):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise GradretError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
+            ) from None
+    return record
 
 
 def open_file(path: str | os.PathLike):
@@ -188,6 +202,8 @@ class ListFile(Sequence):
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self._file = open_file(path)
+        if not self._file.seekable():
+            raise GradretError(f"{path}: is a pipe; lists are read by position: save them in a file first")
         size = os.fstat(self._file.fileno()).st_size
         offsets, numbers, ids, keys = (np.zeros(1024, dtype) for dtype in (np.int64, np.int32, np.uint64, np.uint64))
         digest, count, offset = hashlib.blake2b(digest_size=16), 0, 0

@@ -6,13 +6,14 @@ weights themselves, (B, N), >= 0. Each row is normalised to 1.
 """
 
 import inspect
+import math
 from functools import partial
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.ops import Transport, masked_softmax, normalize_mass
+from gradret.ops import Transport, accumulation_dtype, masked_softmax, normalize_mass
 
 
 def wasserstein_loss(
@@ -61,21 +62,28 @@ def gaussian_loss(
     |mean_p - mean_q|^2 + tr C_p + tr C_q - 2 tr (C_p C_q)^1/2, where the last trace is the nuclear norm of
     E_p E_q^T / (B - 1) with E the centred rows: no N x N matrix, no eigenvalues of a product.
 
-    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one a list; at
-        B = 1 the covariances are 0.
+    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one a list: rows
+        without predicted or target mass are no part of it, and for one row the covariances are 0. NaN when a score is.
     Source: SyCL, arXiv 2503.23239, which takes targets="softmax"; the trace after Mathiasen and Hvilshøj,
         arXiv 2009.14075.
     """
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
-    p = masked_softmax(_widen(scores) / temperature, mask)
-    q = normalize_mass(weights.to(p.dtype))
-    mean_term = (p.mean(0) - q.mean(0)).square().sum()
-    e_p, e_q = (p - p.mean(0)).double(), (q - q.mean(0)).double()  # (B, N); singular values want the precision
-    sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
-    # Centring leaves null directions, whose singular vectors are arbitrary: they must not reach the gradient.
+    wide = accumulation_dtype(scores.device)
+    p = masked_softmax(scores.to(wide) / temperature, mask)  # (B, N)
+    q = normalize_mass(weights.to(wide))
+    alive = ((p.sum(-1) != 0) & (q.sum(-1) != 0)).to(wide)[:, None]  # (B, 1)
+    rows = alive.sum().clamp_min(1)
+    mean_p, mean_q = (p * alive).sum(0) / rows, (q * alive).sum(0) / rows  # (N,)
+    e_p, e_q = (p - mean_p) * alive, (q - mean_q) * alive
+    try:
+        sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
+    except torch.linalg.LinAlgError:  # it does not converge on NaN
+        return (p.sum() * torch.nan).to(_result_dtype(scores))
+    # Rows without spread leave null directions, whose singular vectors are arbitrary: keep them out of the gradient.
     sigma = torch.where(sigma > sigma.detach().amax() * 1e-12, sigma, 0)
     traces = e_p.square().sum() + e_q.square().sum() - 2 * sigma.sum()
-    return mean_term + (traces / max(len(p) - 1, 1)).to(p.dtype)
+    value = (mean_p - mean_q).square().sum() + traces / (rows - 1).clamp_min(1)
+    return value.to(_result_dtype(scores))
 
 
 def infonce_loss(
@@ -120,7 +128,8 @@ def kl_loss(
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
     q = normalize_mass(weights.to(logits.dtype))
-    return (torch.xlogy(q, q) - q * logits.log_softmax(-1)).sum(-1).mean()
+    cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # a score of -inf without target mass costs nothing
+    return (torch.xlogy(q, q) - cross).sum(-1).mean()
 
 
 def ranknet_loss(
@@ -138,6 +147,7 @@ def ranknet_loss(
     Source: RankNet, Burges et al. (ICML 2005).
     """
     mask = _check_list(scores, grades, temperature, mask)
+    mask = mask & (scores != -torch.inf)  # pairs with a score of -inf are settled
     logits = (_widen(scores) / temperature).masked_fill(~mask, 0)
     pair = (grades[:, :, None] > grades[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # (B, N, N)
     terms = nnf.softplus(logits[:, None, :] - logits[:, :, None]) * pair
@@ -160,8 +170,12 @@ def make_loss(name: str, *, order: int, temperature: float, targets: str):
     return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
 
 
+def _result_dtype(scores: Tensor) -> torch.dtype:
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
 def _widen(scores: Tensor) -> Tensor:
-    return scores if scores.dtype == torch.float64 else scores.float()
+    return scores.to(_result_dtype(scores))
 
 
 def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
@@ -182,15 +196,17 @@ def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor
 def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor, Tensor]:
     """Unnormalised target mass (B, N), 0 where masked, and the mask."""
     mask = _check_list(scores, grades, temperature, mask)
-    real = grades.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    real = grades.to(torch.float64 if scores.dtype == torch.float64 else torch.float32).masked_fill(~mask, 0)
     if isinstance(targets, Tensor):
         if targets.shape != scores.shape:
             raise ValueError(f"targets must be {tuple(scores.shape)}, got {tuple(targets.shape)}")
         weights = targets.to(real.dtype)
     elif targets == "gain":
-        weights = torch.expm1(real * 0.6931471805599453).clamp_min(0)  # 2^y - 1
+        # 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
+        top = real.amax(-1, keepdim=True).clamp_min(0)
+        weights = (torch.exp2(real - top) * -torch.expm1(-math.log(2) * real)).clamp_min(0)
     elif targets == "softmax":
         weights = masked_softmax(real, mask)
     else:
         raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
-    return weights * mask, mask
+    return weights.masked_fill(~mask, 0), mask

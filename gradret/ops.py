@@ -17,25 +17,25 @@ def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, ord
         order 2: integral of (F^-1(u) - G^-1(u))^2 over [0, 1],  t_i = 2 g_i (G^-1(F_i) - (v_i + v_{i+1}) / 2)
 
     d loss / d s_i = p_i c_i / temperature, where c is the potential phi_l = sum_{i >= l} t_i less its mean
-    under p. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i:
-    only sums of like terms, so nothing cancels when p has saturated.
+    under p. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i,
+    which does not cancel as phi_l - sum_k P_k phi_k does when p has saturated.
 
     Args:
-        scores: (B, N) float; the result has its dtype, half types are computed in float32.
+        scores: (B, N) float; the sums are made in float64 where the device has it.
         grades: (B, N) real.
         weights: (B, N) unnormalised target mass, >= 0.
         mask: (B, N) bool, True where a document exists.
         order: 1 or 2.
         temperature: > 0, in units of score.
 
-    Returns: loss (B,) and gradient (B, N) with respect to scores. A list without predicted or target mass has
-        loss 0 and gradient 0.
+    Returns: loss (B,), float64 for float64 scores, else float32, and its gradient (B, N) with respect to scores, in
+        their dtype. A list without predicted or target mass has loss 0 and gradient 0.
     Source: Peyré and Cuturi, Computational Optimal Transport (2019), section 2.6.
     """
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(scores.device)
     p = masked_softmax(scores.to(dtype) / temperature, mask)  # (B, N)
-    q = normalize_mass(weights.to(dtype) * mask)  # (B, N)
-    alive = ((p.sum(-1) > 0) & (q.sum(-1) > 0)).to(dtype)  # (B,)
+    q = normalize_mass(weights.to(dtype).masked_fill(~mask, 0))  # (B, N)
+    alive = (p.sum(-1) != 0) & (q.sum(-1) != 0)  # (B,); NaN is alive, so that it shows
 
     # An absent document goes to the top of its list's grades, where it has no mass and its gap is 0.
     grades = grades.to(dtype)
@@ -44,6 +44,8 @@ def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, ord
     v, by_grade = grades.sort(-1)
     p_sorted, q_sorted = p.gather(-1, by_grade), q.gather(-1, by_grade)
     F, G = p_sorted.cumsum(-1), q_sorted.cumsum(-1)
+    # What differs by the rounding of the sums alone is equal: at p = q the subgradient is 0.
+    F = torch.where((F - G).abs() <= 8 * torch.finfo(dtype).eps * torch.maximum(F, G), G, F)
     S = p_sorted.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # S[:, i]: mass above gap i
     gaps = v.diff()  # (B, N - 1)
 
@@ -62,9 +64,13 @@ def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, ord
     c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
     gradient = torch.zeros_like(p).scatter(-1, by_grade, p_sorted * c) / temperature
     # p and q are 0 in a list without mass, but the quantiles of nothing are not.
-    return (loss * alive).to(scores.dtype if dtype == torch.float64 else dtype), (gradient * alive[:, None]).to(
-        scores.dtype
-    )
+    loss = torch.where(alive, loss, 0).to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    return loss, torch.where(alive[:, None], gradient, 0).to(scores.dtype)
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """float64, but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:

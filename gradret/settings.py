@@ -79,6 +79,11 @@ class FitSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value!r}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or above, got {self.seed!r}")
         for name in (
             "temperature",
             "epochs",
@@ -88,8 +93,8 @@ class FitSettings:
             "dev_every",
             "checkpoint_every",
         ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
 
     @property
     def encoder_options(self) -> dict:

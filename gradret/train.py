@@ -16,7 +16,7 @@ from gradret.checkpoint import Run, RunState, step_name
 from gradret.collection import Collection
 from gradret.console import StopRequest, say
 from gradret.encoder import Encoder, autocast, load
-from gradret.errors import GradretError
+from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import evaluate, parse_measures
 from gradret.lists import RankingList, hash64, query_words
 from gradret.losses import make_loss
@@ -27,7 +27,10 @@ from gradret.sources import open_collection, parse_source
 
 @dataclass(frozen=True)
 class FitResult:
-    """What fit() leaves: the encoder's directory, steps done, the last loss, the best dev value and its step."""
+    """What fit() leaves: the encoder's directory, steps done, the last loss, the best dev value and its step.
+
+    was_finished: the run had already ended, and nothing was done.
+    """
 
     out: Path
     steps: int
@@ -35,6 +38,7 @@ class FitResult:
     dev: float | None
     dev_step: int | None
     seconds: float
+    was_finished: bool = False
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -89,18 +93,21 @@ def fit(
     queries = {query_words(text) for collection in measured for text in collection.queries.values()}
     summary = check_lists(lists, refuse_negative=settings.takes_gain, exclude=queries)
     encoder = load(settings.model, device=device, **settings.encoder_options)
-    run = Run(out, _as_json(settings), lists.fingerprint, resume=resume)
-    steps = count_steps(settings, len(summary.kept))
-    if run.finished:
-        return FitResult(Path(out), steps, None, None, None, 0.0)
-    optimizer = make_optimizer(encoder, settings.weight_decay)
-    state = run.restore(encoder, optimizer)
-    say(f"data: {summary}" + _tell_collisions(lists))
-    say(f"fit: {settings.loss}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
-    trainer = _Trainer(settings, encoder, optimizer, run, state, steps, lists, summary, dev, progress)
-    loss = trainer.loop()
-    run.finish(encoder, state)
-    return FitResult(Path(out), steps, loss, state.best, state.best_step, time.monotonic() - began)
+    run = Run(out, _as_json(settings), {"data": lists.fingerprint, "encoder": encoder.fingerprint()}, resume=resume)
+    try:
+        steps = count_steps(settings, len(summary.kept))
+        if run.finished:
+            return FitResult(Path(out), steps, run.last_loss(), None, None, 0.0, was_finished=True)
+        optimizer = make_optimizer(encoder, settings.weight_decay)
+        state = run.restore(encoder, optimizer)
+        say(f"data: {summary}" + _tell_collisions(lists))
+        say(f"fit: {settings.loss}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
+        trainer = _Trainer(settings, encoder, optimizer, run, state, steps, lists, summary, dev, progress)
+        trainer.loop()
+        run.finish(encoder, state)
+        return FitResult(Path(out), steps, run.last_loss(), state.best, state.best_step, time.monotonic() - began)
+    finally:
+        run.close()
 
 
 @dataclass
@@ -124,9 +131,9 @@ class _Trainer:
             self.floor = min(0.0, self.summary.lowest) if s.in_batch_grade is None else s.in_batch_grade
         self.precision = choose_precision(s.precision, self.encoder.device)
 
-    def loop(self) -> float | None:
-        """Steps until the end; the last step's loss, None if none was left."""
-        state, loss = self.state, None
+    def loop(self) -> None:
+        """Steps until the end."""
+        state = self.state
         quiet = None if self.progress else True
         with (
             StopRequest() as stop,
@@ -136,10 +143,11 @@ class _Trainer:
                 if self.dev_due() and state.dev_step != state.step and stop.signal is None:
                     self.measure_dev(stop)
                 if stop.signal is not None:
-                    self.interrupt(stop.signal)
+                    with stop.uninterrupted():
+                        self.interrupt(stop.signal)
                 if state.step == self.steps:
-                    return loss
-                loss = self.train_step(bar)
+                    return
+                self.train_step(bar)
                 if state.step % self.settings.checkpoint_every == 0 and state.step < self.steps and not self.dev_due():
                     self.run.save_checkpoint(self.encoder, self.optimizer, state)
 
@@ -147,7 +155,7 @@ class _Trainer:
         step = self.state.step
         return self.dev is not None and (step % self.settings.dev_every == 0 or step == self.steps)
 
-    def train_step(self, bar: tqdm) -> float:
+    def train_step(self, bar: tqdm) -> None:
         s, state = self.settings, self.state
         began = time.perf_counter()
         # Dropout depends on seed and step alone, so a resumed run repeats it without saved generator states.
@@ -183,7 +191,6 @@ class _Trainer:
             f"loss {total:.4f}, lr {rate:.1e}, {passages / step_ms * 1000:.0f} passages/s", refresh=False
         )
         bar.update()
-        return total
 
     def measure_dev(self, stop: StopRequest) -> None:
         """Measure the dev collection, keep the model if it is the best, and checkpoint."""
@@ -198,8 +205,9 @@ class _Trainer:
         state.dev_step = state.step
         if state.best is None or value > state.best:
             state.best, state.best_step = value, state.step
-        self.run.save_checkpoint(self.encoder, self.optimizer, state)
+        # The line first: without the checkpoint it is dropped and measured again, the other way round it is lost.
         self.run.append("dev.jsonl", {"step": state.step, s.dev_measure: value})
+        self.run.save_checkpoint(self.encoder, self.optimizer, state)
         say(f"step {state.step}: dev {s.dev_measure} {value:.4f}, best {state.best:.4f} at step {state.best_step}")
 
     def not_finite(self, what: str, value: float, query_ids: list[str]) -> GradretError:
@@ -214,7 +222,7 @@ class _Trainer:
         """Checkpoint and end."""
         if self.run.last_checkpoint is None or self.run.last_checkpoint.name != step_name(self.state.step):
             self.run.save_checkpoint(self.encoder, self.optimizer, self.state)
-        raise GradretError(
+        raise Interrupted(
             f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.steps}, all saved; "
             f"continue with: gradret fit --out {self.run.directory} --resume"
         )

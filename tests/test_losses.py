@@ -121,8 +121,7 @@ def test_lists_without_mass_are_zero_and_get_no_gradient(name):
     value = CALLS[name](scores, grades, mask=mask)
     value.backward()
     assert value.item() == pytest.approx(CALLS[name](scores[2:], grades[2:]).item() / 3, rel=1e-6)
-    if name != "kl":  # whose target without mass is no target, but whose p is still there
-        assert (scores.grad[0] == 0).all()
+    assert (scores.grad[0] == 0).all()
     assert (scores.grad[1] == 0).all()
     assert scores.grad.isfinite().all()
 
@@ -284,3 +283,72 @@ def test_infonce_and_ranknet_take_real_grades_and_no_targets():
     scores, grades = torch.zeros(1, 3), torch.tensor([[2.5, 2.4, 0.0]])
     assert infonce_loss(scores, grades).item() == pytest.approx(math.log(3))
     assert ranknet_loss(scores, grades).item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_masked_positions_do_not_exist_whatever_they_hold(name):
+    torch.manual_seed(8)
+    scores, grades = torch.randn(3, 5, **F64), torch.randint(0, 4, (3, 5)).double()
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[:, 5:] = False
+    padding = torch.tensor([[math.nan, math.inf]] * 3, **F64)
+    wide = torch.cat([scores, padding], 1).requires_grad_()
+    value = CALLS[name](wide, torch.cat([grades, padding.flip(1)], 1), mask=mask)
+    torch.testing.assert_close(value, CALLS[name](scores, grades))
+    value.backward()
+    assert wide.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_grades_whose_gain_would_overflow(order):
+    scores = torch.tensor([[1.0, 0.0, 2.0]])
+    grades = torch.tensor([[200.0, 1.0, 0.0]])
+    # all target mass is on the first document, up to 2^-199
+    p = torch.softmax(scores[0].double(), 0)
+    expected = (p[1] * 199**order + p[2] * 200**order).item()
+    assert wasserstein_loss(scores, grades, order=order).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_score_that_is_nan_shows_in_the_loss(name):
+    scores = torch.randn(3, 4)
+    scores[1, 2] = math.nan
+    assert CALLS[name](scores, torch.tensor([[3, 2, 1, 0]] * 3)).isnan()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_score_of_minus_infinity_without_target_mass_is_no_nan(name):
+    scores = torch.tensor([[1.0, 0.5, -math.inf], [0.0, 1.0, 2.0]], requires_grad=True)
+    value = CALLS[name](scores, torch.tensor([[3, 1, 0], [2, 1, 0]]))
+    value.backward()
+    assert value.isfinite()
+    assert scores.grad.isfinite().all()
+
+
+def test_gaussian_leaves_out_rows_without_mass_and_null_directions():
+    torch.manual_seed(9)
+    scores, grades = torch.randn(3, 4, **F64), torch.tensor([[3, 2, 1, 0], [0, 1, 3, 0], [2, 0, 0, 1]])
+    more = torch.cat([scores, torch.randn(2, 4, **F64)]).requires_grad_()
+    mask = torch.tensor([[True] * 4] * 4 + [[False] * 4])
+    value = gaussian_loss(more, torch.cat([grades, torch.zeros(2, 4, dtype=torch.int64)]), mask=mask)
+    torch.testing.assert_close(value, gaussian_loss(scores, grades))
+    value.backward()
+    assert (more.grad[3:] == 0).all()
+    # Equal rows: no spread of p, so only the means pull.
+    equal = torch.zeros(3, 4, **F64, requires_grad=True)
+    found = torch.autograd.grad(gaussian_loss(equal, grades), equal)[0]
+    q = (torch.exp2(grades.double()) - 1) / (torch.exp2(grades.double()) - 1).sum(1, keepdim=True)
+    means = (torch.softmax(equal, 1).mean(0) - q.mean(0)).square().sum()
+    torch.testing.assert_close(found, torch.autograd.grad(means, equal)[0])
+
+
+def test_float32_gradients_hold_where_the_potential_changes_sign():
+    torch.manual_seed(10)
+    scores, grades = torch.randn(300, 50, **F64) * 10, torch.randint(0, 4, (300, 50))
+    for order in (1, 2):
+        gradients = []
+        for dtype in (torch.float64, torch.float32):
+            s = scores.float().to(dtype).requires_grad_()
+            gradients.append(torch.autograd.grad(wasserstein_loss(s, grades, order=order), s)[0].double())
+        worst = ((gradients[1] - gradients[0]).abs().amax(1) / gradients[0].abs().amax(1)).max()
+        assert worst < 1e-6

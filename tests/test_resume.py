@@ -1,7 +1,9 @@
 """Interruptions: SIGKILL, SIGINT and SIGTERM in real processes, full disks, directories that are taken."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,7 +191,7 @@ def test_a_directory_that_is_taken(tiny_encoder, tmp_path):
         assert str(error.value) == (
             f'{out}: holds another run, with loss="wasserstein" where "infonce" is asked for; choose another --out'
         )
-    assert fit(settings, out, resume=True).loss is None  # nothing left to do
+    assert fit(settings, out, resume=True).was_finished
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     (tmp_path / "things").mkdir()
     (tmp_path / "things" / "file").touch()
@@ -206,4 +208,32 @@ def test_changed_data_are_noticed(tiny_encoder, tmp_path):
     fit(settings, tmp_path / "out")
     data.write_text(data.read_text().replace("bread", "rolls"))
     with pytest.raises(GradretError, match="the training data has changed since this run began"):
+        fit(settings, tmp_path / "out", resume=True)
+
+
+def test_two_runs_may_not_share_a_directory(tiny_encoder, tmp_path):
+    settings, out = FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out"
+    fit(FitSettings(model=str(tiny_encoder), **SMALL), out)
+    held = os.open(out, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(GradretError, match="out: another process is training here; wait for it or stop it"):
+        fit(settings, out, resume=True)
+    os.close(held)
+    assert fit(settings, out, resume=True).was_finished
+
+
+def test_killed_while_claiming_the_directory(tiny_encoder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gradret.part").write_text("{")
+    assert fit(FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out").steps == 6
+
+
+def test_a_changed_encoder_is_noticed(tiny_encoder, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_encoder, model)
+    settings = FitSettings(model=str(model), **SMALL)
+    fit(settings, tmp_path / "out")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    with pytest.raises(GradretError, match="the encoder to start from has changed since this run began"):
         fit(settings, tmp_path / "out", resume=True)

@@ -188,7 +188,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeyp
 def test_wrong_settings():
     with pytest.raises(ValueError, match="loss must be one of"):
         FitSettings(loss="hinge")
-    with pytest.raises(ValueError, match="epochs must be above 0 and finite, got 0"):
+    with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
         FitSettings(epochs=0)
 
 
@@ -217,3 +217,44 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         for name, data in (("large", path), ("small", "sample"))
     ]  # fmt: skip
     assert peaks[0] - peaks[1] < 600
+
+
+def small(tiny_encoder, **more) -> FitSettings:
+    return FitSettings(**{"model": str(tiny_encoder), "batch_lists": 4, "max_steps": 1, "precision": "float32", **more})
+
+
+def test_gradients_are_clipped(tiny_encoder, tmp_path, monkeypatch):
+    norms = []
+    step = torch.optim.AdamW.step
+
+    def record(self, *args, **kwargs):
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.stack([g.norm() for g in grads]).norm().item())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    fit(small(tiny_encoder, clip=0.01), tmp_path / "clipped")
+    fit(small(tiny_encoder, clip=0), tmp_path / "free")
+    recorded = json.loads((tmp_path / "clipped" / "metrics.jsonl").read_text())["gradient_norm"]
+    assert norms == [pytest.approx(0.01, rel=1e-3), pytest.approx(recorded, rel=1e-4)]
+    assert recorded > 0.02
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_loss", lambda *a, **k: lambda scores, grades, mask=None: (scores * 0).sqrt().sum())
+    with pytest.raises(
+        GradretError, match=r"^step 1: gradient norm is nan; lists: sample-.*; last good checkpoint: none;"
+    ):
+        fit(small(tiny_encoder), tmp_path / "out")
+
+
+def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
+    found = [fit(small(tiny_encoder, precision=p), tmp_path / p).loss for p in ("float32", "bfloat16")]
+    assert found[0] != found[1]
+    assert found[1] == pytest.approx(found[0], rel=0.05)
+
+
+@pytest.mark.parametrize("field", ["temperature", "epochs", "clip", "warmup", "weight_decay", "in_batch_grade"])
+def test_settings_are_finite(field):
+    with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
+        FitSettings(**{field: math.nan})
