@@ -4,11 +4,13 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 import click
 
 from gradret import __version__
 from gradret.errors import GradretError
+from gradret.files import check_writable, read_json, write_json
 from gradret.options import BUDGET_OPTIONS, DEFAULTS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, option
 from gradret.settings import LOSS_NAMES, PRECISIONS, FitSettings
 
@@ -74,12 +76,11 @@ def fit(ctx, out, resume, device, as_json, **given):
     gradret fit --data lists.jsonl --out model
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
-    from gradret.files import read_json
     from gradret.train import fit as train
 
     given["data"] = given["data"] or DEFAULTS.data
     if resume:  # settings come from the run; what was spelled out must agree with it
-        stored = read_json(_path(out, "gradret.json")).get("settings")
+        stored = read_json(Path(out, "gradret.json")).get("settings")
         if stored is None:
             raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
         given |= {k: v for k, v in stored.items() if k in given and ctx.get_parameter_source(k).name != "COMMANDLINE"}
@@ -148,7 +149,6 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
     require_bench_extra()
     from gradret.bench import measure_quality, parse_loss
     from gradret.evaluation import split_measures
-    from gradret.files import write_json
 
     names = losses.split(",")
     try:
@@ -162,7 +162,7 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
     except OSError as error:
         raise GradretError(f"{out}: can not be written ({error.strerror})") from error
     for name in ("quality.json", "quality.png"):
-        _check_writable(_path(out, name))
+        check_writable(Path(out, name))
     result = {"command": _command()} | measure_quality(
         _settings(given),
         losses=names,
@@ -171,8 +171,8 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
         measures=split_measures(measures),
         device=device,
     )
-    write_json(_path(out, "quality.json"), result)
-    draw_quality(result, _path(out, "quality.png"))
+    write_json(Path(out, "quality.json"), result)
+    draw_quality(result, Path(out, "quality.png"))
     click.echo(json.dumps(result) if as_json else format_quality(result))
     click.echo(f"written: {out}/quality.json, {out}/quality.png", err=True)
 
@@ -237,7 +237,7 @@ def evaluate_command(
 
     names = list(parse_measures(split_measures(measures), depth))
     if run_file:
-        _check_writable(run_file)
+        check_writable(run_file)
     flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}
     source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
     collection = open_collection(source)
@@ -252,7 +252,7 @@ def evaluate_command(
         collection,
         measures=names,
         depth=depth,
-        cache=_path(cache) if cache else default_cache(),
+        cache=Path(cache) if cache else default_cache(),
         batch_size=batch_size,
         precision=precision,
     )
@@ -286,21 +286,3 @@ def _settings(given: dict) -> FitSettings:
 
 def _command() -> str:
     return shlex.join(["gradret", *sys.argv[1:]])
-
-
-def _check_writable(path) -> None:
-    """Refuse before the work what could not be written after it."""
-    try:
-        new = not os.path.exists(path)
-        with open(path, "ab"):
-            pass
-        if new:
-            os.unlink(path)
-    except OSError as error:
-        raise GradretError(f"{path}: can not be written ({error.strerror})") from None
-
-
-def _path(*parts: str):
-    from pathlib import Path
-
-    return Path(*parts)

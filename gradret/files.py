@@ -1,4 +1,4 @@
-"""Small JSON files: read, written, and replaced in one piece."""
+"""Small files: JSON read, written, replaced in one piece; whether a path can be written."""
 
 import json
 import os
@@ -25,3 +25,15 @@ def replace_json(path: Path, content: object) -> None:
     part = path.with_suffix(".part")
     write_json(part, content)
     os.replace(part, path)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse before the work what could not be written after it. Raises: GradretError."""
+    try:
+        new = not os.path.exists(path)
+        with open(path, "ab"):
+            pass
+        if new:
+            os.unlink(path)
+    except OSError as error:
+        raise GradretError(f"{path}: can not be written ({error.strerror})") from None
