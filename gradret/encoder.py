@@ -260,7 +260,7 @@ def _check_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device or default_device())
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise GradretError(f"device '{device}' is not there ({str(error).splitlines()[0]})") from None
     return found
 
