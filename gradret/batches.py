@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -20,11 +21,15 @@ def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
     place = step * size
     while len(positions) < size:
         epoch, start = divmod(place, count)
-        order = np.random.default_rng([seed, epoch]).permutation(count)
-        part = order[start : start + size - len(positions)].tolist()
+        part = _epoch_order(count, seed, epoch)[start : start + size - len(positions)].tolist()
         positions += part
         place += len(part)
     return positions
+
+
+@lru_cache(maxsize=2)  # a step touches one epoch, or two where they meet
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.ops import Transport, accumulation_dtype, masked_softmax, normalize_mass
+from gradret.ops import Transport, accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 
 
 def wasserstein_loss(
@@ -78,12 +78,12 @@ def gaussian_loss(
     try:
         sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
     except torch.linalg.LinAlgError:  # it does not converge on NaN
-        return (p.sum() * torch.nan).to(_result_dtype(scores))
+        return (p.sum() * torch.nan).to(result_dtype(scores))
     # Rows without spread leave null directions, whose singular vectors are arbitrary: keep them out of the gradient.
     sigma = torch.where(sigma > sigma.detach().amax() * 1e-12, sigma, 0)
     traces = e_p.square().sum() + e_q.square().sum() - 2 * sigma.sum()
     value = (mean_p - mean_q).square().sum() + traces / (rows - 1).clamp_min(1)
-    return value.to(_result_dtype(scores))
+    return value.to(result_dtype(scores))
 
 
 def infonce_loss(
@@ -170,12 +170,8 @@ def make_loss(name: str, *, order: int, temperature: float, targets: str):
     return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
 
 
-def _result_dtype(scores: Tensor) -> torch.dtype:
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
-
-
 def _widen(scores: Tensor) -> Tensor:
-    return scores.to(_result_dtype(scores))
+    return scores.to(result_dtype(scores))
 
 
 def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
@@ -196,7 +192,7 @@ def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor
 def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor, Tensor]:
     """Unnormalised target mass (B, N), 0 where masked, and the mask."""
     mask = _check_list(scores, grades, temperature, mask)
-    real = grades.to(torch.float64 if scores.dtype == torch.float64 else torch.float32).masked_fill(~mask, 0)
+    real = grades.to(result_dtype(scores)).masked_fill(~mask, 0)
     if isinstance(targets, Tensor):
         if targets.shape != scores.shape:
             raise ValueError(f"targets must be {tuple(scores.shape)}, got {tuple(targets.shape)}")

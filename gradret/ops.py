@@ -64,13 +64,18 @@ def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, ord
     c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
     gradient = torch.zeros_like(p).scatter(-1, by_grade, p_sorted * c) / temperature
     # p and q are 0 in a list without mass, but the quantiles of nothing are not.
-    loss = torch.where(alive, loss, 0).to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    loss = torch.where(alive, loss, 0).to(result_dtype(scores))
     return loss, torch.where(alive[:, None], gradient, 0).to(scores.dtype)
 
 
 def accumulation_dtype(device: torch.device) -> torch.dtype:
     """float64, but on MPS, which has none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def result_dtype(scores: Tensor) -> torch.dtype:
+    """What a loss of these scores comes in: float64 for float64, else float32."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
 
 
 def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:

@@ -171,7 +171,7 @@ class _Trainer:
         ):
             loss = batch_loss(self.encoder, batch, self.loss, self.floor, self.precision)
             (loss / s.accumulate).backward()
-            total += loss.item() / s.accumulate  # the step's one wait for the device
+            total += loss.item() / s.accumulate  # waits for the device, as the gradient norm does below
             passages += len(batch.documents)
             query_ids += batch.query_ids
             if not math.isfinite(total):
@@ -201,7 +201,7 @@ class _Trainer:
             )
         if result is None:  # stopped: measured again when the run is resumed
             return
-        value = result.measures[s.dev_measure]
+        (value,) = result.measures.values()  # under its canonical name, which may be another than the setting's
         state.dev_step = state.step
         if state.best is None or value > state.best:
             state.best, state.best_step = value, state.step

@@ -258,3 +258,9 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
 def test_settings_are_finite(field):
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
         FitSettings(**{field: math.nan})
+
+
+def test_dev_may_be_measured_under_another_name(tiny_encoder, tmp_path):
+    settings = small(tiny_encoder, data=("sample?queries=odd",), dev="sample?queries=even", dev_measure="MRR@10")
+    assert fit(settings, tmp_path / "out").dev > 0
+    assert all("MRR@10" in line for line in (tmp_path / "out" / "dev.jsonl").read_text().splitlines())
