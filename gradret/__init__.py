@@ -13,6 +13,8 @@ _HOMES = {
     "RankingList": "lists",
     "read_lists": "lists",
     "write_lists": "lists",
+    "PreparedGrades": "grades",
+    "prepare_grades": "grades",
     "wasserstein_loss": "losses",
     "gaussian_loss": "losses",
     "infonce_loss": "losses",

@@ -6,47 +6,61 @@ weights themselves, (B, N), >= 0. Each row is normalised to 1.
 """
 
 import inspect
-import math
 from functools import partial
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.ops import Transport, accumulation_dtype, masked_softmax, normalize_mass, result_dtype
+from gradret.grades import PreparedGrades, check_grades, target_weights
+from gradret.ops import Transport
+from gradret.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 
 
 def wasserstein_loss(
     scores: Tensor,
-    grades: Tensor,
+    grades: Tensor | PreparedGrades,
     *,
     order: int = 1,
     temperature: float = 1.0,
     targets: str | Tensor = "gain",
     mask: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Mean exact W_p^p, along the grade axis, between predicted and target relevance mass.
 
     p = softmax(scores / temperature) and q = targets, over each row; mass at a document sits at its grade.
 
     Args:
-        scores: (B, N) float; higher ranks earlier.
-        grades: (B, N) real, same device; needs no gradient.
+        scores: (B, N) float; higher ranks earlier. Never written.
+        grades: (B, N) real, same device; needs no gradient. Or what prepare_grades made of grades, targets and mask.
         order: 1 or 2, the p of W_p^p; the unit of the result is grade^order.
         temperature: > 0, in units of score.
         targets: "gain", "softmax", or weights (B, N).
         mask: (B, N) bool, True where a document exists; None for all.
+        reduction: "mean" or "sum" over lists, or "none".
 
-    Returns: scalar, float64 for float64 scores, else float32. A row without target mass counts as 0 and gets
-        no gradient.
-    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0 or targets are unknown.
+    Returns: scalar, or (B,) for "none"; float64 for float64 scores, else float32. A row without target mass counts as
+        0 and gets no gradient.
+    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets or reduction are unknown.
+        RuntimeError when the gradient is differentiated again.
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
-    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
-    return Transport.apply(scores, grades, weights, mask, order, temperature).mean()
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    _check_scores(scores, grades.shape, temperature)
+    weights = name = None
+    if not isinstance(grades, PreparedGrades):
+        mask, weights, name = check_grades(grades, targets, mask)
+    elif mask is not None or targets != "gain":
+        raise ValueError("targets and mask are part of prepared grades: give them to prepare_grades")
+    for other, what in ((grades, "grades"), (mask, "mask"), (weights, "targets")):
+        if other is not None and other.device != scores.device:
+            raise ValueError(f"{what} must be on the scores' device, {scores.device}; got {other.device}")
+    return Transport.apply(scores, grades, mask, weights, name, order, float(temperature), reduction)
 
 
 def gaussian_loss(
@@ -174,35 +188,29 @@ def _widen(scores: Tensor) -> Tensor:
     return scores.to(result_dtype(scores))
 
 
-def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    if scores.dim() != 2 or scores.shape != grades.shape or not scores.is_floating_point():
+def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None:
+    if scores.dim() != 2 or scores.shape != shape or not scores.is_floating_point():
         raise ValueError(
             "scores and grades must both be (B, N), scores floating point; "
-            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(grades.shape)}"
+            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(shape)}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
-    if mask is None:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if mask.shape != scores.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool {tuple(scores.shape)}, got {mask.dtype} {tuple(mask.shape)}")
-    return mask
+
+
+def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    _check_scores(scores, grades.shape, temperature)
+    check_grades(grades, "gain", mask)
+    return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
 
 
 def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor, Tensor]:
     """Unnormalised target mass (B, N), 0 where masked, and the mask."""
     mask = _check_list(scores, grades, temperature, mask)
-    real = grades.to(result_dtype(scores)).masked_fill(~mask, 0)
-    if isinstance(targets, Tensor):
-        if targets.shape != scores.shape:
-            raise ValueError(f"targets must be {tuple(scores.shape)}, got {tuple(targets.shape)}")
-        weights = targets.to(real.dtype)
-    elif targets == "gain":
-        # 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
-        top = real.amax(-1, keepdim=True).clamp_min(0)
-        weights = (torch.exp2(real - top) * -torch.expm1(-math.log(2) * real)).clamp_min(0)
-    elif targets == "softmax":
-        weights = masked_softmax(real, mask)
-    else:
-        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
-    return weights.masked_fill(~mask, 0), mask
+    _, weights, name = check_grades(grades, targets, mask)
+    dtype = result_dtype(scores)
+    if weights is None:
+        real = grades.to(dtype).masked_fill(~mask, -torch.inf)
+        top = real.amax(-1, keepdim=True)
+        weights = target_weights(real.masked_fill(~mask, 0), name, torch.where(top == -torch.inf, 0, top))
+    return weights.to(dtype).masked_fill(~mask, 0), mask

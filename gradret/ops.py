@@ -1,122 +1,178 @@
-"""The list-wise transport operator in pure PyTorch: loss and gradient of each list in one pass.
-
-For real-valued grades: sort each list by grade, then take prefix sums.
-"""
+"""The list-wise transport operator: dispatch to a kernel, autograd, and its registration for torch.compile."""
 
 import torch
 from torch import Tensor
 
+from gradret import reference
+from gradret.grades import PreparedGrades, Tables, make_tables
+from gradret.kernels import backend, compiled, current_stream
+from gradret.reference import result_dtype
 
-def transport(scores: Tensor, grades: Tensor, weights: Tensor, mask: Tensor, order: int, temperature: float):
-    """W_p^p between predicted and target mass along the grade axis, and its gradient, list by list.
+_SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Whether backward() was called with retain_graph=True; where PyTorch does not say, assume that it was.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+TWICE = "wasserstein_loss gives first derivatives only: its gradient can not be differentiated again"
 
-    With the list sorted by grade v, p = softmax(scores / temperature), q = weights / sum, prefix sums F of p
-    and G of q, and gaps g_i = v_{i+1} - v_i:
 
-        order 1: sum g_i |F_i - G_i|,                            t_i = g_i sgn(F_i - G_i)
-        order 2: integral of (F^-1(u) - G^-1(u))^2 over [0, 1],  t_i = 2 g_i (G^-1(F_i) - (v_i + v_{i+1}) / 2)
+def transport(
+    scores: Tensor, tables: Tables, order: int, temperature: float, reduction: str, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss and its gradient (B, N), None if not needed, by the path that serves the device.
 
-    d loss / d s_i = p_i c_i / temperature, where c is the potential phi_l = sum_{i >= l} t_i less its mean
-    under p. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i,
-    which does not cancel as phi_l - sum_k P_k phi_k does when p has saturated.
-
-    Args:
-        scores: (B, N) float; the sums are made in float64 where the device has it.
-        grades: (B, N) real.
-        weights: (B, N) unnormalised target mass, >= 0.
-        mask: (B, N) bool, True where a document exists.
-        order: 1 or 2.
-        temperature: > 0, in units of score.
-
-    Returns: loss (B,), float64 for float64 scores, else float32, and its gradient (B, N) with respect to scores, in
-        their dtype. A list without predicted or target mass has loss 0 and gradient 0.
-    Source: Peyré and Cuturi, Computational Optimal Transport (2019), section 2.6.
+    See gradret.reference.transport for the formulas, arguments and results.
     """
-    dtype = accumulation_dtype(scores.device)
-    p = masked_softmax(scores.to(dtype) / temperature, mask)  # (B, N)
-    q = normalize_mass(weights.to(dtype).masked_fill(~mask, 0))  # (B, N)
-    alive = (p.sum(-1) != 0) & (q.sum(-1) != 0)  # (B,); NaN is alive, so that it shows
-
-    # An absent document goes to the top of its list's grades, where it has no mass and its gap is 0.
-    grades = grades.to(dtype)
-    top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    grades = torch.where(mask, grades, torch.where(top.isfinite(), top, 0))
-    v, by_grade = grades.sort(-1)
-    p_sorted, q_sorted = p.gather(-1, by_grade), q.gather(-1, by_grade)
-    F, G = p_sorted.cumsum(-1), q_sorted.cumsum(-1)
-    # What differs by the rounding of the sums alone is equal: at p = q the subgradient is 0.
-    F = torch.where((F - G).abs() <= 8 * torch.finfo(dtype).eps * torch.maximum(F, G), G, F)
-    S = p_sorted.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # S[:, i]: mass above gap i
-    gaps = v.diff()  # (B, N - 1)
-
-    if order == 1:
-        difference = (F - G)[:, :-1]
-        loss = (gaps * difference.abs()).sum(-1)
-        t = gaps * difference.sign()
+    device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
+    path = backend(device)
+    scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
+    if path == "torch" or (path == "cuda" and dtype == torch.float64):
+        loss, gradient = reference.transport(scores, tables, order, temperature, scale)
+        return _reduce(loss, reduction), gradient if needs_gradient else None
+    if path == "cpu" and dtype == torch.float16:
+        loss, gradient = transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
+        return loss, None if gradient is None else gradient.half()
+    if scores.stride(1) != 1 and columns > 1:
+        scores = scores.contiguous()
+    in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
+    loss = torch.empty(() if in_kernel else rows, dtype=result_dtype(scores), device=device)
+    gradient = torch.empty((rows, columns), dtype=dtype, device=device) if needs_gradient else None
+    arguments = (
+        scores.data_ptr(),
+        _SCALAR_CODES[dtype],
+        rows,
+        columns,
+        scores.stride(0),
+        *tables.pointers,
+        order,
+        temperature,
+        scale,
+        loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+    )
+    if path == "cpu":
+        compiled.transport_cpu(torch.get_num_threads(), scale if in_kernel else 0.0, *arguments)
     else:
-        loss = _quantile_loss(F, G, v)
-        # On an exact tie of F with a step of G the quantile jumps: take the mean of its two limits.
-        middle = (_quantile(G, F, v, right=False) + _quantile(G, F, v, right=True))[:, :-1] / 2
-        t = 2 * gaps * (middle - (v[:, :-1] + v[:, 1:]) / 2)
-
-    c = torch.zeros_like(p)
-    c[:, 1:] -= (t * F[:, :-1]).cumsum(-1)
-    c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
-    gradient = torch.zeros_like(p).scatter(-1, by_grade, p_sorted * c) / temperature
-    # p and q are 0 in a list without mass, but the quantiles of nothing are not.
-    loss = torch.where(alive, loss, 0).to(result_dtype(scores))
-    return loss, torch.where(alive[:, None], gradient, 0).to(scores.dtype)
+        scratch = torch.empty(compiled.transport_scratch_bytes(*arguments), dtype=torch.uint8, device=device)
+        compiled.transport_cuda(device.index, current_stream(device), scratch.data_ptr(), *arguments)
+    return loss if in_kernel else _reduce(loss, reduction), gradient
 
 
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """float64, but on MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-def result_dtype(scores: Tensor) -> torch.dtype:
-    """What a loss of these scores comes in: float64 for float64, else float32."""
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient (B, N) times factor, () or (B,). In place, and for nothing where it is 1, once nobody else needs it."""
+    path = backend(gradient.device)
+    if _graph_is_kept() or path == "torch" or gradient.dtype == torch.float64:
+        return (gradient * (factor[:, None] if factor.dim() else factor)).to(gradient.dtype)
+    if path == "cuda":
+        factor = factor.float().contiguous()
+        compiled.scale_gradient(
+            gradient.device.index,
+            current_stream(gradient.device),
+            gradient.data_ptr(),
+            _SCALAR_CODES[gradient.dtype],
+            *gradient.shape,
+            factor.data_ptr(),
+            factor.dim() == 1,
+        )
+        return gradient
+    if factor.dim():
+        return gradient.mul_(factor[:, None])
+    value = factor.item()
+    return gradient if value == 1 else gradient.mul_(value)
 
 
-def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:
-    """v at the first position where cdf >= u (> u if right), never above the last position that has mass."""
-    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
-    index = torch.searchsorted(cdf, u.contiguous(), right=right)
-    return v.gather(-1, torch.minimum(index, last))
+@torch.library.custom_op("gradret::transport", mutates_args=())
+def transport_op(
+    scores: Tensor,
+    index: Tensor,
+    values: Tensor,
+    mass: Tensor,
+    counts: Tensor,
+    order: int,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    return transport(scores, Tables(index, values, mass, counts), order, temperature, reduction, True)
 
 
-def _quantile_loss(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
-    """The integral of (F^-1 - G^-1)^2, both constant between neighbours of the merged steps."""
-    steps = torch.cat([F, G], -1).sort(-1).values  # (B, 2N)
-    widths = steps.diff(prepend=torch.zeros_like(steps[:, :1]))
-    return (widths * (_quantile(F, steps, v, right=False) - _quantile(G, steps, v, right=False)) ** 2).sum(-1)
+@transport_op.register_fake
+def _(scores, index, values, mass, counts, order, temperature, reduction):
+    return _fake(scores, reduction)
 
 
-def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the positions where mask is True, (B, N); a row without any is all zeros."""
-    logits = logits.masked_fill(~mask, -torch.inf)
-    top = logits.detach().amax(-1, keepdim=True)
-    mass = (logits - torch.where(top == -torch.inf, 0, top)).exp()
-    return normalize_mass(mass)
+@torch.library.custom_op("gradret::transport_grades", mutates_args=())
+def transport_grades_op(
+    scores: Tensor,
+    grades: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    targets: str | None,
+    order: int,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
+    return transport(scores, tables, order, temperature, reduction, True)
 
 
-def normalize_mass(mass: Tensor) -> Tensor:
-    """mass / its sum over the row, (B, N); a row without mass stays zero."""
-    total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total > 0, total, 1)
+@transport_grades_op.register_fake
+def _(scores, grades, mask, weights, targets, order, temperature, reduction):
+    return _fake(scores, reduction)
+
+
+def _fake(scores: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    shape = scores.shape[:1] if reduction == "none" else ()
+    return scores.new_empty(shape, dtype=result_dtype(scores)), scores.new_empty(scores.shape)
+
+
+def _tables_dtype(scores: Tensor) -> torch.dtype | None:
+    return torch.float64 if scores.dtype == torch.float64 else None
+
+
+class _Once(torch.autograd.Function):
+    """The identity; differentiating it is refused."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(TWICE)
 
 
 class Transport(torch.autograd.Function):
-    """transport() under autograd: the gradient is computed with the loss, backward only scales it."""
+    """transport() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
 
     @staticmethod
-    def forward(ctx, scores, grades, weights, mask, order, temperature):
-        loss, gradient = transport(scores, grades, weights, mask, order, temperature)
+    def forward(ctx, scores, grades, mask, weights, targets, order, temperature, reduction):
+        if torch.compiler.is_compiling():
+            if isinstance(grades, PreparedGrades):
+                loss, gradient = transport_op(scores, *grades.tables, order, temperature, reduction)
+            else:
+                loss, gradient = transport_grades_op(
+                    scores, grades, mask, weights, targets, order, temperature, reduction
+                )
+        else:
+            if isinstance(grades, PreparedGrades):
+                tables = grades.tables
+            else:
+                tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
+            loss, gradient = transport(scores, tables, order, temperature, reduction, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_loss[:, None]).to(gradient.dtype), None, None, None, None, None
+        none = (None,) * 7
+        if torch.compiler.is_compiling():
+            return (gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)).to(gradient.dtype), *none
+        if torch.is_grad_enabled():
+            # Asked for with create_graph=True: what comes out leads to a clear refusal, not to a silent constant.
+            with torch.no_grad():
+                scaled = _scale_gradient(gradient, grad_loss)
+            return _Once.apply(scaled.requires_grad_()), *none
+        return _scale_gradient(gradient, grad_loss), *none

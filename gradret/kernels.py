@@ -1,0 +1,39 @@
+"""The compiled kernels, where they were built, and which path serves a call."""
+
+import torch  # before the module, so that both use the same OpenMP threads
+
+try:
+    from gradret import _kernels as compiled
+except ModuleNotFoundError:
+    compiled = None
+    missing = "gradret was built without them"
+except ImportError as error:  # built, but a library that it needs is not there
+    compiled = None
+    missing = str(error)
+else:
+    missing = None
+
+
+def backend(device: torch.device | str) -> str:
+    """What serves tensors on a device: "cuda" or "cpu", a compiled kernel, or "torch", the same in plain PyTorch."""
+    kind = torch.device(device).type
+    if compiled is None or (kind == "cuda" and not compiled.CUDA_ARCHITECTURES):
+        return "torch"
+    return kind if kind in ("cpu", "cuda") else "torch"
+
+
+def describe_backend(device: torch.device | str) -> str:
+    """One line for people: the path and what it was built for, or why it is not a compiled one."""
+    path, kind = backend(device), torch.device(device).type
+    if path == "cuda":
+        return f"cuda (compiled for sm_{compiled.CUDA_ARCHITECTURES.replace(';', ', sm_')})"
+    if path == "cpu":
+        return f"cpu (compiled, {compiled.instruction_set()})"
+    if compiled is None:
+        return f"torch (no compiled kernels: {missing})"
+    return f"torch (no compiled kernels for {kind})"
+
+
+def current_stream(device: torch.device) -> int:
+    """The address of the stream that PyTorch would launch on."""
+    return torch.cuda.current_stream(device).cuda_stream
