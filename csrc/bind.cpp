@@ -21,8 +21,8 @@ using Address = std::uintptr_t;
   Address, int, std::int64_t, std::int64_t, std::int64_t, Address, bool, Address, Address, Address, std::int64_t, int, \
       double, double, Address, Address
 #define GRADRET_TILE                                                                                         \
-  Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, double, Address, Address, \
-      Address
+  Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address, double, Address, \
+      Address, Address
 
 namespace gradret {
 namespace {
@@ -75,10 +75,11 @@ void prepare_sorted(int threads, Address grades, int grade, Address mask, Addres
 }
 
 Tile make_tile(Address scores, std::int64_t rows, std::int64_t columns, std::int64_t stride, std::int64_t first_column,
-               Address excluded_offsets, Address excluded_columns, double temperature, Address top, Address sum,
-               Address weight) {
-  return {at<float>(scores), rows, columns, stride, first_column, at<std::int64_t>(excluded_offsets),
-          at<std::int32_t>(excluded_columns), temperature, at<float>(top), at<float>(sum), at<float>(weight)};
+               Address pair_offsets, Address pair_columns, Address pair_values, double temperature, Address top,
+               Address sum, Address weight) {
+  return {at<float>(scores), rows, columns, stride, first_column, at<std::int64_t>(pair_offsets),
+          at<std::int32_t>(pair_columns), at<float>(pair_values), temperature, at<float>(top), at<float>(sum),
+          at<float>(weight)};
 }
 
 template <typename... Rest>

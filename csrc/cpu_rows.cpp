@@ -543,9 +543,12 @@ bool any_prepare_row(const Grades& all, std::int64_t row, std::uint8_t* levels) 
   }
 }
 
-void exclude(const Tile& tile, std::int64_t row, float* s, float value) {
-  const std::int32_t* columns = tile.excluded_columns;
-  std::int64_t i = tile.excluded_offsets[row], end = tile.excluded_offsets[row + 1];
+// Calls body(score, value) for each pair of the row that lies in the tile.
+template <typename Body>
+inline void each_pair(const Tile& tile, std::int64_t row, Body body) {
+  const std::int32_t* columns = tile.pair_columns;
+  std::int64_t i = tile.pair_offsets[row];
+  const std::int64_t end = tile.pair_offsets[row + 1];
   for (std::int64_t span = end - i; span > 0;) {  // the first column of the tile or beyond it
     const std::int64_t half = span / 2;
     if (columns[i + half] < tile.first_column) {
@@ -555,12 +558,16 @@ void exclude(const Tile& tile, std::int64_t row, float* s, float value) {
       span = half;
     }
   }
-  for (; i < end && columns[i] < tile.first_column + tile.columns; i++) s[columns[i] - tile.first_column] = value;
+  float* s = tile.scores + row * tile.stride - tile.first_column;
+  for (; i < end && columns[i] < tile.first_column + tile.columns; i++) body(s[columns[i]], tile.pair_values[i]);
 }
 
 void fold_row(const Tile& tile, std::int64_t row) {
   float* s = tile.scores + row * tile.stride;
-  exclude(tile, row, s, -kInfinity);
+  each_pair(tile, row, [](float& score, float& value) {
+    value = score;
+    score = -kInfinity;
+  });
   Floats tops = fill(tile.top[row]);
   each_vector(s, 0, tile.columns, [&](Floats x, std::int64_t, int) { tops = x > tops ? x : tops; });
   const float top = highest(tops), base = top == -kInfinity ? 0 : top;
@@ -584,7 +591,7 @@ void unfold_row(const Tile& tile, std::int64_t row) {
       store_lanes(s + i, weight * exponential(d > 0.0f ? Floats{} : d), lanes);
     });
   }
-  exclude(tile, row, s, 0);
+  each_pair(tile, row, [](float& score, float& value) { score = value; });
 }
 
 }  // namespace

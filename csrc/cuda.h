@@ -21,9 +21,9 @@ int sort_grades(const float* grades, const std::uint8_t* mask, std::int64_t rows
 int scale_gradient(void* gradient, Scalar scalar, std::int64_t rows, std::int64_t columns, const float* factor,
                    bool by_row, int device, void* stream);
 
-// Folds a tile into top and sum; deterministic.
+// Writes the scores of the tile's pairs to pair_values and folds the rest into top and sum; deterministic.
 int fold_tile(const Tile& tile, int device, void* stream);
-// Overwrites a tile with weight[row] * exp((score - top) / temperature) / sum, 0 for excluded documents and where sum
+// Overwrites a tile with weight[row] * exp((score - top) / temperature) / sum, pairs with their pair_values; 0 where sum
 // is 0.
 int unfold_tile(const Tile& tile, int device, void* stream);
 

@@ -40,18 +40,19 @@ struct Lists {
   void* gradient;        // (rows, columns) of `scalar`, or null when not wanted; every entry is written
 };
 
-// A tile of dense scores on its way into one log-sum-exp a row, for fused scoring. Documents named in the row's
-// exclusion list are left out. Scratch: a tile may be overwritten.
+// A tile of the matrix of scores between queries and documents on its way into one log-sum-exp a row, for fused
+// scoring. Pairs with a grade of their own are left out of it. Scratch: a tile may be overwritten.
 struct Tile {
   float* scores;              // (rows, columns), row stride `stride`
   std::int64_t rows, columns, stride;
   std::int64_t first_column;  // of the tile in the whole matrix
-  const std::int64_t* excluded_offsets;  // (rows + 1), into excluded_columns
-  const std::int32_t* excluded_columns;  // ascending within a row
+  const std::int64_t* pair_offsets;  // (rows + 1), into pair_columns and pair_values
+  const std::int32_t* pair_columns;  // in the whole matrix, ascending within a row
+  float* pair_values;         // of each pair in the tile: fold_tile writes its score, unfold_tile reads its gradient
   double temperature;
   float* top;                 // (rows) running maximum of scores, starts at -inf
   float* sum;                 // (rows) running sum of exp((score - top) / temperature), starts at 0
-  const float* weight;        // (rows) for unfold_tile: what one unit of softmax mass is worth
+  const float* weight;        // (rows) for unfold_tile: the gradient of the row's log-sum-exp, in units of score
 };
 
 }  // namespace gradret

@@ -1,5 +1,7 @@
 """The list-wise transport operator: dispatch to a kernel, autograd, and its registration for torch.compile."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -143,6 +145,20 @@ class _Once(torch.autograd.Function):
         raise RuntimeError(TWICE)
 
 
+def first_derivatives_only(backward):
+    """A Function's backward whose results, asked for with create_graph=True, refuse to be differentiated."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if torch.is_grad_enabled():
+            return tuple(None if g is None else _Once.apply(g.requires_grad_()) for g in results)
+        return results
+
+    return checked
+
+
 class Transport(torch.autograd.Function):
     """transport() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
 
@@ -165,14 +181,11 @@ class Transport(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivatives_only
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        none = (None,) * 7
         if torch.compiler.is_compiling():
-            return (gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)).to(gradient.dtype), *none
-        if torch.is_grad_enabled():
-            # Asked for with create_graph=True: what comes out leads to a clear refusal, not to a silent constant.
-            with torch.no_grad():
-                scaled = _scale_gradient(gradient, grad_loss)
-            return _Once.apply(scaled.requires_grad_()), *none
-        return _scale_gradient(gradient, grad_loss), *none
+            gradient = (gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)).to(gradient.dtype)
+        else:
+            gradient = _scale_gradient(gradient, grad_loss)
+        return gradient, *(None,) * 7
