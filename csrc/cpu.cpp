@@ -8,6 +8,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <vector>
 
 namespace gradret::cpu {
 namespace {
@@ -126,11 +127,14 @@ bool transport(const Lists& lists, double reduced, int threads) {
 
 bool prepare_levels(const Grades& grades, std::uint8_t* levels, int threads) {
   if (grades.rows == 0) return true;
+  threads = choose_threads(grades.rows, grades.columns, threads);
+  std::vector<LevelTable> tables(threads);
   // Real grades show in the first list already; the others need not be looked at.
-  if (!rows().prepare_row(grades, 0, levels)) return false;
+  if (!rows().prepare_row(grades, 0, levels, tables[0])) return false;
   std::atomic<bool> few{true};
-  each_row(grades.rows, choose_threads(grades.rows, grades.columns, threads), [&](std::int64_t row, int) {
-    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_row(grades, row, levels)) few = false;
+  each_row(grades.rows, threads, [&](std::int64_t row, int thread) {
+    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_row(grades, row, levels, tables[thread]))
+      few = false;
   });
   return few;
 }

@@ -36,7 +36,13 @@ void prepare_sorted(const Grades& grades, std::int32_t* index, int threads);
 void fold_tile(const Tile& tile, int threads);
 void unfold_tile(const Tile& tile, int threads);
 
-// What one row costs nothing but arithmetic: compiled once for each instruction set (cpu_rows.cpp), picked at run time.
+// The grades of the list before, of whatever type: a first guess at those of the next. All zero to begin with.
+struct LevelTable {
+  std::int64_t count;
+  std::int64_t grades[kMaxLevels];
+};
+
+// The work on one row: compiled once for each instruction set (cpu_rows.cpp), picked at run time.
 struct Rows {
   const char* name;
   // Each returns the row's loss. `work`: columns floats (doubles for float64) of scratch; for float32 it may be the
@@ -44,7 +50,7 @@ struct Rows {
   double (*level_row)(const Lists& lists, std::int64_t row, void* work);
   // `work`: columns floats (doubles for float64), then 5 * columns doubles.
   double (*sorted_row)(const Lists& lists, std::int64_t row, void* work, double* tables);
-  bool (*prepare_row)(const Grades& grades, std::int64_t row, std::uint8_t* levels);
+  bool (*prepare_row)(const Grades& grades, std::int64_t row, std::uint8_t* levels, LevelTable& table);
   void (*fold_row)(const Tile& tile, std::int64_t row);
   void (*unfold_row)(const Tile& tile, std::int64_t row);
 };

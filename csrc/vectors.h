@@ -1,0 +1,183 @@
+// Vectors of 16 lanes: loads, stores, conversions and exp; the compiler makes of them what the instruction set has.
+// For files that are compiled once for each instruction set: nothing here is shared between them.
+#pragma once
+
+#include <string.h>
+
+#include <cstdint>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "lists.h"
+
+namespace gradret::cpu {
+namespace {
+
+constexpr int kLanes = 16;
+constexpr std::int64_t kBlock = 4096;  // sums are made in float within a block, in double beyond
+constexpr float kInfinity = __builtin_inff();
+
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+};
+using Floats = Vector<float>::type;
+using Ints = Vector<std::int32_t>::type;
+using Longs = Vector<std::int64_t>::type;
+using Words = Vector<std::uint32_t>::type;
+using Halves = Vector<std::uint16_t>::type;
+using Bytes = Vector<std::uint8_t>::type;
+
+template <typename V, typename T>
+inline V load(const T* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <typename V, typename T>
+inline void store(T* to, V v) {
+  memcpy(to, &v, sizeof v);
+}
+
+template <typename V, typename W>
+inline V bits(W w) {
+  static_assert(sizeof(V) == sizeof(W));
+  V v;
+  memcpy(&v, &w, sizeof v);
+  return v;
+}
+
+inline Floats fill(float x) { return x - Floats{}; }
+
+// Bytes and halves to 32 bits and back. The compiler's own conversion takes such vectors apart lane by lane.
+#if defined(__AVX512F__)
+inline Ints widen(Bytes v) { return bits<Ints>(_mm512_cvtepu8_epi32(bits<__m128i>(v))); }
+inline Words widen(Halves v) { return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
+inline Halves narrow(Words v) { return bits<Halves>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
+inline Bytes narrow(Ints v) { return bits<Bytes>(_mm512_cvtepi32_epi8(bits<__m512i>(v))); }
+inline Bytes narrow(Longs v) {
+  __m512i parts[2];
+  memcpy(parts, &v, sizeof v);
+  return bits<Bytes>(_mm_unpacklo_epi64(_mm512_cvtepi64_epi8(parts[0]), _mm512_cvtepi64_epi8(parts[1])));
+}
+#else
+#ifdef __AVX2__
+inline Ints widen(Bytes v) {
+  const __m128i low = bits<__m128i>(v);
+  const __m256i parts[2] = {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8))};
+  return load<Ints>(parts);
+}
+inline Words widen(Halves v) {
+  __m128i halves[2];
+  memcpy(halves, &v, sizeof v);
+  const __m256i parts[2] = {_mm256_cvtepu16_epi32(halves[0]), _mm256_cvtepu16_epi32(halves[1])};
+  return load<Words>(parts);
+}
+#else
+inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
+inline Words widen(Halves v) { return __builtin_convertvector(v, Words); }
+#endif
+inline Halves narrow(Words v) { return __builtin_convertvector(v, Halves); }
+inline Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
+inline Bytes narrow(Longs v) { return __builtin_convertvector(v, Bytes); }
+#endif
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline Floats load_floats(const float* from) { return load<Floats>(from); }
+inline Floats load_floats(const BFloat16* from) {
+  return bits<Floats>(widen(load<Halves>(from)) << 16);
+}
+
+inline void store_floats(float* to, Floats v) { store(to, v); }
+inline void store_floats(BFloat16* to, Floats v) {
+  const Words w = bits<Words>(v);
+  const Words rounded = w + 0x7fff + ((w >> 16) & 1);  // to nearest, ties to even
+  const Words chosen = v == v ? rounded : (w | 0x400000);
+  store(to, narrow(chosen >> 16));
+}
+
+// Calls body(values, position, lanes) for each 16 of n scores; the last one is filled up with -inf.
+template <typename T, typename Body>
+inline void each_vector(const T* from, std::int64_t begin, std::int64_t end, Body body) {
+  std::int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) body(load_floats(from + i), i, kLanes);
+  if (i < end) {
+    T rest[kLanes];
+    memset(rest, 0, sizeof rest);
+    memcpy(rest, from + i, (end - i) * sizeof(T));
+    Floats v = load_floats(rest);
+    for (int lane = end - i; lane < kLanes; lane++) v[lane] = -kInfinity;
+    body(v, i, static_cast<int>(end - i));
+  }
+}
+
+inline Ints load_levels(const std::uint8_t* levels, std::int64_t i, int lanes) {
+  if (lanes == kLanes) return widen(load<Bytes>(levels + i));
+  std::uint8_t rest[kLanes];
+  memset(rest, kAbsent, sizeof rest);
+  memcpy(rest, levels + i, lanes);
+  return widen(load<Bytes>(rest));
+}
+
+template <typename T>
+inline void store_lanes(T* to, Floats v, int lanes) {
+  if (lanes == kLanes) return store_floats(to, v);
+  T rest[kLanes];
+  store_floats(rest, v);
+  memcpy(to, rest, lanes * sizeof(T));
+}
+
+inline float highest(Floats v) {
+  float top = v[0];
+  for (int lane = 1; lane < kLanes; lane++) top = v[lane] > top ? v[lane] : top;
+  return top;
+}
+
+inline double sum(Floats v) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes; lane++) total += v[lane];
+  return total;
+}
+
+// exp(d / temperature) for d <= 0, to about two units in the last place. The multiple of temperature * ln 2 that is
+// taken off d comes in two parts, the first of few bits, so that what is left is exact also far from 0.
+struct Exponential {
+  float per_octave, octave, octave_rest;
+
+  explicit Exponential(double temperature) {
+    const double octave_exact = temperature * 0.6931471805599453;
+    per_octave = static_cast<float>(1 / octave_exact);
+    const float rounded = static_cast<float>(octave_exact);
+    std::uint32_t word;
+    memcpy(&word, &rounded, sizeof word);
+    word &= 0xffffff00u;
+    memcpy(&octave, &word, sizeof word);
+    octave_rest = static_cast<float>(octave_exact - octave);
+  }
+
+  inline Floats operator()(Floats d) const {
+    const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+    const Floats x = d * per_octave;
+    const Floats shifted = x + magic;
+    const Floats n = shifted - magic;
+    const Floats f = ((d - n * octave) - n * octave_rest) * per_octave;
+    // (2^f - 1) / f on [-.5, .5], from its values at Chebyshev nodes; relative error of 2^f 1e-8.
+    Floats p = 1.54531634e-4f * f + 1.33908633e-3f;
+    p = p * f + 9.61808302e-3f;
+    p = p * f + 5.55035695e-2f;
+    p = p * f + 0.240226507f;
+    p = p * f + 0.693147182f;
+    p = p * f + 1.0f;
+    const Words scale = (bits<Words>(shifted) << 23) + (127u << 23);
+    const Floats y = p * bits<Floats>(scale);
+    return x < -126.0f ? Floats{} : y;  // NaN stays
+  }
+};
+
+}  // namespace
+}  // namespace gradret::cpu
