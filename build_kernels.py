@@ -46,13 +46,14 @@ class BuildKernels(build_ext):
             nvcc = None if wanted == "0" else find_nvcc()
             if nvcc is None and wanted == "1":
                 raise SystemExit("GRADRET_CUDA=1, but nvcc is not found: put it on PATH or set CUDA_HOME")
+            compiler = find_compiler()
             try:
-                compile_module(build, target, nvcc)
+                compile_module(compiler, build, target, nvcc)
             except BuildFailed as error:
                 if nvcc is None or wanted == "1":
                     raise
                 print(f"gradret: {error}; building without CUDA", file=sys.stderr)
-                compile_module(build, target, None)
+                compile_module(compiler, build, target, None)
         except BuildFailed as error:
             if wanted == "1":
                 raise SystemExit(f"gradret: {error}") from None
@@ -67,6 +68,14 @@ class BuildKernels(build_ext):
         self.extensions, extensions = built, self.extensions
         super().copy_extensions_to_source()
         self.extensions = extensions
+
+
+def find_compiler() -> str:
+    """A C++ compiler's command. Raises: BuildFailed."""
+    compiler = os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
+    if compiler is None or shutil.which(shlex.split(compiler)[0]) is None:
+        raise BuildFailed("no C++ compiler is found")
+    return compiler
 
 
 def find_nvcc() -> Path | None:
@@ -94,14 +103,11 @@ def choose_architectures(nvcc: Path) -> list[str]:
     return [a for a in chosen if a in known]
 
 
-def compile_module(build: Path, target: Path, nvcc: Path | None) -> None:
+def compile_module(compiler: str, build: Path, target: Path, nvcc: Path | None) -> None:
     """Compile and link everything to `target`. Raises: BuildFailed."""
     import pybind11
 
-    compiler = os.environ.get("CXX") or next((c for c in ("g++", "c++", "clang++") if shutil.which(c)), None)
     ninja = shutil.which("ninja")
-    if compiler is None or shutil.which(shlex.split(compiler)[0]) is None:
-        raise BuildFailed("no C++ compiler is found")
     if ninja is None:
         raise BuildFailed("ninja is not found")
     build.mkdir(parents=True, exist_ok=True)

@@ -41,7 +41,16 @@ setup(
     extras_require={
         "bench": BENCH,
         "demo": DEMO,
-        "test": [*DEMO, "hypothesis>=6.100", "POT>=0.9.4", "pytest>=8", "ruff>=0.9", "sentence-transformers>=6.2"],
+        "test": [
+            *DEMO,
+            "build>=1.2",
+            "hypothesis>=6.100",
+            "POT>=0.9.4",
+            "pytest>=8",
+            "ruff>=0.9",
+            "sentence-transformers>=6.2",
+            "setuptools>=77",
+        ],
     },
     entry_points={"console_scripts": ["gradret = gradret.cli:main"]},
     classifiers=[

@@ -1,8 +1,8 @@
 """The Wasserstein list loss from embeddings, without the matrix of scores between all queries and documents.
 
 Every document that has no grade of its own for a query has the default grade, so the loss depends on their scores
-through one log-sum-exp a query. Scores are made a tile at a time, folded into it, and forgotten; backward makes each tile
-again. What is left for the loss is a short list a query: its graded documents, and one that stands for all others.
+through one log-sum-exp a query. Scores are made a tile at a time, folded into it, and forgotten; backward makes each
+tile again. What is left for the loss is a short list a query: its graded documents, and one for all others.
 """
 
 from dataclasses import dataclass

@@ -48,7 +48,7 @@ def fold_tile(tile: Tensor, first_row: int, first_column: int, pairs: Pairs, fol
 def unfold_tile(
     tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float, weight: Tensor
 ):
-    """Overwrite a tile of scores (R, C) with gradients: weight (B,) times the softmax of its row; pairs.values for pairs."""
+    """Overwrite a tile of scores (R, C) with gradients: pairs.values for pairs, else weight (B,) times the softmax."""
     rows = slice(first_row, first_row + len(tile))
     if _call_kernel("unfold_tile", tile, first_row, first_column, pairs, folded, temperature, weight):
         return

@@ -19,6 +19,7 @@ from gradret.encoder import Encoder, autocast, load
 from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import evaluate, parse_measures
 from gradret.lists import RankingList, hash64, query_words
+from gradret.kernels import describe_backend
 from gradret.losses import make_loss
 from gradret.mix import ListsSummary, MixedLists, check_lists
 from gradret.settings import FitSettings, count_steps, learning_rate_at
@@ -101,7 +102,8 @@ def fit(
         optimizer = make_optimizer(encoder, settings.weight_decay)
         state = run.restore(encoder, optimizer)
         say(f"data: {summary}" + _tell_collisions(lists))
-        say(f"fit: {settings.loss}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
+        path = f" on {describe_backend(encoder.device)}" if settings.loss == "wasserstein" else ""
+        say(f"fit: {settings.loss}{path}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
         trainer = _Trainer(settings, encoder, optimizer, run, state, steps, lists, summary, dev, progress)
         trainer.loop()
         run.finish(encoder, state)

@@ -1,0 +1,117 @@
+"""The package from its sdist and wheel, with and without a compiler."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+sys.path.insert(0, str(REPOSITORY))
+import build_kernels
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The sdist, unpacked somewhere else: what it lacks is not found by accident."""
+    folder = tmp_path_factory.mktemp("sdist")
+    result = run("-m", "build", "--sdist", "--outdir", folder, REPOSITORY, cwd=folder)
+    assert result.returncode == 0, result.stdout
+    (archive,) = folder.glob("gradret-*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "unpacked", filter="data")
+    (root,) = (folder / "unpacked").iterdir()
+    return root
+
+
+def install_wheel(sdist: Path, folder: Path, **environment) -> tuple[Path, str]:
+    """Builds a wheel of the sdist and unpacks it into a folder for PYTHONPATH; also what the build printed."""
+    result = run("-m", "pip", "wheel", "-v", "--no-deps", "-w", folder, sdist, cwd=folder, **environment)
+    assert result.returncode == 0, result.stdout
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        opened.extractall(folder / "site")
+    return folder / "site", result.stdout
+
+
+def run_loss_tests(site: Path, *arguments):
+    """The losses' tests on the package in `site`."""
+    where = run("-c", "import gradret; print(gradret.__file__)", cwd=site.parent, PYTHONPATH=str(site))
+    assert Path(where.stdout.strip()).is_relative_to(site), where.stdout
+    tests = [REPOSITORY / "tests" / f"test_{name}.py" for name in ("losses", "kernels", "retrieval_loss")]
+    flags = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", REPOSITORY / "tests", *arguments]
+    return run("-m", "pytest", *tests, *flags, cwd=site.parent, PYTHONPATH=str(site))
+
+
+def test_sdist_and_wheel_pass_the_loss_tests(sdist, tmp_path):
+    site, _ = install_wheel(sdist, tmp_path, GRADRET_CUDA="0")
+    assert list(site.glob("gradret/_kernels.*"))
+    result = run_loss_tests(site)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+def test_without_a_compiler_the_losses_run_in_pytorch(sdist, tmp_path):
+    site, output = install_wheel(sdist, tmp_path, CXX="no-such-compiler")
+    lines = [line for line in output.splitlines() if line.strip().startswith("gradret: ")]
+    assert len(lines) == 1
+    assert "no C++ compiler is found; the losses will run in PyTorch" in lines[0]
+    assert not list(site.glob("gradret/_kernels.*"))
+    result = run_loss_tests(site, "-k", "torch or hand_worked or reductions or any_length")
+    assert result.returncode == 0, result.stdout
+
+
+def test_cuda_as_a_must_fails_without_nvcc(sdist, tmp_path):
+    code = (
+        "import runpy, sys, build_kernels; build_kernels.find_nvcc = lambda: None\n"
+        "sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    result = run("-c", code, cwd=sdist, GRADRET_CUDA="1")
+    assert result.returncode != 0
+    assert "GRADRET_CUDA=1, but nvcc is not found" in result.stdout.splitlines()[-1]
+
+
+def test_cuda_says_auto_1_or_0(sdist):
+    result = run("setup.py", "-q", "build_ext", cwd=sdist, GRADRET_CUDA="yes")
+    assert result.returncode != 0
+    assert "GRADRET_CUDA must be auto, 0 or 1, got 'yes'" in result.stdout
+
+
+def test_architectures_that_nvcc_does_not_know(monkeypatch):
+    monkeypatch.setattr(build_kernels, "run", lambda command: "sm_80\nsm_90\nsm_121\n")
+    assert build_kernels.choose_architectures(Path("nvcc")) == ["80", "90"]
+    monkeypatch.setenv("GRADRET_CUDA_ARCHITECTURES", "90; 121")
+    assert build_kernels.choose_architectures(Path("nvcc")) == ["90", "121"]
+    monkeypatch.setenv("GRADRET_CUDA_ARCHITECTURES", "42")
+    with pytest.raises(build_kernels.BuildFailed, match="does not know 42"):
+        build_kernels.choose_architectures(Path("nvcc"))
+
+
+def test_this_installation_has_kernels():
+    """Where a compiler is, an installation without kernels is a broken build."""
+    import shutil
+
+    from gradret import kernels
+
+    if not any(shutil.which(c) for c in ("g++", "c++", "clang++")):
+        pytest.skip("no C++ compiler here")
+    assert kernels.compiled is not None, kernels.missing
+    if build_kernels.find_nvcc() and os.environ.get("GRADRET_CUDA", "auto") != "0":
+        assert kernels.compiled.CUDA_ARCHITECTURES, "nvcc is here, but the installation has no CUDA side"
