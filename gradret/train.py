@@ -18,8 +18,8 @@ from gradret.console import StopRequest, say
 from gradret.encoder import Encoder, autocast, load
 from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import evaluate, parse_measures
-from gradret.lists import RankingList, hash64, query_words
 from gradret.kernels import describe_backend
+from gradret.lists import RankingList, hash64, query_words
 from gradret.losses import make_loss
 from gradret.mix import ListsSummary, MixedLists, check_lists
 from gradret.settings import FitSettings, count_steps, learning_rate_at
@@ -102,8 +102,10 @@ def fit(
         optimizer = make_optimizer(encoder, settings.weight_decay)
         state = run.restore(encoder, optimizer)
         say(f"data: {summary}" + _tell_collisions(lists))
-        path = f" on {describe_backend(encoder.device)}" if settings.loss == "wasserstein" else ""
-        say(f"fit: {settings.loss}{path}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
+        loss = settings.loss
+        if loss == "wasserstein":
+            loss += f" on {describe_backend(encoder.device)}"
+        say(f"fit: {loss}, {state.step} of {steps} steps done, {settings.batch_lists} lists a batch, {out}")
         trainer = _Trainer(settings, encoder, optimizer, run, state, steps, lists, summary, dev, progress)
         trainer.loop()
         run.finish(encoder, state)
