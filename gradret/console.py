@@ -1,5 +1,6 @@
 """What a long command shows and hears: lines on stderr, and requests to stop."""
 
+import shlex
 import signal
 import sys
 import threading
@@ -69,3 +70,8 @@ class StopRequest:
                 raise
         finally:
             self._at_once = False
+
+
+def command_line() -> str:
+    """What was called, as a shell takes it."""
+    return shlex.join(["gradret", *sys.argv[1:]])

@@ -197,7 +197,7 @@ def load(
     Raises: GradretError when there are no safetensors weights, a module is not supported or a value is wrong.
     """
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
-    device = _check_device(device)
+    device = choose_device(device)
     transformer, tokenizer = _load_parts(find_weights(directory), name, trust_remote_code)
     readable = _count_positions(transformer)
     config = read_config(directory, name, min(tokenizer.model_max_length, readable))
@@ -256,7 +256,8 @@ def _count_positions(transformer: nn.Module) -> int:
     return min(positions, MAX_LENGTH_CAP)
 
 
-def _check_device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The named device, or the first of cuda, mps and cpu that is there. Raises: GradretError."""
     try:
         found = torch.device(device or default_device())
         torch.empty(0, device=found)

@@ -37,3 +37,13 @@ def check_writable(path: str | os.PathLike) -> None:
             os.unlink(path)
     except OSError as error:
         raise GradretError(f"{path}: can not be written ({error.strerror})") from None
+
+
+def open_folder(out: str, *names: str) -> None:
+    """Make the folder, and refuse before the work what could not be written after it. Raises: GradretError."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise GradretError(f"{out}: can not be written ({error.strerror})") from error
+    for name in names:
+        check_writable(Path(out, name))

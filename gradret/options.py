@@ -74,3 +74,11 @@ BUDGET_OPTIONS = options(
     option("--clip", type=click.FloatRange(min=0), help="Highest gradient norm; 0 for no limit."),
     option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it."),
 )
+
+
+def make_settings(given: dict) -> FitSettings:
+    """FitSettings from options. Raises: click.UsageError."""
+    try:
+        return FitSettings(**given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None

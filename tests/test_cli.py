@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from gradret.cli import main
 
-COMMANDS = [(), ("fit",), ("bench",), ("bench", "quality"), ("bench", "eval")]
+COMMANDS = [(), ("fit",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "eval")]
 
 
 def invoke(*arguments):

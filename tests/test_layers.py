@@ -12,7 +12,8 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli options report bench train checkpoint batches evaluation retrieve encoder encoder_config hub losses ops
+    __main__ cli cli_loss cli_bench options report bench speed memory timers workloads rivals train checkpoint batches
+    evaluation retrieve encoder encoder_config hub losses retrieval_loss tiles ops
     reference grades kernels
     mix sources collection lists console settings versions files errors
 """.split()

@@ -1,0 +1,190 @@
+"""`gradret bench quality` and `eval`: parse, call one function, print. Heavy imports stay inside the commands."""
+
+import json
+from pathlib import Path
+
+import click
+
+from gradret.console import command_line
+from gradret.files import check_writable, open_folder, write_json
+from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, make_settings
+from gradret.settings import PRECISIONS
+
+
+class Bench(click.Group):
+    """A group that runs `quality` when no command is named."""
+
+    def parse_args(self, ctx, args):
+        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+            args = ["quality", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=Bench)
+def bench():
+    """Measure retrieval quality, or the speed of losses. Without a command: quality, on the bundled sample."""
+
+
+@bench.command()
+@click.option(
+    "--data", multiple=True, metavar="SOURCE", help="Training lists, as of fit. [default: sample?queries=odd]"
+)
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="SOURCE",
+    help="Collections to measure on. [default: sample?queries=even]",
+)
+@click.option(
+    "--losses",
+    default="infonce,wasserstein",
+    show_default=True,
+    help="Rows, separated by commas; wasserstein:2 is its order 2.",
+)
+@click.option("--seeds", default=3, show_default=True, type=POSITIVE, help="Runs a loss.")
+@MEASURES
+@click.option(
+    "--out",
+    default="gradret-bench",
+    show_default=True,
+    type=click.Path(),
+    help="Where quality.json and quality.png go.",
+)
+@ENCODER_OPTIONS
+@BUDGET_OPTIONS
+@DEVICE
+@JSON
+def quality(data, datasets, losses, seeds, measures, out, device, as_json, **given):
+    """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
+
+    By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
+    its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
+    queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
+    """
+    from gradret.report import draw_quality, format_quality, require_bench_extra
+
+    require_bench_extra()
+    from gradret.bench import measure_quality, parse_loss
+    from gradret.evaluation import split_measures
+
+    names = losses.split(",")
+    try:
+        for name in names:
+            parse_loss(name)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--losses") from None
+    given["data"] = data or ("sample?queries=odd",)
+    open_folder(out, "quality.json", "quality.png")
+    result = {"command": command_line()} | measure_quality(
+        make_settings(given),
+        losses=names,
+        seeds=seeds,
+        datasets=datasets or ("sample?queries=even",),
+        measures=split_measures(measures),
+        device=device,
+    )
+    write_json(Path(out, "quality.json"), result)
+    draw_quality(result, Path(out, "quality.png"))
+    click.echo(json.dumps(result) if as_json else format_quality(result))
+    click.echo(f"written: {out}/quality.json, {out}/quality.png", err=True)
+
+
+@bench.command("eval")
+@ENCODER_OPTIONS
+@click.option(
+    "--dataset",
+    default="sample",
+    show_default=True,
+    metavar="SOURCE",
+    help="BEIR directory, ir_datasets id or ranking-list file.",
+)
+@click.option("--queries", metavar="even|odd|FILE", help="Only these queries; FILE holds an id a line.")
+@click.option("--grade-map", metavar="OLD=NEW,...", help="Other values for some grades of the qrels.")
+@click.option(
+    "--drop-self/--keep-self",
+    default=None,
+    help="Leave out a document whose id is the query's. [default: for ArguAna and Quora]",
+)
+@MEASURES
+@click.option("--depth", default=1000, show_default=True, type=POSITIVE, help="Documents ranked for each query.")
+@click.option("--run", "run_file", type=click.Path(), help="Write the ranking as a TREC run.")
+@click.option(
+    "--cache", type=click.Path(), help="Folder of corpus embeddings. [default: $GRADRET_CACHE or ~/.cache/gradret]"
+)
+@click.option("--batch-size", default=32, show_default=True, type=POSITIVE, help="Texts encoded at once.")
+@click.option("--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS), help="Of encoding.")
+@DEVICE
+@JSON
+def evaluate_command(
+    model,
+    dataset,
+    queries,
+    grade_map,
+    drop_self,
+    measures,
+    depth,
+    run_file,
+    cache,
+    batch_size,
+    precision,
+    device,
+    as_json,
+    **encoder_options,
+):
+    """Measure one encoder on one collection: exact search, ir_measures.
+
+    \b
+    gradret bench eval --model model --dataset beir/scifact/test
+    gradret bench eval --model model --dataset cranfield --queries even --grade-map=-1=4,1=4,2=3,3=2,4=1
+    """
+    from dataclasses import replace
+
+    from gradret.encoder import load
+    from gradret.evaluation import evaluate, parse_measures, split_measures
+    from gradret.report import format_table
+    from gradret.retrieve import default_cache, write_run
+    from gradret.sources import open_collection, parse_grade_map, parse_source
+    from gradret.train import choose_precision
+    from gradret.versions import versions
+
+    names = list(parse_measures(split_measures(measures), depth))
+    if run_file:
+        check_writable(run_file)
+    flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}
+    source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
+    collection = open_collection(source)
+    encoder = load(model, device=device, **encoder_options)
+    precision = choose_precision(precision, encoder.device)
+    click.echo(
+        f"eval: {model} on {dataset}, {len(collection.queries)} queries, {collection.document_count} documents",
+        err=True,
+    )
+    result = evaluate(
+        encoder,
+        collection,
+        measures=names,
+        depth=depth,
+        cache=Path(cache) if cache else default_cache(),
+        batch_size=batch_size,
+        precision=precision,
+    )
+    document = {
+        "command": command_line(),
+        "model": model,
+        "dataset": dataset,
+        "queries": len(collection.queries),
+        "documents": collection.document_count,
+        "selection": {"queries": source.queries, "grades": source.grades, "drop_self": collection.drop_self},
+        "depth": depth,
+        "precision": precision,
+        "measures": result.measures,
+        "versions": versions(),
+    }
+    click.echo(
+        json.dumps(document)
+        if as_json
+        else format_table([dataset, *result.measures], [[model, *(f"{v:.4f}" for v in result.measures.values())]])
+    )
+    if run_file:
+        write_run(run_file, result.run)
