@@ -82,8 +82,8 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
 
     The exact Wasserstein losses of orders 1 and 2: gradret's, with grades prepared once and raw; in plain PyTorch, as
     textbooks have it, with the sorting done once, and by sums for each grade; compiled by torch.compile; by POT. Beside
-    them SyCL's Gaussian loss as published and gradret's form of it, and F.cross_entropy with one positive a list. From
-    embeddings: scoring fused with the loss against a matrix of all scores.
+    them SyCL's Gaussian loss as published and gradret's form of it, InfoNCE with one positive a list, and
+    F.cross_entropy alone. From embeddings: scoring fused with the loss against a matrix of all scores.
 
     Every row is first checked against float64. The rows take turns within one process, so compare within one run only.
 

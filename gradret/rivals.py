@@ -105,7 +105,7 @@ def published_gaussian(scores: Tensor, grades: Tensor, temperature: float) -> Te
     return (p.mean(0) - q.mean(0)).square().sum() + cov_p.trace() + cov_q.trace() - 2 * root
 
 
-def cross_entropy(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
+def infonce(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """InfoNCE with one positive a row: F.cross_entropy of scores (B, N) and the positives' columns (B,)."""
     return nnf.cross_entropy(scores / temperature, positive)
 

@@ -25,7 +25,7 @@ TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-4, 2e-2), "float16": (1e-
 PRODUCT_TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (3e-2, 2e-1), "float16": (3e-2, 2e-1)}
 # A gradient that is a sum over lists holds those near a tie, too.
 SUM_TOLERANCE = 0.1
-# cross_entropy divides scores of a half type in that type; eigenvalues near 0 cost the Gaussians half their digits.
+# InfoNCE divides scores of a half type in that type; eigenvalues near 0 cost the Gaussians half their digits.
 OTHER_TOLERANCE = 3e-2
 TIMES = ("forward_ms", "backward_ms", "both_ms", "wall_ms")
 ERRORS = ("gradient_finite", "loss_error", "gradient_errors", "worst_list_gradient_error")

@@ -20,7 +20,8 @@ from gradret.losses import gaussian_loss, wasserstein_loss
 from gradret.retrieval_loss import prepare_pairs, wasserstein_retrieval_loss
 
 TEMPERATURE = 0.05
-BASELINE = "cross_entropy"
+INFONCE = "InfoNCE"
+BASELINE = "cross_entropy"  # of the scores as they are: InfoNCE without its division by the temperature
 # A list's graded documents, others are 0: a few, as in judged collections; the highest grade is always there.
 LIST_GRADES = (3.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0)
 TRUTH_ELEMENTS = 1 << 20  # float64 truth is computed in blocks of about so many scores
@@ -94,13 +95,14 @@ class ListWorkload:
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
 
     def rows(self, orders: Sequence[int], *, compiled: bool = True) -> list[Row]:
-        """All rows: gradret's, PyTorch's, compiled ones, POT's, the Gaussians, and cross_entropy at the end."""
+        """All rows: gradret's, PyTorch's, compiled ones, POT's, the Gaussians, InfoNCE, and cross_entropy last."""
         if compiled:
             torch.compiler.reset()  # a function is compiled for eight shapes at most
         return [
             *(row for order in orders for row in self._wasserstein_rows(order, compiled)),
             *self._gaussian_rows(),
-            self._row(BASELINE, rivals.cross_entropy, self.positive, truth=BASELINE),
+            self._row(INFONCE, rivals.infonce, self.positive, truth=INFONCE),
+            Row(BASELINE, None, (self.scores,), partial(nnf.cross_entropy, self.scores, self.positive), BASELINE),
         ]
 
     def _row(self, name: str, loss: Callable, *arguments, order: int | None = None, truth: str | None = None) -> Row:
@@ -158,16 +160,17 @@ class ListWorkload:
         return rivals.find_levels(self.grades, torch.uint8)
 
     def truth(self, name: str, order: int | None) -> Truth:
-        """In float64: "wasserstein" of an order, with gradients; "cross_entropy" or "gaussian", without."""
+        """In float64: "wasserstein" of an order, with gradients; INFONCE, BASELINE or "gaussian", without."""
         B, N = self.shape
         if name == "gaussian":
             return Truth(rivals.true_gaussian(*self._block(0, B), TEMPERATURE).item())
         total, gradients = 0.0, []
         for begin in range(0, B, step := max(1, TRUTH_ELEMENTS // N)):
             scores, grades = self._block(begin, begin + step)
-            if name == BASELINE:
+            if name in (INFONCE, BASELINE):
                 positive = self.positive[begin : begin + step].to(scores.device)
-                total += nnf.cross_entropy(scores / TEMPERATURE, positive, reduction="sum").item()
+                temperature = TEMPERATURE if name == INFONCE else 1.0
+                total += nnf.cross_entropy(scores / temperature, positive, reduction="sum").item()
                 continue
             values, defined = rivals.true_wasserstein(scores.requires_grad_(begin == 0), grades, order, TEMPERATURE)
             total += values.sum().item()
@@ -229,7 +232,7 @@ class RetrievalWorkload:
         return _gradret(self.queries @ self.documents.T, grades, order, TEMPERATURE)
 
     def _cross_entropy(self) -> Tensor:
-        return rivals.cross_entropy(self.queries @ self.documents.T, self.positive, TEMPERATURE)
+        return nnf.cross_entropy(self.queries @ self.documents.T, self.positive)
 
     def _matrix_grades(self) -> Tensor:
         rows, columns, grades = self.grades
@@ -254,7 +257,7 @@ class RetrievalWorkload:
             scores = queries @ documents.T
             if name == BASELINE:
                 positive = self.positive[begin : begin + step].to(scores.device)
-                total += nnf.cross_entropy(scores / TEMPERATURE, positive, reduction="sum").item()
+                total += nnf.cross_entropy(scores, positive, reduction="sum").item()
                 continue
             inside = (rows >= begin) & (rows < begin + len(queries))
             matrix = torch.zeros_like(scores).index_put_(

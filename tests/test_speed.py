@@ -27,7 +27,7 @@ WASSERSTEIN_ROWS = [
 ]
 ROWS = [
     *(row.format(order) for order in ("W1", "W2") for row in WASSERSTEIN_ROWS),
-    *("SyCL Gaussian", "gradret Gaussian", "cross_entropy"),
+    *("SyCL Gaussian", "gradret Gaussian", "InfoNCE", "cross_entropy"),
 ]
 RETRIEVAL_ROWS = [
     f"{way} {order}{grades}"
@@ -257,7 +257,7 @@ def test_a_wrong_loss_is_refused_before_timing(monkeypatch, home, name, row, sha
     [
         (workloads, "gaussian_loss", "gradret Gaussian"),
         (rivals, "published_gaussian", "SyCL Gaussian"),
-        (rivals, "cross_entropy", "cross_entropy"),
+        (rivals, "infonce", "InfoNCE"),
     ],
 )
 def test_the_other_losses_are_checked_too(monkeypatch, home, name, row):
@@ -287,7 +287,7 @@ def test_what_can_not_be_measured_says_why(monkeypatch):
     )
     assert rows["gradret Gaussian"]["skipped"] is None
     measured = [row for row in rows.values() if not row["skipped"]]
-    assert len(measured) == 7
+    assert len(measured) == 8
     assert {(row["peak_mib"], row["peak_reason"]) for row in measured} == {(None, memory.NO_WAY)}
     rows = {row["row"]: row for row in measure_small((1, 8), orders=(1,))}
     assert rows["gradret Gaussian"]["skipped"] == rows["SyCL Gaussian"]["skipped"] == "a covariance needs two lists"
