@@ -1,0 +1,142 @@
+// What the kernels are made of: scalars, reductions and scans of a warp and of a block. All sums are float32 and made
+// in an order that depends on the launch alone, so that a kernel gives the same bits every time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace gradret::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kTolerance = 8 * 1.1920929e-7f;  // of snap()
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename Scalar>
+__device__ Scalar from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ inline __half from_float<__half>(float x) {
+  return __float2half(x);
+}
+template <>
+__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16(x);
+}
+
+// exp((score - top) / temperature), `exponent` being log2(e) / temperature. The difference comes first: it is exact
+// where it matters. A maximum over nothing, -inf, must not meet a score of -inf: their difference is NaN.
+__device__ inline float exp_below(float score, float top, float exponent) {
+  return exp2f((score - (top == -INFINITY ? 0.0f : top)) * exponent);
+}
+
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+
+// NaN is left out: it shows in the sums.
+__device__ inline float warp_max(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
+}
+
+// Sum over this lane and those below it.
+__device__ inline float warp_scan_up(float x, int lane) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const float below = __shfl_up_sync(kAllLanes, x, step);
+    if (lane >= step) x += below;
+  }
+  return x;
+}
+
+// Sum over this lane and those above it.
+__device__ inline float warp_scan_down(float x, int lane) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const float above = __shfl_down_sync(kAllLanes, x, step);
+    if (lane + step < kWarp) x += above;
+  }
+  return x;
+}
+
+// What the warps of a block tell each other, double: a warp may be one exchange ahead of another, so that one barrier
+// an exchange is enough.
+struct BlockExchange {
+  float warp[2][kWarp];
+};
+
+// Reduces and scans over a block, in the order of its threads. Every thread must call.
+class Block {
+ public:
+  __device__ explicit Block(BlockExchange& exchange) : exchange_(exchange) {}
+
+  __device__ float sum(float x) { return total(warp_sum(x)); }
+
+  __device__ float max(float x) {
+    const float* warps = publish(warp_max(x));
+    return warp_max(lane() < count() ? warps[lane()] : -INFINITY);
+  }
+
+  // `before`: carry plus the sum over the threads before this one; `after`: with this one's x, too; carry becomes the
+  // sum over all. With kMonotone, for x >= 0, `before` and `after` never decrease from thread to thread, and one
+  // thread's `after` is the next one's `before`: sums in a tree do not grant that by themselves.
+  template <bool kMonotone>
+  __device__ void scan(float x, float& carry, float& before, float& after) {
+    float inside = warp_scan_up(x, lane());
+    if (kMonotone) {
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const float below = __shfl_up_sync(kAllLanes, inside, step);
+        inside = below > inside ? below : inside;  // keeps NaN, as fmaxf does not
+      }
+    }
+    const float previous = __shfl_up_sync(kAllLanes, inside, 1);
+    const float* warps = publish(__shfl_sync(kAllLanes, inside, kWarp - 1));
+    const int warp = threadIdx.x / kWarp;
+    float base = 0;
+#pragma unroll 1
+    for (int other = 0; other < count(); ++other) {
+      if (other == warp) base = carry;
+      carry += warps[other];
+    }
+    before = lane() == 0 ? base : base + previous;
+    after = base + inside;
+  }
+
+ private:
+  __device__ static int lane() { return threadIdx.x % kWarp; }
+  __device__ static int count() { return blockDim.x / kWarp; }
+
+  __device__ const float* publish(float of_warp) {
+    float* warps = exchange_.warp[turn_];
+    turn_ ^= 1;
+    if (lane() == 0) warps[threadIdx.x / kWarp] = of_warp;
+    __syncthreads();
+    return warps;
+  }
+
+  __device__ float total(float of_warp) {
+    const float* warps = publish(of_warp);
+    return warp_sum(lane() < count() ? warps[lane()] : 0);
+  }
+
+  BlockExchange& exchange_;
+  int turn_ = 0;
+};
+
+}  // namespace gradret::cuda

@@ -1,0 +1,137 @@
+// Runs every kernel that has a barrier on a few warps, for the thread sanitizer. Kernels are launched by hand: with
+// fewer threads than launch.cu would take, and with fewer blocks than lists, so that a block takes several. Exits with
+// 1 where ways that must agree do not.
+#include <cstdio>
+#include <vector>
+
+#include "sort.cuh"
+#include "sorted.cuh"
+#include "stream.cuh"
+#include "tiles.cuh"
+
+using namespace gradret;
+using namespace gradret::cuda;
+
+namespace {
+
+std::uint32_t state = 1;
+float uniform() {
+  state = state * 1664525 + 1013904223;
+  return static_cast<float>(state >> 8) / (1 << 24);
+}
+
+std::vector<float> uniforms(std::size_t size) {
+  std::vector<float> numbers(size);
+  for (float& number : numbers) number = uniform();
+  return numbers;
+}
+
+// But for the order of sums.
+bool agree(const std::vector<float>& a, const std::vector<float>& b) {
+  float largest = 0;
+  for (const float number : a) largest = std::max(largest, std::fabs(number));
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
+                    [&](float x, float y) { return std::fabs(x - y) <= 1e-5f * largest; });
+}
+
+bool run_levels() {
+  constexpr int kRows = 2, kColumns = 2500, kLevels = 5;
+  const std::vector<float> scores = uniforms(kRows * kColumns);
+  std::vector<std::uint8_t> index(kRows * kColumns);
+  for (auto& level : index) level = static_cast<std::uint8_t>(uniform() * (kLevels + 1)) % kLevels;
+  std::vector<float> values, mass(kRows * kLevels, 1.0f / kLevels);
+  for (int entry = 0; entry < kRows * kLevels; ++entry) values.push_back(entry % kLevels);
+  const std::vector<std::int32_t> counts(kRows, kLevels);
+  bool same = true;
+  for (const int order : {1, 2}) {
+    std::vector<float> loss[3], gradient[3];
+    LevelLists<float> lists[3];
+    for (const int way : {0, 1, 2}) {
+      loss[way].assign(kRows, NAN);
+      gradient[way].assign(kRows * kColumns, NAN);
+      lists[way] = {scores.data(),
+                    index.data(),
+                    values.data(),
+                    mass.data(),
+                    counts.data(),
+                    loss[way].data(),
+                    gradient[way].data(),
+                    kRows,
+                    kColumns,
+                    kColumns,
+                    kLevels,
+                    order,
+                    1.4f,
+                    1.0f,
+                    true};
+    }
+    shim::run(kRows, 160, [&] { transport_levels<float, false>(lists[0]); });
+    shim::run(kRows, 64, [&] { stream_levels<float>(lists[1]); });
+    std::vector<float> tops(kRows * 3), masses(kRows * 3 * kMaxLevels);
+    const Slices slices = {3, 1024, tops.data(), masses.data()};
+    shim::run(kRows * 3, 64, [&] { sum_slices<float>(lists[2], slices); });
+    shim::run(kRows * 3, 64, [&] { write_slices<float>(lists[2], slices); });
+    for (const int way : {1, 2}) same = same && agree(loss[0], loss[way]) && agree(gradient[0], gradient[way]);
+  }
+  return same;
+}
+
+bool run_sorted() {
+  constexpr int kRows = 3, kColumns = 300;
+  const std::vector<float> scores = uniforms(kRows * kColumns), grades = uniforms(kRows * kColumns);
+  std::vector<float> values(kRows * kColumns), mass(kRows * kColumns, 1.0f / kColumns);
+  std::vector<float> scratch(kRows * kScratchArrays * kColumns);
+  std::vector<std::int32_t> index(kRows * kColumns), counts(kRows);
+  std::vector<std::uint8_t> mask(kRows * kColumns);
+  for (auto& present : mask) present = uniform() < 0.9f;
+  shim::run(kRows, 64, [&] {
+    sort_by_grade<64, 5>(grades.data(), mask.data(), kColumns, index.data(), values.data(), counts.data());
+  });
+  bool same = true;
+  for (const int order : {1, 2}) {
+    std::vector<float> loss[2], gradient[2];
+    for (const int run : {0, 1}) {
+      loss[run].resize(kRows);
+      gradient[run].resize(kRows * kColumns);
+      const SortedLists<float> lists = {scores.data(),
+                                        index.data(),
+                                        values.data(),
+                                        mass.data(),
+                                        counts.data(),
+                                        scratch.data(),
+                                        loss[run].data(),
+                                        gradient[run].data(),
+                                        kRows,
+                                        kColumns,
+                                        kColumns,
+                                        order,
+                                        1.4f,
+                                        1.0f};
+      shim::run(run == 0 ? 1 : kRows, 64, [&] { transport_sorted<float>(lists); });
+    }
+    same = same && loss[0] == loss[1] && gradient[0] == gradient[1];
+  }
+  return same;
+}
+
+void run_tiles() {
+  constexpr int kRows = 2, kColumns = 700;
+  std::vector<float> scores = uniforms(kRows * kColumns), top(kRows, -INFINITY), sum(kRows), weight(kRows, 1.0f);
+  const std::vector<std::int64_t> offsets = {0, 3, 5};
+  const std::vector<std::int32_t> columns = {0, 300, 699, 1, 2};
+  std::vector<float> pairs(columns.size());
+  const Tile tile = {scores.data(),  kRows,        kColumns, kColumns,   0,          offsets.data(),
+                     columns.data(), pairs.data(), 1.0,      top.data(), sum.data(), weight.data()};
+  shim::run(kRows, kFoldThreads, [&] { fold_rows(tile, 1.4f); });
+  shim::run(kRows, kFoldThreads, [&] { unfold_rows(tile, 1.4f); });
+}
+
+}  // namespace
+
+int main() {
+  run_tiles();
+  const bool levels = run_levels(), sorted = run_sorted();
+  if (!levels) std::fprintf(stderr, "lists in registers, streamed and in slices differ\n");
+  if (!sorted) std::fprintf(stderr, "one block for all lists gives another result than one for each\n");
+  return levels && sorted ? 0 : 1;
+}
