@@ -148,6 +148,7 @@ PYBIND11_MODULE(_kernels, module) {
   module.attr("MAX_LEVELS") = kMaxLevels;
   module.attr("MAX_SORT_COLUMNS") = kMaxSortColumns;
   module.def("instruction_set", &cpu::instruction_set);
+  module.def("use_instruction_set", &cpu::use_instruction_set);
   module.def("transport_cpu", &transport_cpu<GRADRET_LISTS>);
   module.def("prepare_levels", &prepare_levels);
   module.def("prepare_sorted", &prepare_sorted);

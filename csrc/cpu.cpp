@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <numeric>
@@ -15,17 +16,26 @@ namespace {
 
 constexpr std::int64_t kSerialElements = 32768;  // below it, waking threads costs more than the work
 
-const Rows& rows() {
+// Those that this processor has, the best last.
+std::vector<const Rows*> find_rows() {
+  std::vector<const Rows*> found = {&kBaselineRows};
 #ifdef GRADRET_X86
-  static const Rows& chosen = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
-                                  ? kAvx512Rows
-                              : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? kAvx2Rows
-                                                                                                : kBaselineRows;
-  return chosen;
-#else
-  return kBaselineRows;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    found.push_back(&kAvx2Rows);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
+      found.push_back(&kAvx512Rows);
+  }
 #endif
+  return found;
+}
+
+std::atomic<const Rows*> rows_in_use{nullptr};
+
+const Rows& rows() {
+  const Rows* chosen = rows_in_use.load(std::memory_order_relaxed);
+  if (!chosen) rows_in_use = chosen = find_rows().back();
+  return *chosen;
 }
 
 int choose_threads(std::int64_t rows, std::int64_t columns, int threads) {
@@ -74,6 +84,16 @@ void sort_row(const Grades& all, std::int64_t row, std::int32_t* index) {
 }  // namespace
 
 const char* instruction_set() { return rows().name; }
+
+bool use_instruction_set(const char* name) {
+  for (const Rows* found : find_rows()) {
+    if (std::strcmp(found->name, name) == 0) {
+      rows_in_use = found;
+      return true;
+    }
+  }
+  return false;
+}
 
 void finish_mass(Targets targets, std::int64_t count, const double* v, double* mass) {
   double top = -INFINITY, total = 0;

@@ -23,8 +23,10 @@ struct Grades {
   std::int32_t* counts;      // (rows)
 };
 
-// The instruction set in use: "baseline", "avx2" or "avx512".
+// The instruction set in use, the best that this processor has: "baseline", "avx2" or "avx512".
 const char* instruction_set();
+// Another one, for tests; false if this processor lacks it.
+bool use_instruction_set(const char* name);
 
 // Float32, bfloat16 and float64 scores; tables in double. lists.loss holds one loss a list if `reduced` is 0, else one
 // number: `reduced` times their sum. False when scratch memory could not be had.

@@ -37,12 +37,12 @@ void sum_levels(const T* s, const std::uint8_t* levels, std::int64_t n, float to
     const std::int64_t end = begin + kBlock < n ? begin + kBlock : n;
     Floats sums[kLevels ? kLevels : 1] = {};
     each_vector(s, begin, end, [&](Floats x, std::int64_t i, int lanes) {
-      const Ints level = load_levels(levels, i, lanes);
-      const Floats y = exponential(level != kAbsent ? x - top : fill(-kInfinity));
+      const Bytes level = load_levels(levels, i, lanes);
+      const Floats y = exponential(x - top);  // of absent documents anything
       if (e) store_lanes(e + i, y, lanes);
       if constexpr (kLevels > 0) {
 #pragma GCC unroll 8
-        for (int l = 0; l < kLevels; l++) sums[l] += level == l ? y : Floats{};
+        for (int l = 0; l < kLevels; l++) sums[l] = add_where(equals(level, l), sums[l], y);
       } else {
         // Four tables, so that neighbours of one level do not wait for each other.
         for (int lane = 0; lane < lanes; lane++)
@@ -58,16 +58,8 @@ void sum_levels(const T* s, const std::uint8_t* levels, std::int64_t n, float to
 template <typename T, int kLevels>
 void scale_levels(const float* e, const std::uint8_t* levels, std::int64_t n, const float* C, T* gradient) {
   each_vector(e, 0, n, [&](Floats y, std::int64_t i, int lanes) {
-    const Ints level = load_levels(levels, i, lanes);
-    Floats c = {};
-    if constexpr (kLevels > 0) {
-#pragma GCC unroll 8
-      for (int l = 0; l < kLevels; l++) c = level == l ? fill(C[l]) : c;
-    } else {
-      for (int lane = 0; lane < kLanes; lane++) c[lane] = C[level[lane] < kMaxLevels ? level[lane] : kMaxLevels];
-    }
-    y = level != kAbsent ? y : Floats{};
-    store_lanes(gradient + i, y * c, lanes);
+    const Bytes level = load_levels(levels, i, lanes);
+    store_lanes(gradient + i, multiply_where(differs(level, kAbsent), y, look_up<kLevels>(C, level)), lanes);
   });
 }
 
@@ -76,8 +68,7 @@ template <typename T>
 float find_top(const T* s, const std::uint8_t* levels, std::int64_t n) {
   Floats top = fill(-kInfinity);
   each_vector(s, 0, n, [&](Floats x, std::int64_t i, int lanes) {
-    if (levels) x = load_levels(levels, i, lanes) != kAbsent ? x : fill(-kInfinity);
-    top = x > top ? x : top;
+    top = levels ? larger_where(differs(load_levels(levels, i, lanes), kAbsent), top, x) : (x > top ? x : top);
   });
   const float found = highest(top);
   return found == -kInfinity ? 0 : found;
@@ -106,7 +97,7 @@ double level_row(const Lists& lists, std::int64_t row, float* work) {
   for (int l = 0; l < count; l++) M[l] /= Z;
   const double loss = solve(lists.order, count, v, M, Q, kFloatTolerance, F, S, c);
   if (wants_gradient) {
-    float C[kMaxLevels + 1] = {};
+    float C[kMaxLevels] = {};
     for (int l = 0; l < count; l++) C[l] = static_cast<float>(c[l] * lists.scale / (Z * lists.temperature));
     const auto scale = count <= 4 ? scale_levels<T, 4> : count <= 8 ? scale_levels<T, 8> : scale_levels<T, 0>;
     scale(e, levels, n, C, static_cast<T*>(lists.gradient) + row * n);

@@ -84,6 +84,52 @@ inline Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
 inline Bytes narrow(Longs v) { return __builtin_convertvector(v, Bytes); }
 #endif
 
+// Lanes where something holds, and what is done there only.
+#if defined(__AVX512F__)
+using Where = __mmask16;
+inline Where equals(Bytes v, int x) { return _mm_cmpeq_epi8_mask(bits<__m128i>(v), _mm_set1_epi8(static_cast<char>(x))); }
+inline Where differs(Bytes v, int x) {
+  return _mm_cmpneq_epi8_mask(bits<__m128i>(v), _mm_set1_epi8(static_cast<char>(x)));
+}
+inline Floats add_where(Where where, Floats sum, Floats x) {
+  return bits<Floats>(_mm512_mask_add_ps(bits<__m512>(sum), where, bits<__m512>(sum), bits<__m512>(x)));
+}
+inline Floats larger_where(Where where, Floats top, Floats x) {  // NaN in x is left out
+  return bits<Floats>(_mm512_mask_max_ps(bits<__m512>(top), where, bits<__m512>(x), bits<__m512>(top)));
+}
+inline Floats multiply_where(Where where, Floats x, Floats y) {  // 0 elsewhere
+  return bits<Floats>(_mm512_maskz_mul_ps(where, bits<__m512>(x), bits<__m512>(y)));
+}
+#else
+using Where = Ints;
+inline Where equals(Bytes v, int x) { return widen(v) == x; }
+inline Where differs(Bytes v, int x) { return widen(v) != x; }
+inline Floats add_where(Where where, Floats sum, Floats x) { return sum + (where ? x : Floats{}); }
+inline Floats larger_where(Where where, Floats top, Floats x) { return where & (x > top) ? x : top; }
+inline Floats multiply_where(Where where, Floats x, Floats y) { return where ? x * y : Floats{}; }
+#endif
+
+// table[v] of 8 entries or, for kLevels == 0, of kMaxLevels; anything where v is kAbsent.
+template <int kLevels>
+inline Floats look_up(const float* table, Bytes v) {
+#if defined(__AVX512F__)
+  const __m512i at = bits<__m512i>(widen(v));
+  const __m512 low = bits<__m512>(load<Floats>(table));
+  if constexpr (kLevels > 0) return bits<Floats>(_mm512_permutexvar_ps(at, low));
+  return bits<Floats>(_mm512_permutex2var_ps(low, at, bits<__m512>(load<Floats>(table + kLanes))));
+#else
+  Floats x = {};
+  if constexpr (kLevels > 0) {
+    const Ints level = widen(v);
+#pragma GCC unroll 8
+    for (int l = 0; l < kLevels; l++) x = level == l ? fill(table[l]) : x;
+  } else {
+    for (int lane = 0; lane < kLanes; lane++) x[lane] = table[v[lane] % kMaxLevels];
+  }
+  return x;
+#endif
+}
+
 struct BFloat16 {
   std::uint16_t bits;
 };
@@ -116,12 +162,12 @@ inline void each_vector(const T* from, std::int64_t begin, std::int64_t end, Bod
   }
 }
 
-inline Ints load_levels(const std::uint8_t* levels, std::int64_t i, int lanes) {
-  if (lanes == kLanes) return widen(load<Bytes>(levels + i));
+inline Bytes load_levels(const std::uint8_t* levels, std::int64_t i, int lanes) {
+  if (lanes == kLanes) return load<Bytes>(levels + i);
   std::uint8_t rest[kLanes];
   memset(rest, kAbsent, sizeof rest);
   memcpy(rest, levels + i, lanes);
-  return widen(load<Bytes>(rest));
+  return load<Bytes>(rest);
 }
 
 template <typename T>
@@ -147,7 +193,7 @@ inline double sum(Floats v) {
 // exp(d / temperature) for d <= 0, to about two units in the last place. The multiple of temperature * ln 2 that is
 // taken off d comes in two parts, the first of few bits, so that what is left is exact also far from 0.
 struct Exponential {
-  float per_octave, octave, octave_rest;
+  float per_octave, octave, octave_rest, lowest;
 
   explicit Exponential(double temperature) {
     const double octave_exact = temperature * 0.6931471805599453;
@@ -158,12 +204,12 @@ struct Exponential {
     word &= 0xffffff00u;
     memcpy(&octave, &word, sizeof word);
     octave_rest = static_cast<float>(octave_exact - octave);
+    lowest = static_cast<float>(-126 * octave_exact);  // below it: 0
   }
 
   inline Floats operator()(Floats d) const {
     const Floats magic = fill(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
-    const Floats x = d * per_octave;
-    const Floats shifted = x + magic;
+    const Floats shifted = d * per_octave + magic;
     const Floats n = shifted - magic;
     const Floats f = ((d - n * octave) - n * octave_rest) * per_octave;
     // (2^f - 1) / f on [-.5, .5], from its values at Chebyshev nodes; relative error of 2^f 1e-8.
@@ -173,9 +219,14 @@ struct Exponential {
     p = p * f + 0.240226507f;
     p = p * f + 0.693147182f;
     p = p * f + 1.0f;
+    // Times 2^n, or 0 below the lowest; NaN stays.
+#if defined(__AVX512F__)
+    const __mmask16 kept = _mm512_cmp_ps_mask(bits<__m512>(d), _mm512_set1_ps(lowest), _CMP_NLT_UQ);
+    return bits<Floats>(_mm512_maskz_scalef_ps(kept, bits<__m512>(p), bits<__m512>(n)));
+#else
     const Words scale = (bits<Words>(shifted) << 23) + (127u << 23);
-    const Floats y = p * bits<Floats>(scale);
-    return x < -126.0f ? Floats{} : y;  // NaN stays
+    return d < lowest ? Floats{} : p * bits<Floats>(scale);
+#endif
   }
 };
 

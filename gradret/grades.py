@@ -95,6 +95,9 @@ def check_grades(
     """The mask, the weights if targets are weights, else their name. Raises: ValueError."""
     if grades.dim() != 2:
         raise ValueError(f"grades must be (B, N), got {tuple(grades.shape)}")
+    for other, what in ((mask, "mask"), (targets, "targets")):
+        if isinstance(other, Tensor) and other.device != grades.device:
+            raise ValueError(f"{what} must be on the grades' device, {grades.device}; got {other.device}")
     if mask is not None and (mask.shape != grades.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(grades.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     if isinstance(targets, Tensor):

@@ -57,9 +57,8 @@ def wasserstein_loss(
         mask, weights, name = check_grades(grades, targets, mask)
     elif mask is not None or targets != "gain":
         raise ValueError("targets and mask are part of prepared grades: give them to prepare_grades")
-    for other, what in ((grades, "grades"), (mask, "mask"), (weights, "targets")):
-        if other is not None and other.device != scores.device:
-            raise ValueError(f"{what} must be on the scores' device, {scores.device}; got {other.device}")
+    if grades.device != scores.device:
+        raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     return Transport.apply(scores, grades, mask, weights, name, order, float(temperature), reduction)
 
 

@@ -150,11 +150,11 @@ def first_derivatives_only(backward):
 
     @functools.wraps(backward)
     def checked(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if torch.is_grad_enabled():
-            return tuple(None if g is None else _Once.apply(g.requires_grad_()) for g in results)
-        return results
+        return tuple(None if g is None else _Once.apply(g.requires_grad_()) for g in results)
 
     return checked
 

@@ -20,6 +20,17 @@ needs_cpu_kernel = pytest.mark.skipif(kernels.compiled is None, reason=f"no comp
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def instruction_set(request):
+    if kernels.compiled is None:
+        pytest.skip(f"no compiled kernels: {kernels.missing}")
+    before = kernels.compiled.instruction_set()
+    if not kernels.compiled.use_instruction_set(request.param):
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    kernels.compiled.use_instruction_set(before)
+
+
 def textbook_loss(scores, grades, mask, order, temperature):
     """Loss (B,) as one writes it in PyTorch, every sum in the scores' dtype; autograd gives the gradient."""
     scores = (scores / temperature).masked_fill(~mask, -torch.inf)
@@ -74,6 +85,29 @@ def make_lists(rows, columns, kind, seed=0):
             grades = torch.where(grades > 20, 0, grades) / 10  # empty levels
     mask = torch.rand(rows, columns) > 0.15
     return scores, grades, mask
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("kind", ["few", "seven", "many", "real"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_instruction_set(instruction_set, dtype, kind, order):
+    for rows, columns in [(3, 1), (3, 15), (3, 17), (3, 300), (2, 4500)]:
+        scores, grades, mask = make_lists(rows, columns, kind, seed=11)
+        scores = (10 * scores).to(dtype)
+        if columns > 1:
+            scores[:, 0] = -math.inf
+        scores.masked_fill_(~mask, math.nan)
+        expected, slope = truth(scores, grades, mask, order, 0.5)
+        loss, gradient = loss_and_gradient(scores, grades, mask, order, 0.5)
+        torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
+        scale = slope.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        assert ((gradient.double() - slope).abs() <= (1e-5 + torch.finfo(dtype).eps) * scale).all()
+    present = torch.ones(2, 40, dtype=torch.bool)
+    scores, grades = torch.randn(2, 40).to(dtype), torch.randint(0, 4, (2, 40))
+    scores[1, 7] = math.nan
+    loss, gradient = loss_and_gradient(scores, grades, present, order, 0.5)
+    assert loss.isnan().tolist() == [False, True]
+    assert gradient[1].isnan().any() and not gradient[0].isnan().any()
 
 
 SHAPES = [(5, 1), (3, 2), (4, 15), (4, 16), (4, 17), (3, 33), (2, 255), (2, 257), (2, 1000), (1, 4096), (1, 4099)]
