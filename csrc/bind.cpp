@@ -1,5 +1,5 @@
-// The Python module gradret._kernels. Tensors come as addresses and sizes, so that no torch header is needed; the caller
-// (gradret/ops.py) has checked shapes, types and devices. The interpreter is free while a call computes.
+// The Python module gradret._kernels. Tensors come as addresses and sizes, so that no torch header is needed; the
+// caller (gradret/ops.py) has checked shapes, types and devices. The interpreter is free while a call computes.
 
 #include <pybind11/pybind11.h>
 
@@ -17,10 +17,10 @@ namespace py = pybind11;
 using Address = std::uintptr_t;
 
 // The parameters of make_lists and make_tile below.
-#define GRADRET_LISTS                                                                                                \
+#define GRADRET_LISTS                                                                                                  \
   Address, int, std::int64_t, std::int64_t, std::int64_t, Address, bool, Address, Address, Address, std::int64_t, int, \
       double, double, Address, Address
-#define GRADRET_TILE                                                                                         \
+#define GRADRET_TILE                                                                                           \
   Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, Address, Address, Address, double, Address, \
       Address, Address
 
@@ -35,15 +35,29 @@ T* at(Address address) {
 #ifdef GRADRET_CUDA
 void check(int code, const char* what) {
   if (code != 0)
-    throw std::runtime_error(std::string("gradret: ") + what + ": " + cudaGetErrorString(static_cast<cudaError_t>(code)));
+    throw std::runtime_error(std::string("gradret: ") + what + ": " +
+                             cudaGetErrorString(static_cast<cudaError_t>(code)));
 }
 #endif
 
 Lists make_lists(Address scores, int scalar, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-                 Address index, bool sorted, Address values, Address mass, Address counts, std::int64_t width, int order,
-                 double temperature, double scale, Address loss, Address gradient) {
-  return {at<void>(scores), static_cast<Scalar>(scalar), rows, columns, stride, at<void>(index), sorted,
-          at<void>(values), at<void>(mass), at<std::int32_t>(counts), width, order, temperature, scale, at<void>(loss),
+                 Address index, bool sorted, Address values, Address mass, Address counts, std::int64_t width,
+                 int order, double temperature, double scale, Address loss, Address gradient) {
+  return {at<void>(scores),
+          static_cast<Scalar>(scalar),
+          rows,
+          columns,
+          stride,
+          at<void>(index),
+          sorted,
+          at<void>(values),
+          at<void>(mass),
+          at<std::int32_t>(counts),
+          width,
+          order,
+          temperature,
+          scale,
+          at<void>(loss),
           at<void>(gradient)};
 }
 
@@ -77,8 +91,17 @@ void prepare_sorted(int threads, Address grades, int grade, Address mask, Addres
 Tile make_tile(Address scores, std::int64_t rows, std::int64_t columns, std::int64_t stride, std::int64_t first_column,
                Address pair_offsets, Address pair_columns, Address pair_values, double temperature, Address top,
                Address sum, Address weight) {
-  return {at<float>(scores), rows, columns, stride, first_column, at<std::int64_t>(pair_offsets),
-          at<std::int32_t>(pair_columns), at<float>(pair_values), temperature, at<float>(top), at<float>(sum),
+  return {at<float>(scores),
+          rows,
+          columns,
+          stride,
+          first_column,
+          at<std::int64_t>(pair_offsets),
+          at<std::int32_t>(pair_columns),
+          at<float>(pair_values),
+          temperature,
+          at<float>(top),
+          at<float>(sum),
           at<float>(weight)};
 }
 

@@ -63,7 +63,8 @@ void sort_row(const Grades& all, std::int64_t row, std::int32_t* index) {
   const std::uint8_t* mask = all.mask ? all.mask + row * n : nullptr;
   std::int32_t* order = index + row * n;
   std::iota(order, order + n, 0);
-  std::int32_t* end = mask ? std::stable_partition(order, order + n, [&](std::int32_t i) { return mask[i]; }) : order + n;
+  std::int32_t* end =
+      mask ? std::stable_partition(order, order + n, [&](std::int32_t i) { return mask[i]; }) : order + n;
   // Not a number goes last: comparing it would be no order.
   const bool nan = std::any_of(order, end, [&](std::int32_t i) { return y[i] != y[i]; });
   std::sort(order, end, [&](std::int32_t a, std::int32_t b) {
@@ -117,7 +118,7 @@ bool transport(const Lists& lists, double reduced, int threads) {
   threads = choose_threads(lists.rows, n, threads);
   // Float32 gradients are their own scratch.
   const bool in_place = !lists.sorted && lists.gradient && lists.scalar == Scalar::kFloat32;
-  const std::int64_t padded = n + 16;
+  const std::int64_t padded = n + 16;  // no two threads on one cache line
   const std::int64_t doubles = (in_place ? 0 : padded) + (lists.sorted ? 4 * padded : 0);
   std::unique_ptr<double[]> scratch(new (std::nothrow) double[doubles * threads + (reduced != 0 ? lists.rows : 0)]);
   if (!scratch) return false;
@@ -162,9 +163,12 @@ bool prepare_levels(const Grades& grades, std::uint8_t* levels, int threads) {
 void prepare_sorted(const Grades& grades, std::int32_t* index, int threads) {
   each_row(grades.rows, choose_threads(grades.rows, grades.columns, threads), [&](std::int64_t row, int) {
     switch (grades.grade) {
-      case Grade::kFloat32: return sort_row<float>(grades, row, index);
-      case Grade::kFloat64: return sort_row<double>(grades, row, index);
-      default: return sort_row<std::int64_t>(grades, row, index);
+      case Grade::kFloat32:
+        return sort_row<float>(grades, row, index);
+      case Grade::kFloat64:
+        return sort_row<double>(grades, row, index);
+      default:
+        return sort_row<std::int64_t>(grades, row, index);
     }
   });
 }

@@ -12,15 +12,15 @@ enum class Targets : int { kGain = 0, kSoftmax = 1, kWeights = 2 };
 
 // Grades on their way into one of the two forms of Lists.
 struct Grades {
-  const void* grades;        // (rows, columns) of `grade`, contiguous
+  const void* grades;  // (rows, columns) of `grade`, contiguous
   Grade grade;
   const std::uint8_t* mask;  // (rows, columns), non-zero where a document exists; null for all
   const double* weights;     // (rows, columns), >= 0, for Targets::kWeights
   Targets targets;
   std::int64_t rows, columns;
-  double* values;            // (rows, kMaxLevels), or (rows, columns) for the sorted form
-  double* mass;              // likewise
-  std::int32_t* counts;      // (rows)
+  double* values;        // (rows, kMaxLevels), or (rows, columns) for the sorted form
+  double* mass;          // likewise
+  std::int32_t* counts;  // (rows)
 };
 
 // The instruction set in use, the best that this processor has: "baseline", "avx2" or "avx512".

@@ -15,8 +15,7 @@ namespace {
 // Fills a row's gradient with zeros.
 template <typename T>
 inline void clear(const Lists& lists, std::int64_t row) {
-  if (lists.gradient)
-    memset(static_cast<T*>(lists.gradient) + row * lists.columns, 0, lists.columns * sizeof(T));
+  if (lists.gradient) memset(static_cast<T*>(lists.gradient) + row * lists.columns, 0, lists.columns * sizeof(T));
 }
 
 inline bool has_mass(const double* Q, std::int64_t count) {
@@ -141,9 +140,8 @@ double level_row<double>(const Lists& lists, std::int64_t row, float* work_) {
 inline void exponentials(double temperature, std::int64_t count, float* e) {
   const float top = find_top(e, nullptr, count);
   const Exponential exponential(temperature);
-  each_vector(e, 0, count, [&](Floats x, std::int64_t i, int lanes) {
-    store_lanes(e + i, exponential(x - top), lanes);
-  });
+  each_vector(e, 0, count,
+              [&](Floats x, std::int64_t i, int lanes) { store_lanes(e + i, exponential(x - top), lanes); });
 }
 inline void exponentials(double temperature, std::int64_t count, double* e) {
   double top = -kInfinity;
@@ -198,25 +196,34 @@ double sorted_row(const Lists& lists, std::int64_t row, E* e, double* tables) {
 double any_level_row(const Lists& lists, std::int64_t row, void* work) {
   float* e = static_cast<float*>(work);
   switch (lists.scalar) {
-    case Scalar::kFloat64: return level_row<double>(lists, row, e);
-    case Scalar::kBFloat16: return level_row<BFloat16>(lists, row, e);
-    default: return level_row<float>(lists, row, e);
+    case Scalar::kFloat64:
+      return level_row<double>(lists, row, e);
+    case Scalar::kBFloat16:
+      return level_row<BFloat16>(lists, row, e);
+    default:
+      return level_row<float>(lists, row, e);
   }
 }
 
 double any_sorted_row(const Lists& lists, std::int64_t row, void* work, double* tables) {
   switch (lists.scalar) {
-    case Scalar::kFloat64: return sorted_row<double>(lists, row, static_cast<double*>(work), tables);
-    case Scalar::kBFloat16: return sorted_row<BFloat16>(lists, row, static_cast<float*>(work), tables);
-    default: return sorted_row<float>(lists, row, static_cast<float*>(work), tables);
+    case Scalar::kFloat64:
+      return sorted_row<double>(lists, row, static_cast<double*>(work), tables);
+    case Scalar::kBFloat16:
+      return sorted_row<BFloat16>(lists, row, static_cast<float*>(work), tables);
+    default:
+      return sorted_row<float>(lists, row, static_cast<float*>(work), tables);
   }
 }
 
 bool any_prepare_row(const Grades& all, std::int64_t row, std::uint8_t* levels, LevelTable& table) {
   switch (all.grade) {
-    case Grade::kFloat32: return prepare_row<float>(all, row, levels, table);
-    case Grade::kFloat64: return prepare_row<double>(all, row, levels, table);
-    default: return prepare_row<std::int64_t>(all, row, levels, table);
+    case Grade::kFloat32:
+      return prepare_row<float>(all, row, levels, table);
+    case Grade::kFloat64:
+      return prepare_row<double>(all, row, levels, table);
+    default:
+      return prepare_row<std::int64_t>(all, row, levels, table);
   }
 }
 

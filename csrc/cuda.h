@@ -23,8 +23,8 @@ int scale_gradient(void* gradient, Scalar scalar, std::int64_t rows, std::int64_
 
 // Writes the scores of the tile's pairs to pair_values and folds the rest into top and sum; deterministic.
 int fold_tile(const Tile& tile, int device, void* stream);
-// Overwrites a tile with weight[row] * exp((score - top) / temperature) / sum, pairs with their pair_values; 0 where sum
-// is 0.
+// Overwrites a tile with weight[row] * exp((score - top) / temperature) / sum, pairs with their pair_values; 0 where
+// sum is 0.
 int unfold_tile(const Tile& tile, int device, void* stream);
 
 }  // namespace gradret::cuda

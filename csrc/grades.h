@@ -10,11 +10,11 @@
 namespace gradret::cpu {
 namespace {
 
-constexpr std::int64_t kChunk = 16 * kLanes;
+constexpr std::int64_t kChunk = 256;
 
 template <typename T>
 struct Known {
-  int count = 0;
+  int count;
   T grade[kMaxLevels];
 
   // Takes in the grades of y[begin, end). False if they are too many; `nan` is set when one is no number.
@@ -36,34 +36,33 @@ struct Known {
   }
 };
 
-inline Ints as_mask(Bytes present, Ints) { return widen(present) != 0; }
-inline Longs as_mask(Bytes present, Longs) { return __builtin_convertvector(widen(present) != 0, Longs); }
-
 // Writes the levels of a row, and how many of its documents are above each of the first kLevels known grades. Returns
 // the length of the row, or the begin of the first chunk that holds an unknown grade.
 template <typename T, int kLevels>
 std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n, const Known<T>& known,
                            std::uint8_t* levels, std::int64_t* above, std::int64_t& present) {
-  using Values = typename Vector<T>::type;
+  constexpr int kCount = kLanes * 4 / sizeof(T);
+  using Values = typename Vector<T, kCount>::type;
   using Mask = decltype(Values{} == Values{});
+  using Existing = typename Vector<std::uint8_t, kCount>::type;
   T grade[kLevels];
   for (int l = 0; l < kLevels; l++) grade[l] = known.grade[l < known.count ? l : known.count - 1];
   Mask higher[kLevels] = {}, there = {};
   for (std::int64_t begin = 0; begin < n; begin += kChunk) {
     const std::int64_t end = begin + kChunk < n ? begin + kChunk : n;
     Mask missing = {};
-    for (std::int64_t i = begin; i < end; i += kLanes) {
-      const std::int64_t lanes = end - i < kLanes ? end - i : kLanes;
+    for (std::int64_t i = begin; i < end; i += kCount) {
+      const std::int64_t lanes = end - i < kCount ? end - i : kCount;
       Values g = {};
-      Bytes exists = {};
-      if (lanes == kLanes) {
+      Existing exists = {};
+      if (lanes == kCount) {
         g = load<Values>(y + i);
-        exists = mask ? load<Bytes>(mask + i) : ~Bytes{};
+        exists = mask ? load<Existing>(mask + i) : ~Existing{};
       } else {
         for (int lane = 0; lane < lanes; lane++) g[lane] = y[i + lane];
         for (int lane = 0; lane < lanes; lane++) exists[lane] = mask ? mask[i + lane] : 1;
       }
-      const Mask valid = as_mask(exists, Mask{});
+      const Mask valid = widen(exists) != 0;
       Mask found = {}, level = {};
 #pragma GCC unroll 8
       for (int l = 0; l < kLevels; l++) {
@@ -74,21 +73,21 @@ std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n,
       }
       missing |= ~found & valid;
       there -= valid;
-      const Bytes ids = narrow(valid ? level : Mask{} + kAbsent);
-      if (lanes == kLanes) {
+      const Existing ids = narrow(valid ? level : Mask{} + kAbsent);
+      if (lanes == kCount) {
         store(levels + i, ids);
       } else {
         for (int lane = 0; lane < lanes; lane++) levels[i + lane] = ids[lane];
       }
     }
-    for (int lane = 0; lane < kLanes; lane++)
+    for (int lane = 0; lane < kCount; lane++)
       if (missing[lane]) return begin;
   }
   present = 0;
-  for (int lane = 0; lane < kLanes; lane++) present += there[lane];
+  for (int lane = 0; lane < kCount; lane++) present += there[lane];
   for (int l = 0; l < kLevels; l++) {
     above[l] = 0;
-    for (int lane = 0; lane < kLanes; lane++) above[l] += higher[l][lane];
+    for (int lane = 0; lane < kCount; lane++) above[l] += higher[l][lane];
   }
   return n;
 }

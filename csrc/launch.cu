@@ -1,8 +1,7 @@
 // Host side of the kernels: chooses one, launches it on the caller's stream, waits for nothing.
-#include "cuda.h"
-
 #include <algorithm>
 
+#include "cuda.h"
 #include "levels.cuh"
 #include "sort.cuh"
 #include "sorted.cuh"

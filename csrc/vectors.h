@@ -1,12 +1,15 @@
-// Vectors of 16 lanes: loads, stores, conversions and exp; the compiler makes of them what the instruction set has.
-// For files that are compiled once for each instruction set: nothing here is shared between them.
+// Vectors as wide as the instruction set's registers: loads, stores, conversions and exp. Wider ones would be taken
+// apart by the compiler, lane by lane where they are compared. For files that are compiled once for each instruction
+// set: nothing here is shared between them.
 #pragma once
 
 #include <string.h>
 
 #include <cstdint>
-#ifdef __AVX2__
+#if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #include "lists.h"
@@ -14,20 +17,27 @@
 namespace gradret::cpu {
 namespace {
 
+#if defined(__AVX512F__)
 constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
 constexpr std::int64_t kBlock = 4096;  // sums are made in float within a block, in double beyond
 constexpr float kInfinity = __builtin_inff();
 
-template <typename T>
+template <typename T, int kCount = kLanes>
 struct Vector {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
+  typedef T type __attribute__((vector_size(kCount * sizeof(T))));
 };
 using Floats = Vector<float>::type;
 using Ints = Vector<std::int32_t>::type;
-using Longs = Vector<std::int64_t>::type;
 using Words = Vector<std::uint32_t>::type;
 using Halves = Vector<std::uint16_t>::type;
 using Bytes = Vector<std::uint8_t>::type;
+using Longs = Vector<std::int64_t, kLanes / 2>::type;  // of 64 bits: half as many
+using HalfBytes = Vector<std::uint8_t, kLanes / 2>::type;
 
 template <typename V, typename T>
 inline V load(const T* from) {
@@ -57,37 +67,58 @@ inline Ints widen(Bytes v) { return bits<Ints>(_mm512_cvtepu8_epi32(bits<__m128i
 inline Words widen(Halves v) { return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
 inline Halves narrow(Words v) { return bits<Halves>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
 inline Bytes narrow(Ints v) { return bits<Bytes>(_mm512_cvtepi32_epi8(bits<__m512i>(v))); }
-inline Bytes narrow(Longs v) {
-  __m512i parts[2];
-  memcpy(parts, &v, sizeof v);
-  return bits<Bytes>(_mm_unpacklo_epi64(_mm512_cvtepi64_epi8(parts[0]), _mm512_cvtepi64_epi8(parts[1])));
+inline HalfBytes narrow(Longs v) {
+  const __m128i bytes = _mm512_cvtepi64_epi8(bits<__m512i>(v));
+  HalfBytes low;
+  memcpy(&low, &bytes, sizeof low);
+  return low;
+}
+inline Longs widen(HalfBytes v) {
+  std::int64_t eight;
+  memcpy(&eight, &v, sizeof eight);
+  return bits<Longs>(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(eight)));
 }
 #else
-#ifdef __AVX2__
+#if defined(__AVX2__)
 inline Ints widen(Bytes v) {
-  const __m128i low = bits<__m128i>(v);
-  const __m256i parts[2] = {_mm256_cvtepu8_epi32(low), _mm256_cvtepu8_epi32(_mm_srli_si128(low, 8))};
-  return load<Ints>(parts);
+  std::int64_t eight;
+  memcpy(&eight, &v, sizeof eight);
+  return bits<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight)));
+}
+inline Words widen(Halves v) { return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(v))); }
+inline Halves narrow(Words v) {  // below 2^16
+  const __m256i pairs = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
+  return bits<Halves>(_mm_unpacklo_epi64(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+#elif defined(__SSE2__)
+inline Ints widen(Bytes v) {
+  std::int32_t four;
+  memcpy(&four, &v, sizeof four);
+  const __m128i zero = _mm_setzero_si128();
+  return bits<Ints>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
 }
 inline Words widen(Halves v) {
-  __m128i halves[2];
-  memcpy(halves, &v, sizeof v);
-  const __m256i parts[2] = {_mm256_cvtepu16_epi32(halves[0]), _mm256_cvtepu16_epi32(halves[1])};
-  return load<Words>(parts);
+  std::int64_t four;
+  memcpy(&four, &v, sizeof four);
+  return bits<Words>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(four), _mm_setzero_si128()));
 }
+inline Halves narrow(Words v) { return __builtin_convertvector(v, Halves); }
 #else
 inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
 inline Words widen(Halves v) { return __builtin_convertvector(v, Words); }
-#endif
 inline Halves narrow(Words v) { return __builtin_convertvector(v, Halves); }
+#endif
 inline Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
-inline Bytes narrow(Longs v) { return __builtin_convertvector(v, Bytes); }
+inline HalfBytes narrow(Longs v) { return __builtin_convertvector(v, HalfBytes); }
+inline Longs widen(HalfBytes v) { return __builtin_convertvector(v, Longs); }
 #endif
 
 // Lanes where something holds, and what is done there only.
 #if defined(__AVX512F__)
 using Where = __mmask16;
-inline Where equals(Bytes v, int x) { return _mm_cmpeq_epi8_mask(bits<__m128i>(v), _mm_set1_epi8(static_cast<char>(x))); }
+inline Where equals(Bytes v, int x) {
+  return _mm_cmpeq_epi8_mask(bits<__m128i>(v), _mm_set1_epi8(static_cast<char>(x)));
+}
 inline Where differs(Bytes v, int x) {
   return _mm_cmpneq_epi8_mask(bits<__m128i>(v), _mm_set1_epi8(static_cast<char>(x)));
 }
@@ -117,6 +148,10 @@ inline Floats look_up(const float* table, Bytes v) {
   const __m512 low = bits<__m512>(load<Floats>(table));
   if constexpr (kLevels > 0) return bits<Floats>(_mm512_permutexvar_ps(at, low));
   return bits<Floats>(_mm512_permutex2var_ps(low, at, bits<__m512>(load<Floats>(table + kLanes))));
+#elif defined(__AVX2__)
+  const __m256i at = bits<__m256i>(widen(v));
+  if constexpr (kLevels > 0) return bits<Floats>(_mm256_permutevar8x32_ps(bits<__m256>(load<Floats>(table)), at));
+  return bits<Floats>(_mm256_i32gather_ps(table, _mm256_and_si256(at, _mm256_set1_epi32(kMaxLevels - 1)), 4));
 #else
   Floats x = {};
   if constexpr (kLevels > 0) {
@@ -135,9 +170,7 @@ struct BFloat16 {
 };
 
 inline Floats load_floats(const float* from) { return load<Floats>(from); }
-inline Floats load_floats(const BFloat16* from) {
-  return bits<Floats>(widen(load<Halves>(from)) << 16);
-}
+inline Floats load_floats(const BFloat16* from) { return bits<Floats>(widen(load<Halves>(from)) << 16); }
 
 inline void store_floats(float* to, Floats v) { store(to, v); }
 inline void store_floats(BFloat16* to, Floats v) {
@@ -147,7 +180,7 @@ inline void store_floats(BFloat16* to, Floats v) {
   store(to, narrow(chosen >> 16));
 }
 
-// Calls body(values, position, lanes) for each 16 of n scores; the last one is filled up with -inf.
+// Calls body(values, position, lanes) for each vector of scores; the last one is filled up with -inf.
 template <typename T, typename Body>
 inline void each_vector(const T* from, std::int64_t begin, std::int64_t end, Body body) {
   std::int64_t i = begin;

@@ -1,6 +1,7 @@
 """The package from its sdist and wheel, with and without a compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -106,7 +107,6 @@ def test_architectures_that_nvcc_does_not_know(monkeypatch):
 
 def test_this_installation_has_kernels():
     """Where a compiler is, an installation without kernels is a broken build."""
-    import shutil
 
     from gradret import kernels
 
@@ -115,3 +115,13 @@ def test_this_installation_has_kernels():
     assert kernels.compiled is not None, kernels.missing
     if build_kernels.find_nvcc() and os.environ.get("GRADRET_CUDA", "auto") != "0":
         assert kernels.compiled.CUDA_ARCHITECTURES, "nvcc is here, but the installation has no CUDA side"
+
+
+def test_arm64_compiles(tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no aarch64-linux-gnu-g++ here")
+    defines = ["-DGRADRET_ISA=kBaselineRows", '-DGRADRET_ISA_NAME="baseline"', "-Wno-psabi", "-fopenmp", "-Werror"]
+    for name in ("cpu_rows.cpp", "cpu.cpp"):
+        source = REPOSITORY / "csrc" / name
+        build_kernels.run([compiler, *build_kernels.CPU_FLAGS.split(), *defines, "-c", str(source), "-o", "/dev/null"])

@@ -1,7 +1,5 @@
 // The scheduler behind cuda_runtime.h. Compiled without the sanitizer, which must see the kernels' memory alone, and
 // learns here who waits for whom.
-#include "cuda_runtime.h"
-
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -10,6 +8,8 @@
 #include <memory>
 #include <string>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 #ifdef SHIM_TSAN
 extern "C" {
