@@ -1,6 +1,7 @@
 """The loss benchmark: rivals against POT, wrong losses refused, what is written for each row, how time is taken."""
 
 import json
+import math
 import sys
 
 import ot
@@ -8,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gradret import memory, rivals, speed, timers, workloads
+from gradret import kernels, memory, rivals, speed, timers, workloads
 from gradret.cli import main
 from gradret.errors import GradretError
 from gradret.report import draw_speed, format_speed
@@ -466,3 +467,29 @@ def test_cuda_rows():
         assert row["wall_ms"]["median"] > 0
         assert row["peak_mib"] > 0
         assert (row["floor_fraction"] is not None) == (row["order"] is not None and len(row["shape"]) == 2)
+
+
+@pytest.mark.slow
+@needs_clear_refs
+def test_fused_scoring_needs_a_tenth_of_the_memory():
+    names = ["fused scoring W1", "score matrix W1, raw grades", "score matrix cross_entropy"]
+    peaks = [peak for peak, _ in memory.measure_cpu_peaks((2048, 16384, 384), "float32", (1,), names)]
+    assert peaks[0] < peaks[1] / 10
+    assert peaks[0] < peaks[2] / 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(kernels.compiled is None, reason="no compiled kernels")
+def test_the_level_kernel_is_faster_than_pytorch():
+    """The README has the figures of a quiet machine; the quickest of many calls is what a busy one can still tell."""
+    workload = workloads.make_workload((512, 4096), "float32", "cpu")
+    rows = {row.name: row for row in workload.rows((1, 2), compiled=False)}
+    names = ["gradret W1", "gradret W2", "PyTorch W1", "PyTorch W2", "cross_entropy"]
+    quickest = dict.fromkeys(names, math.inf)
+    for _ in range(15):
+        for name in names:
+            quickest[name] = min(quickest[name], timers.measure_step(rows[name], CPU).seconds)
+    assert quickest["gradret W1"] < quickest["cross_entropy"]
+    assert quickest["gradret W2"] < quickest["cross_entropy"]
+    assert quickest["gradret W1"] < quickest["PyTorch W1"] / 5
+    assert quickest["gradret W2"] < quickest["PyTorch W2"] / 8

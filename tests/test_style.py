@@ -1,5 +1,6 @@
 """The linter's and formatter's word, and what the documents promise."""
 
+import re
 import subprocess
 import sys
 
@@ -24,3 +25,19 @@ def test_the_readme_opens_with_its_two_commands():
     blocks = (REPOSITORY / "README.md").read_text().split("```")[1::2]
     assert blocks[0].startswith("sh\n") and "gradret bench" in blocks[0]
     assert blocks[1].startswith("sh\n") and "pytest" in blocks[1]
+
+
+def test_the_readmes_table_of_speed_is_the_results():
+    results = REPOSITORY / "benchmarks" / "results" / "loss-cpu.json"
+    command = [sys.executable, REPOSITORY / "benchmarks" / "loss_table.py", results]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert len(table.splitlines()) > 20
+    assert table in (REPOSITORY / "README.md").read_text()
+
+
+def test_the_readmes_examples_of_losses_run():
+    blocks = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    losses = [block for block in blocks if "SentenceTransformer" not in block]
+    assert len(losses) == 2
+    for block in losses:
+        exec(compile(block, "README.md", "exec"), {})
