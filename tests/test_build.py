@@ -1,5 +1,6 @@
 """The package from its sdist and wheel, with and without a compiler."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-sys.path.insert(0, str(REPOSITORY))
-import build_kernels
+_spec = importlib.util.spec_from_file_location("build_kernels", REPOSITORY / "build_kernels.py")
+build_kernels = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(build_kernels)
 
 pytestmark = pytest.mark.slow
 
