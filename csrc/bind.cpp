@@ -168,6 +168,7 @@ void unfold_tile_cuda(int device, Address stream, Rest... rest) {
 
 PYBIND11_MODULE(_kernels, module) {
   using namespace gradret;
+  module.attr("INTERFACE") = 1;  // what gradret/kernels.py expects; raised when a function's parameters change
   module.attr("MAX_LEVELS") = kMaxLevels;
   module.attr("MAX_SORT_COLUMNS") = kMaxSortColumns;
   module.def("instruction_set", &cpu::instruction_set);

@@ -2,6 +2,8 @@
 
 import torch  # before the module, so that both use the same OpenMP threads
 
+INTERFACE = 1
+
 try:
     from gradret import _kernels as compiled
 except ModuleNotFoundError:
@@ -12,6 +14,9 @@ except ImportError as error:  # built, but a library that it needs is not there
     missing = str(error)
 else:
     missing = None
+    if getattr(compiled, "INTERFACE", 0) != INTERFACE:  # a checkout that moved on after it was installed
+        compiled = None
+        missing = "they were built from other sources; install gradret again"
 
 
 def backend(device: torch.device | str) -> str:

@@ -5,101 +5,17 @@ through one log-sum-exp a query. Scores are made a tile at a time, folded into i
 tile again. What is left for the loss is a short list a query: its graded documents, and one for all others.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from gradret.grades import PreparedGrades, prepare_grades, target_weights
+from gradret.grades import Tables
 from gradret.ops import first_derivatives_only, transport
+from gradret.pairs import PreparedPairs, prepare_pairs
+from gradret.reference import result_dtype
 from gradret.tiles import Folded, Pairs, fold_tile, unfold_tile
 
 TILE_ROWS = 2048
 TILE_ELEMENTS = 1 << 20  # of a tile of scores: 4 MiB in float32
-
-
-@dataclass(frozen=True)
-class PreparedPairs:
-    """Graded pairs of a batch, ready for wasserstein_retrieval_loss; made by prepare_pairs.
-
-    shape: (B, N). offsets (B + 1,), columns (M,), slots (M,): the pairs by row, and their places in the short lists
-    (B, K + 1), whose last document stands for all those of the default grade.
-    """
-
-    shape: tuple[int, int]
-    offsets: Tensor
-    columns: Tensor
-    slots: Tensor
-    grades: PreparedGrades
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedPairs":
-        """The same on another device."""
-        tensors = (t.to(device, non_blocking=non_blocking) for t in (self.offsets, self.columns, self.slots))
-        return PreparedPairs(self.shape, *tensors, self.grades.to(device, non_blocking=non_blocking))
-
-
-def prepare_pairs(
-    rows: Tensor,
-    columns: Tensor,
-    grades: Tensor,
-    shape: tuple[int, int],
-    *,
-    default_grade: float = 0.0,
-    targets: str | Tensor = "gain",
-) -> PreparedPairs:
-    """Everything of wasserstein_retrieval_loss that does not depend on the embeddings. Waits for the device on CUDA.
-
-    Args:
-        rows, columns: (M,) integer, which query and document a grade is for; in any order, no pair twice.
-        grades: (M,) real.
-        shape: (B, N), numbers of queries and documents.
-        default_grade: of all other pairs.
-        targets: "gain", "softmax", or weights (M,) >= 0 of the pairs, all others having none; see gradret.losses.
-
-    Raises: ValueError when shapes differ, a row or column is out of range, a pair comes twice, or targets are unknown.
-    """
-    count, documents = shape
-    if rows.dim() != 1 or rows.shape != columns.shape or rows.shape != grades.shape:
-        raise ValueError(
-            "rows, columns and grades must be three vectors of one length; "
-            f"got {tuple(rows.shape)}, {tuple(columns.shape)} and {tuple(grades.shape)}"
-        )
-    if isinstance(targets, Tensor) and targets.shape != grades.shape:
-        raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
-    if not isinstance(targets, Tensor) and targets not in ("gain", "softmax"):
-        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
-    for name, index, limit in (("row", rows, count), ("column", columns, documents)):
-        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-            raise ValueError(f"{name}s must be integer, got {index.dtype}")
-        if len(index) and not (0 <= index.min() and index.max() < limit):
-            raise ValueError(f"{name}s must be 0 to {limit - 1}; got {index.min().item()} to {index.max().item()}")
-    rows, columns = rows.long(), columns.long()
-    key, by_row = (rows * documents + columns).sort()
-    twice = (key.diff() == 0).nonzero()
-    if len(twice):
-        pair = divmod(key[twice[0, 0]].item(), documents)
-        raise ValueError(f"the pair of row {pair[0]} and column {pair[1]} has more than one grade")
-    rows, columns, real = rows[by_row], columns[by_row], grades.detach().double()[by_row]
-    number = torch.bincount(rows, minlength=count)  # (B,)
-    offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
-    width = (int(number.max()) if count else 0) + 1
-    slots = rows * width + torch.arange(len(rows), device=rows.device) - offsets[rows]
-
-    others = documents - number  # (B,) documents of the default grade
-    short = torch.full((count, width), float(default_grade), dtype=torch.float64, device=rows.device)
-    short.view(-1)[slots] = real
-    present = torch.zeros_like(short, dtype=torch.bool)
-    present.view(-1)[slots] = True
-    present[:, -1] = others > 0
-    if isinstance(targets, Tensor):
-        weights = torch.zeros_like(short)
-        weights.view(-1)[slots] = targets.detach().double()[by_row]
-    else:
-        top = short.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
-        weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
-        weights[:, -1] *= others
-    prepared = prepare_grades(short, targets=weights.masked_fill(~present, 0), mask=present)
-    return PreparedPairs((count, documents), offsets, columns.int(), slots, prepared)
 
 
 def wasserstein_retrieval_loss(
@@ -169,48 +85,139 @@ def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype):
             yield r, c, torch.mm(queries[r].to(dtype), documents[c].to(dtype).T, out=tile)
 
 
+def _transport(
+    queries: Tensor,
+    documents: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    slots: Tensor,
+    index: Tensor,
+    values: Tensor,
+    mass: Tensor,
+    counts: Tensor,
+    order: int,
+    temperature: float,
+    reduction: str,
+    needs_gradient: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reduced loss, its gradient in the short lists' scores (B, K + 1), and the folded scores' top and sum (B,)."""
+    dtype, new = result_dtype(queries), {"dtype": result_dtype(queries), "device": queries.device}
+    folded = Folded(torch.full(queries.shape[:1], -torch.inf, **new), torch.zeros(queries.shape[:1], **new))
+    pairs = Pairs(offsets, columns, torch.empty(columns.shape, **new))
+    with torch.autocast(queries.device.type, enabled=False):
+        for r, c, tile in _score_tiles(queries, documents, dtype):
+            fold_tile(tile, r.start, c.start, pairs, folded, temperature)
+    short = torch.zeros(index.shape, **new)  # (B, K + 1)
+    short.view(-1)[slots] = pairs.values
+    short[:, -1] = folded.top + temperature * folded.sum.log()
+    tables = Tables(index, values, mass, counts)
+    loss, gradient = transport(short, tables, order, temperature, reduction, needs_gradient)
+    return loss, gradient, *folded
+
+
+def _transport_backward(
+    queries: Tensor,
+    documents: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    slots: Tensor,
+    gradient: Tensor,
+    top: Tensor,
+    total: Tensor,
+    grad_loss: Tensor,
+    temperature: float,
+    needs_queries: bool = True,
+    needs_documents: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients (B, D) and (N, D); None for what is not needed."""
+    dtype = gradient.dtype
+    gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)  # (B, K + 1)
+    weight = gradient[:, -1].contiguous()
+    pairs = Pairs(offsets, columns, gradient.view(-1)[slots])
+    # Sums over tiles are made in `dtype`, also for embeddings of half precision.
+    of_queries = torch.zeros(queries.shape, dtype=dtype, device=queries.device) if needs_queries else None
+    of_documents = torch.zeros(documents.shape, dtype=dtype, device=queries.device) if needs_documents else None
+    with torch.autocast(queries.device.type, enabled=False):
+        for r, c, tile in _score_tiles(queries, documents, dtype):
+            unfold_tile(tile, r.start, c.start, pairs, Folded(top, total), temperature, weight)
+            if needs_queries:
+                of_queries[r].addmm_(tile, documents[c].to(dtype))
+            if needs_documents:
+                of_documents[c].addmm_(tile.T, queries[r].to(dtype))
+    return (
+        of_queries.to(queries.dtype) if needs_queries else None,
+        of_documents.to(documents.dtype) if needs_documents else None,
+    )
+
+
+@torch.library.custom_op("gradret::retrieval_transport", mutates_args=())
+def retrieval_transport_op(
+    queries: Tensor,
+    documents: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    slots: Tensor,
+    index: Tensor,
+    values: Tensor,
+    mass: Tensor,
+    counts: Tensor,
+    order: int,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tables = (index, values, mass, counts)
+    return _transport(queries, documents, offsets, columns, slots, *tables, order, temperature, reduction)
+
+
+@retrieval_transport_op.register_fake
+def _(queries, documents, offsets, columns, slots, index, values, mass, counts, order, temperature, reduction):
+    new = {"dtype": result_dtype(queries), "device": queries.device}
+    rows = queries.shape[:1]
+    loss = torch.empty(rows if reduction == "none" else (), **new)
+    return loss, torch.empty(index.shape, **new), torch.empty(rows, **new), torch.empty(rows, **new)
+
+
+@torch.library.custom_op("gradret::retrieval_transport_backward", mutates_args=())
+def retrieval_transport_backward_op(
+    queries: Tensor,
+    documents: Tensor,
+    offsets: Tensor,
+    columns: Tensor,
+    slots: Tensor,
+    gradient: Tensor,
+    top: Tensor,
+    total: Tensor,
+    grad_loss: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    folded = (gradient, top, total)
+    return _transport_backward(queries, documents, offsets, columns, slots, *folded, grad_loss, temperature)
+
+
+@retrieval_transport_backward_op.register_fake
+def _(queries, documents, offsets, columns, slots, gradient, top, total, grad_loss, temperature):
+    return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
+
+
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, documents, prepared, order, temperature, reduction):
-        queries, documents = queries.detach(), documents.detach()
-        dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-        rows = len(queries)
-        new = {"dtype": dtype, "device": queries.device}
-        folded = Folded(torch.full((rows,), -torch.inf, **new), torch.zeros(rows, **new))
-        pairs = Pairs(prepared.offsets, prepared.columns, torch.empty(len(prepared.columns), **new))
-        with torch.autocast(queries.device.type, enabled=False):
-            for r, c, tile in _score_tiles(queries, documents, dtype):
-                fold_tile(tile, r.start, c.start, pairs, folded, temperature)
-        short = torch.zeros(prepared.grades.shape, **new)  # (B, K + 1)
-        short.view(-1)[prepared.slots] = pairs.values
-        short[:, -1] = folded.top + temperature * folded.sum.log()
-        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss, gradient = transport(short, prepared.grades.tables, order, temperature, reduction, needs_gradient)
-        ctx.save_for_backward(queries, documents, gradient, *folded)
-        ctx.prepared, ctx.temperature = prepared, temperature
+        places = (prepared.offsets, prepared.columns, prepared.slots)
+        options = (order, temperature, reduction)
+        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        if torch.compiler.is_compiling():
+            loss, *saved = retrieval_transport_op(queries, documents, *places, *prepared.grades.tables, *options)
+        else:
+            loss, *saved = _transport(queries, documents, *places, *prepared.grades.tables, *options, needs)
+        ctx.save_for_backward(queries, documents, *places, *saved)
+        ctx.temperature = temperature
         return loss
 
     @staticmethod
     @first_derivatives_only
     def backward(ctx, grad_loss):
-        queries, documents, gradient, *folded = ctx.saved_tensors
-        dtype = gradient.dtype
-        gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)  # (B, K + 1)
-        weight = gradient[:, -1].contiguous()
-        pairs = Pairs(ctx.prepared.offsets, ctx.prepared.columns, gradient.view(-1)[ctx.prepared.slots])
-        needs = ctx.needs_input_grad
-        # Sums over tiles are made in `dtype`, also for embeddings of half precision.
-        query_gradient = torch.zeros_like(queries, dtype=dtype) if needs[0] else None
-        document_gradient = torch.zeros_like(documents, dtype=dtype) if needs[1] else None
-        with torch.autocast(queries.device.type, enabled=False):
-            for r, c, tile in _score_tiles(queries, documents, dtype):
-                unfold_tile(tile, r.start, c.start, pairs, Folded(*folded), ctx.temperature, weight)
-                if query_gradient is not None:
-                    query_gradient[r].addmm_(tile, documents[c].to(dtype))
-                if document_gradient is not None:
-                    document_gradient[c].addmm_(tile.T, queries[r].to(dtype))
-        return (
-            None if query_gradient is None else query_gradient.to(queries.dtype),
-            None if document_gradient is None else document_gradient.to(documents.dtype),
-            *(None,) * 4,
-        )
+        if torch.compiler.is_compiling():
+            found = retrieval_transport_backward_op(*ctx.saved_tensors, grad_loss, ctx.temperature)
+        else:
+            found = _transport_backward(*ctx.saved_tensors, grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
+        return *found, None, None, None, None

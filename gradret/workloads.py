@@ -17,7 +17,8 @@ from torch import Tensor
 from gradret import rivals
 from gradret.grades import prepare_grades
 from gradret.losses import gaussian_loss, wasserstein_loss
-from gradret.retrieval_loss import prepare_pairs, wasserstein_retrieval_loss
+from gradret.pairs import prepare_pairs
+from gradret.retrieval_loss import wasserstein_retrieval_loss
 
 TEMPERATURE = 0.05
 INFONCE = "InfoNCE"

@@ -14,7 +14,7 @@ PACKAGE = Path(gradret.__file__).parent
 LAYERS = """
     __main__ cli cli_loss cli_bench options report bench speed memory timers workloads rivals train checkpoint batches
     evaluation retrieve encoder encoder_config hub losses retrieval_loss tiles ops
-    reference grades kernels
+    reference pairs grades kernels
     mix sources collection lists console settings versions files errors
 """.split()
 CORE = ["errors", "files", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]

@@ -202,3 +202,35 @@ def test_wrong_embeddings():
         wasserstein_retrieval_loss(torch.zeros(3, 4), torch.zeros(5, 3), (I2, I2, torch.ones(2)))
     with pytest.raises(ValueError, match="of one type"):
         wasserstein_retrieval_loss(torch.zeros(3, 4), torch.zeros(5, 4).half(), (I2, I2, torch.ones(2)))
+
+
+def op_samples():
+    queries, documents, triples = make_batch(dtype=torch.float32)
+    prepared = prepare_pairs(*triples, (7, 23))
+    places = (prepared.offsets, prepared.columns, prepared.slots)
+    for reduction in ("none", "mean"):
+        options = (2, 0.7, reduction)
+        arguments = (queries, documents, *places, *prepared.grades.tables, *options)
+        yield retrieval_loss.retrieval_transport_op, arguments
+        loss, *saved = retrieval_loss.retrieval_transport_op(*arguments)
+        back = (queries, documents, *places, *saved, torch.ones_like(loss), 0.7)
+        yield retrieval_loss.retrieval_transport_backward_op, back
+
+
+def test_opcheck():
+    for op, arguments in op_samples():
+        torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.slow
+def test_compiled_whole():
+    queries, documents, triples = make_batch()
+    prepared = prepare_pairs(*triples, (7, 23))
+
+    def function(q, d):
+        return wasserstein_retrieval_loss(2 * q, d, prepared, order=2, temperature=2.0).square()
+
+    expected = value_and_gradients(function, queries, documents)
+    found = value_and_gradients(torch.compile(function, fullgraph=True), queries, documents)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,92 @@
+"""Graded pairs of queries and documents, where every other pair has one default grade."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradret.grades import PreparedGrades, prepare_grades, target_weights
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """Graded pairs of a batch, ready for wasserstein_retrieval_loss; made by prepare_pairs.
+
+    shape: (B, N). offsets (B + 1,), columns (M,), slots (M,): the pairs by row, and their places in the short lists
+    (B, K + 1), whose last document stands for all those of the default grade.
+    """
+
+    shape: tuple[int, int]
+    offsets: Tensor
+    columns: Tensor
+    slots: Tensor
+    grades: PreparedGrades
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedPairs":
+        """The same on another device."""
+        tensors = (t.to(device, non_blocking=non_blocking) for t in (self.offsets, self.columns, self.slots))
+        return PreparedPairs(self.shape, *tensors, self.grades.to(device, non_blocking=non_blocking))
+
+
+def prepare_pairs(
+    rows: Tensor,
+    columns: Tensor,
+    grades: Tensor,
+    shape: tuple[int, int],
+    *,
+    default_grade: float = 0.0,
+    targets: str | Tensor = "gain",
+) -> PreparedPairs:
+    """Everything of wasserstein_retrieval_loss that does not depend on the embeddings. Waits for the device on CUDA.
+
+    Args:
+        rows, columns: (M,) integer, which query and document a grade is for; in any order, no pair twice.
+        grades: (M,) real.
+        shape: (B, N), numbers of queries and documents.
+        default_grade: of all other pairs.
+        targets: "gain", "softmax", or weights (M,) >= 0 of the pairs, all others having none; see gradret.losses.
+
+    Raises: ValueError when shapes differ, a row or column is out of range, a pair comes twice, or targets are unknown.
+    """
+    count, documents = shape
+    if rows.dim() != 1 or rows.shape != columns.shape or rows.shape != grades.shape:
+        raise ValueError(
+            "rows, columns and grades must be three vectors of one length; "
+            f"got {tuple(rows.shape)}, {tuple(columns.shape)} and {tuple(grades.shape)}"
+        )
+    if isinstance(targets, Tensor) and targets.shape != grades.shape:
+        raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
+    if not isinstance(targets, Tensor) and targets not in ("gain", "softmax"):
+        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
+    for name, index, limit in (("row", rows, count), ("column", columns, documents)):
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise ValueError(f"{name}s must be integer, got {index.dtype}")
+        if len(index) and not (0 <= index.min() and index.max() < limit):
+            raise ValueError(f"{name}s must be 0 to {limit - 1}; got {index.min().item()} to {index.max().item()}")
+    rows, columns = rows.long(), columns.long()
+    key, by_row = (rows * documents + columns).sort()
+    twice = (key.diff() == 0).nonzero()
+    if len(twice):
+        pair = divmod(key[twice[0, 0]].item(), documents)
+        raise ValueError(f"the pair of row {pair[0]} and column {pair[1]} has more than one grade")
+    rows, columns, real = rows[by_row], columns[by_row], grades.detach().double()[by_row]
+    number = torch.bincount(rows, minlength=count)  # (B,)
+    offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
+    width = (int(number.max()) if count else 0) + 1
+    slots = rows * width + torch.arange(len(rows), device=rows.device) - offsets[rows]
+
+    others = documents - number  # (B,) documents of the default grade
+    short = torch.full((count, width), float(default_grade), dtype=torch.float64, device=rows.device)
+    short.view(-1)[slots] = real
+    present = torch.zeros_like(short, dtype=torch.bool)
+    present.view(-1)[slots] = True
+    present[:, -1] = others > 0
+    if isinstance(targets, Tensor):
+        weights = torch.zeros_like(short)
+        weights.view(-1)[slots] = targets.detach().double()[by_row]
+    else:
+        top = short.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
+        weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
+        weights[:, -1] *= others
+    prepared = prepare_grades(short, targets=weights.masked_fill(~present, 0), mask=present)
+    return PreparedPairs((count, documents), offsets, columns.int(), slots, prepared)
