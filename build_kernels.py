@@ -57,6 +57,7 @@ class BuildKernels(build_ext):
         except BuildFailed as error:
             if wanted == "1":
                 raise SystemExit(f"gradret: {error}") from None
+            target.unlink(missing_ok=True)  # of an earlier build
             # A package that runs beats a build that fails; `gradret bench loss` names the path that serves a call.
             print(f"gradret: {error}; the losses will run in PyTorch", file=sys.stderr)
 

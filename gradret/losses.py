@@ -59,6 +59,8 @@ def wasserstein_loss(
         raise ValueError("targets and mask are part of prepared grades: give them to prepare_grades")
     if grades.device != scores.device:
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
+    if not torch.is_grad_enabled():
+        scores = scores.detach()  # then no gradient is computed
     return Transport.apply(scores, grades, mask, weights, name, order, float(temperature), reduction)
 
 
