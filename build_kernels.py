@@ -66,6 +66,9 @@ class BuildKernels(build_ext):
 
     def copy_extensions_to_source(self):
         built = [ext for ext in self.extensions if Path(self.build_lib, self.get_ext_filename(ext.name)).exists()]
+        for ext in self.extensions:
+            if ext not in built:  # what an earlier build left there does not fit these sources
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         self.extensions, extensions = built, self.extensions
         super().copy_extensions_to_source()
         self.extensions = extensions
@@ -97,7 +100,10 @@ def choose_architectures(nvcc: Path) -> list[str]:
     """Those asked for that this nvcc knows, ascending."""
     known = set(re.findall(r"sm_(\d+)", run([str(nvcc), "--list-gpu-code"])))
     named = os.environ.get("GRADRET_CUDA_ARCHITECTURES")
-    chosen = sorted({a.strip() for a in (named or CUDA_ARCHITECTURES).split(";") if a.strip()}, key=int)
+    wanted = {a.strip() for a in (named or CUDA_ARCHITECTURES).split(";") if a.strip()}
+    if not all(a.isdecimal() for a in wanted):
+        raise BuildFailed(f"GRADRET_CUDA_ARCHITECTURES must be numbers such as 80;90, got '{named}'")
+    chosen = sorted(wanted, key=int)
     unknown = [a for a in chosen if a not in known]
     if named and unknown:
         raise BuildFailed(f"GRADRET_CUDA_ARCHITECTURES: {nvcc} does not know {';'.join(unknown)}")
@@ -106,8 +112,10 @@ def choose_architectures(nvcc: Path) -> list[str]:
 
 def compile_module(compiler: str, build: Path, target: Path, nvcc: Path | None) -> None:
     """Compile and link everything to `target`. Raises: BuildFailed."""
-    import pybind11
-
+    try:
+        import pybind11
+    except ImportError:
+        raise BuildFailed("pybind11 is not installed") from None
     ninja = shutil.which("ninja")
     if ninja is None:
         raise BuildFailed("ninja is not found")
@@ -128,7 +136,8 @@ def write_rules(compiler: str, build: Path, target: Path, nvcc: Path | None, pyb
     if "clang" not in run([*shlex.split(compiler), "--version"]):
         flags += " -Wno-psabi"  # vectors wider than the baseline's registers never leave a file
     openmp = "-fopenmp" if has_openmp(compiler, build) else ""
-    includes = f"-isystem {pybind11_include} -isystem {sysconfig.get_paths()['include']}"
+    flags += " " + os.environ.get("CXXFLAGS", "")
+    includes = f"-isystem {quote(pybind11_include)} -isystem {quote(sysconfig.get_paths()['include'])}"
     objects, lines = (
         [],
         [
@@ -159,12 +168,14 @@ def write_rules(compiler: str, build: Path, target: Path, nvcc: Path | None, pyb
         if runtime is None:
             raise BuildFailed(f"{toolkit} holds no libcudart_static.a")
         include = next(iter(toolkit.glob("**/cuda_runtime_api.h"))).parent
-        command = f"{escape(nvcc)} $flags -MD -MF $out.d -c $in -o $out"
+        command = f"{quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out"
         lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
-        options = f"-std=c++17 -O3 --threads 2 -ccbin {shlex.split(compiler)[0]} -Xcompiler -fPIC,-fvisibility=hidden"
+        # nvcc takes no launcher and no flags with its host compiler; then it finds one itself.
+        host = f"-ccbin {compiler}" if len(shlex.split(compiler)) == 1 else ""
+        options = f"-std=c++17 -O3 --threads 2 {host} -Xcompiler -fPIC,-fvisibility=hidden"
         add("nvcc", "launch.cu", "launch", f"{options} {' '.join(codes)}")
-        bind += f" -DGRADRET_CUDA='\"{';'.join(architectures)}\"' -isystem {include}"
-        link += f" -L{runtime.parent} -lcudart_static -ldl -lrt -lpthread"
+        bind += f" -DGRADRET_CUDA='\"{';'.join(architectures)}\"' -isystem {quote(include)}"
+        link += f" -L{quote(runtime.parent)} -lcudart_static -ldl -lrt -lpthread"
     add("cxx", "bind.cpp", "bind", bind)
     lines.append(f"build {escape(target)}: link {' '.join(objects)}\n  flags = {link}")
     return "\n".join(lines) + "\n"
@@ -180,7 +191,13 @@ def has_openmp(compiler: str, build: Path) -> bool:
     return True
 
 
+def quote(path: str | Path) -> str:
+    """For a command in build.ninja."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def escape(path: Path) -> str:
+    """For a path that ninja itself reads; it quotes $in and $out."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 

@@ -101,7 +101,7 @@ Tile make_tile(Address scores, std::int64_t rows, std::int64_t columns, std::int
           at<float>(pair_values),
           temperature,
           at<float>(top),
-          at<float>(sum),
+          at<double>(sum),
           at<float>(weight)};
 }
 
@@ -168,8 +168,7 @@ void unfold_tile_cuda(int device, Address stream, Rest... rest) {
 
 PYBIND11_MODULE(_kernels, module) {
   using namespace gradret;
-  module.attr("INTERFACE") = 1;  // what gradret/kernels.py expects; raised when a function's parameters change
-  module.attr("MAX_LEVELS") = kMaxLevels;
+  module.attr("INTERFACE") = 2;  // what gradret/kernels.py expects; raised when a function's parameters change
   module.attr("MAX_SORT_COLUMNS") = kMaxSortColumns;
   module.def("instruction_set", &cpu::instruction_set);
   module.def("use_instruction_set", &cpu::use_instruction_set);

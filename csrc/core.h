@@ -1,4 +1,5 @@
-// The arithmetic that the CPU and the CUDA side share. Source: DESIGN of the loss in the README, "The loss".
+// The arithmetic that the CPU and the CUDA side share. Source: Peyré and Cuturi (2019), section 2.6; see
+// gradret/reference.py for the formulas.
 #pragma once
 
 #ifdef __CUDACC__

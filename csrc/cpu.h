@@ -50,7 +50,7 @@ struct Rows {
   // Each returns the row's loss. `work`: columns floats (doubles for float64) of scratch; for float32 it may be the
   // gradient's row itself.
   double (*level_row)(const Lists& lists, std::int64_t row, void* work);
-  // `work`: columns floats (doubles for float64), then 5 * columns doubles.
+  // `work`: columns floats (doubles for float64), then 4 * columns doubles.
   double (*sorted_row)(const Lists& lists, std::int64_t row, void* work, double* tables);
   bool (*prepare_row)(const Grades& grades, std::int64_t row, std::uint8_t* levels, LevelTable& table);
   void (*fold_row)(const Tile& tile, std::int64_t row);

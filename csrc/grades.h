@@ -36,6 +36,16 @@ struct Known {
   }
 };
 
+// Integers as wide as a grade.
+template <int kBytes>
+struct SameSize {
+  using type = Ints;
+};
+template <>
+struct SameSize<8> {
+  using type = Longs;
+};
+
 // Writes the levels of a row, and how many of its documents are above each of the first kLevels known grades. Returns
 // the length of the row, or the begin of the first chunk that holds an unknown grade.
 template <typename T, int kLevels>
@@ -43,7 +53,7 @@ std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n,
                            std::uint8_t* levels, std::int64_t* above, std::int64_t& present) {
   constexpr int kCount = kLanes * 4 / sizeof(T);
   using Values = typename Vector<T, kCount>::type;
-  using Mask = decltype(Values{} == Values{});
+  using Mask = typename SameSize<sizeof(T)>::type;
   using Existing = typename Vector<std::uint8_t, kCount>::type;
   T grade[kLevels];
   for (int l = 0; l < kLevels; l++) grade[l] = known.grade[l < known.count ? l : known.count - 1];
@@ -62,12 +72,12 @@ std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n,
         for (int lane = 0; lane < lanes; lane++) g[lane] = y[i + lane];
         for (int lane = 0; lane < lanes; lane++) exists[lane] = mask ? mask[i + lane] : 1;
       }
-      const Mask valid = widen(exists) != 0;
+      const Mask valid = bits<Mask>(widen(exists) != 0);
       Mask found = {}, level = {};
 #pragma GCC unroll 8
       for (int l = 0; l < kLevels; l++) {
-        const Mask over = (g > grade[l]) & valid;
-        found |= g == grade[l];
+        const Mask over = bits<Mask>(g > grade[l]) & valid;
+        found |= bits<Mask>(g == grade[l]);
         higher[l] -= over;
         if (l + 1 < kLevels) level -= over;
       }
@@ -101,8 +111,8 @@ bool prepare_row(const Grades& all, std::int64_t row, std::uint8_t* levels, Leve
   double* v = all.values + row * kMaxLevels;
   double* mass = all.mass + row * kMaxLevels;
 
-  // Lists of a batch mostly share their grades: begin with those of the list before. One that this list lacks becomes
-  // an empty level.
+  // Lists of a batch mostly share their grades: begin with those of the list before. What this list lacks of them is
+  // taken out again, so that nothing of a list's result comes from another.
   static_assert(sizeof(Known<T>) <= sizeof(LevelTable));
   Known<T> known;
   memcpy(&known, &table, sizeof known);
@@ -132,24 +142,41 @@ bool prepare_row(const Grades& all, std::int64_t row, std::uint8_t* levels, Leve
     look = true;
   }
 
+  std::int64_t number[kMaxLevels] = {};
+  std::uint8_t own[256];  // the level, counting this list's only
+  int count = 0;
+  memset(own, kAbsent, sizeof own);
   for (int l = 0; l < kMaxLevels; l++) v[l] = mass[l] = 0;
-  all.counts[row] = nan ? 2 : known.count;
-  if (nan || !known.count) {  // a grade that is no number makes the list's loss no number
-    memset(ids, nan ? 0 : kAbsent, n);
-    if (nan) v[0] = v[1] = mass[0] = __builtin_nan("");
+  if (nan) {  // a grade that is no number makes the list's loss no number
+    memset(ids, 0, n);
+    v[0] = v[1] = mass[0] = __builtin_nan("");
+    all.counts[row] = 2;
     return true;
   }
-  memcpy(&table, &known, sizeof known);
-  for (int l = 0; l < kMaxLevels; l++) v[l] = static_cast<double>(known.grade[l < known.count ? l : known.count - 1]);
+  for (int l = 0; l < known.count; l++) {
+    const std::int64_t found = (l ? above[l - 1] : present) - (l + 1 < known.count ? above[l] : 0);
+    if (!found) continue;
+    number[count] = found;
+    v[count] = static_cast<double>(known.grade[l]);
+    own[l] = static_cast<std::uint8_t>(count++);
+  }
+  all.counts[row] = count;
+  if (!count) {
+    memset(ids, kAbsent, n);
+    return true;
+  }
+  if (count < known.count)
+    for (std::int64_t i = 0; i < n; i++) ids[i] = own[ids[i]];
+  if (known.count <= 8) memcpy(&table, &known, sizeof known);
+  for (int l = count; l < kMaxLevels; l++) v[l] = v[count - 1];
   if (all.targets == Targets::kWeights) {
     const double* w = all.weights + row * n;
     for (std::int64_t i = 0; i < n; i++)
       if (ids[i] != kAbsent) mass[ids[i]] += w[i];
   } else {
-    for (int l = 0; l < known.count; l++)
-      mass[l] = static_cast<double>((l ? above[l - 1] : present) - (l + 1 < known.count ? above[l] : 0));
+    for (int l = 0; l < count; l++) mass[l] = static_cast<double>(number[l]);
   }
-  finish_mass(all.targets, known.count, v, mass);
+  finish_mass(all.targets, count, v, mass);
   return true;
 }
 

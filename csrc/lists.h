@@ -54,7 +54,7 @@ struct Tile {
   float* pair_values;  // of each pair in the tile: fold_tile writes its score, unfold_tile reads its gradient
   double temperature;
   float* top;           // (rows) running maximum of scores, starts at -inf
-  float* sum;           // (rows) running sum of exp((score - top) / temperature), starts at 0
+  double* sum;          // (rows) running sum of exp((score - top) / temperature), starts at 0
   const float* weight;  // (rows) for unfold_tile: the gradient of the row's log-sum-exp, in units of score
 };
 

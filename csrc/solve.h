@@ -62,6 +62,11 @@ double solve(int order, std::int64_t count, const double* v, const double* P, co
       }
     }
   }
+  const double check = total + q_total;  // gaps of 0 and comparisons hide what is no number
+  if (check != check) {
+    for (std::int64_t l = 0; l < count; l++) potential[l] = check;
+    return check;
+  }
   // c_l = sum of t S from l up, less sum of t F below l: no difference of large numbers when P has saturated.
   double up = 0;
   for (std::int64_t l = count; l-- > 0;) {

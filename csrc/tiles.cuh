@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_rows(const Tile tile, float
 __global__ void __launch_bounds__(kFoldThreads) unfold_rows(const Tile tile, float exponent) {
   const std::int64_t row = blockIdx.x;
   float* scores = tile.scores + row * tile.stride;
-  const float top = tile.top[row], sum = tile.sum[row];
+  const float top = tile.top[row], sum = static_cast<float>(tile.sum[row]);
   const float worth = sum == 0 ? 0 : tile.weight[row] / sum;
   for (std::int64_t column = threadIdx.x; column < tile.columns; column += kFoldThreads) {
     scores[column] = sum == 0 ? 0 : worth * exp_below(scores[column], top, exponent);

@@ -136,7 +136,7 @@ using Where = Ints;
 inline Where equals(Bytes v, int x) { return widen(v) == x; }
 inline Where differs(Bytes v, int x) { return widen(v) != x; }
 inline Floats add_where(Where where, Floats sum, Floats x) { return sum + (where ? x : Floats{}); }
-inline Floats larger_where(Where where, Floats top, Floats x) { return where & (x > top) ? x : top; }
+inline Floats larger_where(Where where, Floats top, Floats x) { return (where & (x > top)) ? x : top; }
 inline Floats multiply_where(Where where, Floats x, Floats y) { return where ? x * y : Floats{}; }
 #endif
 
@@ -228,16 +228,22 @@ inline double sum(Floats v) {
 struct Exponential {
   float per_octave, octave, octave_rest, lowest;
 
+  // Whatever the temperature, a factor of 0 stays 0.
+  static float finite(double x) {
+    const double most = 3.4028234663852886e38;
+    return static_cast<float>(x > most ? most : x < -most ? -most : x);
+  }
+
   explicit Exponential(double temperature) {
     const double octave_exact = temperature * 0.6931471805599453;
-    per_octave = static_cast<float>(1 / octave_exact);
-    const float rounded = static_cast<float>(octave_exact);
+    per_octave = finite(1 / octave_exact);
+    const float rounded = finite(octave_exact);
     std::uint32_t word;
     memcpy(&word, &rounded, sizeof word);
     word &= 0xffffff00u;
     memcpy(&octave, &word, sizeof word);
-    octave_rest = static_cast<float>(octave_exact - octave);
-    lowest = static_cast<float>(-126 * octave_exact);  // below it: 0
+    octave_rest = finite(octave_exact - octave);
+    lowest = finite(-126 * octave_exact);  // below it: 0
   }
 
   inline Floats operator()(Floats d) const {

@@ -14,6 +14,7 @@ from gradret.kernels import backend, compiled, current_stream
 
 MAX_LEVELS = 32
 ABSENT = 255
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of scores
 _GRADE_CODES = {torch.float32: 0, torch.float64: 1, torch.int64: 2}
 _TARGET_CODES = {"gain": 0, "softmax": 1, None: 2}
 
@@ -78,7 +79,7 @@ def prepare_grades(grades: Tensor, *, targets: str | Tensor = "gain", mask: Tens
         targets: "gain", "softmax", or weights (B, N), >= 0; see gradret.losses.
         mask: (B, N) bool, True where a document exists; None for all.
 
-    Returns: what wasserstein_loss takes in place of grades, targets and mask.
+    Returns: what wasserstein_loss takes in place of grades, targets and mask, in float64 on the CPU, else float32.
     Raises: ValueError when shapes differ or targets are unknown.
     """
     mask, weights, name = check_grades(grades, targets, mask)
@@ -93,8 +94,8 @@ def check_grades(
     grades: Tensor, targets: str | Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, str | None]:
     """The mask, the weights if targets are weights, else their name. Raises: ValueError."""
-    if grades.dim() != 2:
-        raise ValueError(f"grades must be (B, N), got {tuple(grades.shape)}")
+    if grades.dim() != 2 or grades.is_complex():
+        raise ValueError(f"grades must be (B, N) and real, got {grades.dtype} {tuple(grades.shape)}")
     for other, what in ((mask, "mask"), (targets, "targets")):
         if isinstance(other, Tensor) and other.device != grades.device:
             raise ValueError(f"{what} must be on the grades' device, {grades.device}; got {other.device}")
@@ -107,6 +108,14 @@ def check_grades(
     if targets not in ("gain", "softmax"):
         raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
     return mask, None, targets
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises: ValueError unless it is a number above 0."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError("temperature must be a number: the loss has no gradient in it; scale the scores instead")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
 
 
 def table_dtype(device: torch.device) -> torch.dtype:

@@ -1,8 +1,11 @@
 """The compiled kernels, where they were built, and which path serves a call."""
 
+import warnings
+from functools import cache
+
 import torch  # before the module, so that both use the same OpenMP threads
 
-INTERFACE = 1
+INTERFACE = 2
 
 try:
     from gradret import _kernels as compiled
@@ -12,6 +15,7 @@ except ModuleNotFoundError:
 except ImportError as error:  # built, but a library that it needs is not there
     compiled = None
     missing = str(error)
+    warnings.warn(f"gradret's compiled kernels do not load, losses run in PyTorch: {error}", stacklevel=2)
 else:
     missing = None
     if getattr(compiled, "INTERFACE", 0) != INTERFACE:  # a checkout that moved on after it was installed
@@ -22,9 +26,21 @@ else:
 def backend(device: torch.device | str) -> str:
     """What serves tensors on a device: "cuda" or "cpu", a compiled kernel, or "torch", the same in plain PyTorch."""
     kind = torch.device(device).type
-    if compiled is None or (kind == "cuda" and not compiled.CUDA_ARCHITECTURES):
+    if compiled is None:
         return "torch"
-    return kind if kind in ("cpu", "cuda") else "torch"
+    if kind == "cuda":
+        return "cuda" if _was_built_for(torch.device(device).index) else "torch"
+    return "cpu" if kind == "cpu" else "torch"
+
+
+@cache
+def _was_built_for(index: int | None) -> bool:
+    """Whether the module holds code for this CUDA device: for an older one of its generation, or to be translated."""
+    built = [divmod(int(a), 10) for a in compiled.CUDA_ARCHITECTURES.split(";") if a]
+    if not built or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(index)
+    return (major, minor) >= max(built) or any(a == major and b <= minor for a, b in built)
 
 
 def describe_backend(device: torch.device | str) -> str:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.grades import PreparedGrades, check_grades, target_weights
+from gradret.grades import FLOATS, PreparedGrades, check_grades, check_temperature, target_weights
 from gradret.ops import Transport
 from gradret.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 
@@ -61,7 +61,7 @@ def wasserstein_loss(
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     if not torch.is_grad_enabled():
         scores = scores.detach()  # then no gradient is computed
-    return Transport.apply(scores, grades, mask, weights, name, order, float(temperature), reduction)
+    return Transport.apply(scores, grades, mask, weights, name, int(order), float(temperature), reduction)
 
 
 def gaussian_loss(
@@ -190,13 +190,12 @@ def _widen(scores: Tensor) -> Tensor:
 
 
 def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None:
-    if scores.dim() != 2 or scores.shape != shape or not scores.is_floating_point():
+    if scores.dim() != 2 or scores.shape != shape or scores.dtype not in FLOATS:
         raise ValueError(
-            "scores and grades must both be (B, N), scores floating point; "
+            "scores and grades must both be (B, N), scores of 16, 32 or 64 bit floating point; "
             f"got {scores.dtype} {tuple(scores.shape)} and {tuple(shape)}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    check_temperature(temperature)
 
 
 def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

@@ -21,17 +21,17 @@ def transport(
 ) -> tuple[Tensor, Tensor | None]:
     """The reduced loss and its gradient (B, N), None if not needed, by the path that serves the device.
 
-    See gradret.reference.transport for the formulas, arguments and results.
+    See gradret.reference.transport for the formulas and arguments. The gradient of float16 scores comes in float32: it
+    waits for the incoming gradient, a loss scale often, without which much of it would be 0 in float16.
     """
     device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
     path = backend(device)
     scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
+    if dtype == torch.float16 and (path != "cuda" or needs_gradient):
+        return transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
     if path == "torch" or (path == "cuda" and dtype == torch.float64):
         loss, gradient = reference.transport(scores, tables, order, temperature, scale)
         return _reduce(loss, reduction), gradient if needs_gradient else None
-    if path == "cpu" and dtype == torch.float16:
-        loss, gradient = transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
-        return loss, None if gradient is None else gradient.half()
     if scores.stride(1) != 1 and columns > 1:
         scores = scores.contiguous()
     in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
@@ -63,10 +63,14 @@ def _reduce(loss: Tensor, reduction: str) -> Tensor:
 
 
 def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient (B, N) times factor, () or (B,). In place, and for nothing where it is 1, once nobody else needs it."""
+    """gradient (B, N) times factor, () or (B,); the tensor itself where that is 1 and the graph is not kept.
+
+    On CUDA, where the host does not know the factor, then also in place: what saved_tensors_hooks have packed without a
+    copy changes with it.
+    """
     path = backend(gradient.device)
     if _graph_is_kept() or path == "torch" or gradient.dtype == torch.float64:
-        return (gradient * (factor[:, None] if factor.dim() else factor)).to(gradient.dtype)
+        return _multiply(gradient, factor)
     if path == "cuda":
         factor = factor.float().contiguous()
         compiled.scale_gradient(
@@ -79,10 +83,11 @@ def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
             factor.dim() == 1,
         )
         return gradient
-    if factor.dim():
-        return gradient.mul_(factor[:, None])
-    value = factor.item()
-    return gradient if value == 1 else gradient.mul_(value)
+    return gradient if not factor.dim() and factor.item() == 1 else _multiply(gradient, factor)
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
+    return (gradient * (factor[:, None] if factor.dim() else factor)).to(gradient.dtype)
 
 
 @torch.library.custom_op("gradret::transport", mutates_args=())
@@ -96,7 +101,11 @@ def transport_op(
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    return transport(scores, Tables(index, values, mass, counts), order, temperature, reduction, True)
+    tables = Tables(index, values, mass, counts)
+    width = values.shape[1:] if index.dtype == torch.uint8 else scores.shape[1:]
+    if index.shape != scores.shape or not scores.shape[:1] + width == values.shape == mass.shape:
+        raise ValueError(f"tables of lists {tuple(index.shape)} do not fit scores {tuple(scores.shape)}")
+    return transport(scores, tables, order, temperature, reduction, True)
 
 
 @transport_op.register_fake
@@ -126,7 +135,8 @@ def _(scores, grades, mask, weights, targets, order, temperature, reduction):
 
 def _fake(scores: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     shape = scores.shape[:1] if reduction == "none" else ()
-    return scores.new_empty(shape, dtype=result_dtype(scores)), scores.new_empty(scores.shape)
+    dtype = torch.float32 if scores.dtype == torch.float16 else scores.dtype
+    return scores.new_empty(shape, dtype=result_dtype(scores)), scores.new_empty(scores.shape, dtype=dtype)
 
 
 def _tables_dtype(scores: Tensor) -> torch.dtype | None:
@@ -178,6 +188,7 @@ class Transport(torch.autograd.Function):
                 tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
             loss, gradient = transport(scores, tables, order, temperature, reduction, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
+        ctx.dtype = scores.dtype
         return loss
 
     @staticmethod
@@ -185,7 +196,7 @@ class Transport(torch.autograd.Function):
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
-            gradient = (gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)).to(gradient.dtype)
+            gradient = _multiply(gradient, grad_loss)
         else:
             gradient = _scale_gradient(gradient, grad_loss)
-        return gradient, *(None,) * 7
+        return gradient.to(ctx.dtype), *(None,) * 7

@@ -114,4 +114,4 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
 def normalize_mass(mass: Tensor) -> Tensor:
     """mass / its sum over the row, (B, N); a row without mass stays zero."""
     total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total > 0, total, 1)
+    return mass / torch.where(total != 0, total, 1)  # NaN shows

@@ -8,10 +8,10 @@ tile again. What is left for the loss is a short list a query: its graded docume
 import torch
 from torch import Tensor
 
-from gradret.grades import Tables
+from gradret.grades import FLOATS, Tables, check_temperature
 from gradret.ops import first_derivatives_only, transport
 from gradret.pairs import PreparedPairs, prepare_pairs
-from gradret.reference import result_dtype
+from gradret.reference import accumulation_dtype, result_dtype
 from gradret.tiles import Folded, Pairs, fold_tile, unfold_tile
 
 TILE_ROWS = 2048
@@ -31,6 +31,8 @@ def wasserstein_retrieval_loss(
 ) -> Tensor:
     """wasserstein_loss(query_embeddings @ document_embeddings.T, ...), in memory that grows with B + N, not with B x N.
 
+    And with B x K, K the largest number of graded documents of a query.
+
     Args:
         query_embeddings: (B, D) float.
         document_embeddings: (N, D), same type and device.
@@ -48,17 +50,18 @@ def wasserstein_retrieval_loss(
     queries, documents = query_embeddings, document_embeddings
     if queries.dim() != 2 or documents.dim() != 2 or queries.shape[1] != documents.shape[1]:
         raise ValueError(f"embeddings must be (B, D) and (N, D), got {tuple(queries.shape)}, {tuple(documents.shape)}")
-    if queries.dtype != documents.dtype or queries.device != documents.device or not queries.is_floating_point():
+    if queries.dtype != documents.dtype or queries.device != documents.device or queries.dtype not in FLOATS:
         raise ValueError(
             "embeddings must be floating point, of one type and on one device; "
             f"got {queries.dtype} on {queries.device}, {documents.dtype} on {documents.device}"
         )
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+    check_temperature(temperature)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    if not torch.is_grad_enabled():
+        queries, documents = queries.detach(), documents.detach()  # then no gradient is computed
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
         grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets)
@@ -68,7 +71,7 @@ def wasserstein_retrieval_loss(
         raise ValueError(f"the prepared pairs are of {grades.shape} queries and documents, the embeddings of {shape}")
     if grades.offsets.device != queries.device:
         raise ValueError(f"grades must be on the embeddings' device, {queries.device}; got {grades.offsets.device}")
-    return _RetrievalTransport.apply(queries, documents, grades, order, float(temperature), reduction)
+    return _RetrievalTransport.apply(queries, documents, grades, int(order), float(temperature), reduction)
 
 
 def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype):
@@ -102,7 +105,8 @@ def _transport(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The reduced loss, its gradient in the short lists' scores (B, K + 1), and the folded scores' top and sum (B,)."""
     dtype, new = result_dtype(queries), {"dtype": result_dtype(queries), "device": queries.device}
-    folded = Folded(torch.full(queries.shape[:1], -torch.inf, **new), torch.zeros(queries.shape[:1], **new))
+    wide = new | {"dtype": accumulation_dtype(queries.device)}
+    folded = Folded(torch.full(queries.shape[:1], -torch.inf, **new), torch.zeros(queries.shape[:1], **wide))
     pairs = Pairs(offsets, columns, torch.empty(columns.shape, **new))
     with torch.autocast(queries.device.type, enabled=False):
         for r, c, tile in _score_tiles(queries, documents, dtype):
@@ -174,7 +178,8 @@ def _(queries, documents, offsets, columns, slots, index, values, mass, counts, 
     new = {"dtype": result_dtype(queries), "device": queries.device}
     rows = queries.shape[:1]
     loss = torch.empty(rows if reduction == "none" else (), **new)
-    return loss, torch.empty(index.shape, **new), torch.empty(rows, **new), torch.empty(rows, **new)
+    total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
+    return loss, torch.empty(index.shape, **new), torch.empty(rows, **new), total
 
 
 @torch.library.custom_op("gradret::retrieval_transport_backward", mutates_args=())

@@ -21,7 +21,9 @@ class Pairs(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """The log-sum-exp of each row so far: top, (B,), the highest score; sum, (B,), of exp((s - top) / temperature)."""
+    """The log-sum-exp of each row so far: top, (B,), the highest score; sum, (B,), of exp((s - top) / temperature).
+
+    The sum is float64 where the device has it."""
 
     top: Tensor
     sum: Tensor
@@ -41,7 +43,7 @@ def fold_tile(tile: Tensor, first_row: int, first_column: int, pairs: Pairs, fol
     top = torch.maximum(folded.top[rows], tile.amax(-1))
     base = torch.where(top == -torch.inf, 0, top)
     before = folded.sum[rows] * ((folded.top[rows] - base) / temperature).exp()
-    folded.sum[rows] = before + ((tile - base[:, None]) / temperature).exp_().sum(-1)
+    folded.sum[rows] = before + ((tile - base[:, None]) / temperature).exp_().sum(-1, dtype=folded.sum.dtype)
     folded.top[rows] = top
 
 
@@ -54,7 +56,7 @@ def unfold_tile(
         return
     share = weight[rows] / torch.where(folded.sum[rows] == 0, 1, folded.sum[rows])
     base = torch.where(folded.top[rows] == -torch.inf, 0, folded.top[rows])
-    tile.sub_(base[:, None]).div_(temperature).clamp_max_(0).exp_().mul_(share[:, None])
+    tile.sub_(base[:, None]).div_(temperature).clamp_max_(0).exp_().mul_(share[:, None].to(tile.dtype))
     tile[share == 0] = 0
     index, row, column = _find_pairs(tile, first_row, first_column, pairs)
     tile[row, column] = pairs.values[index]

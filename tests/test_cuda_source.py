@@ -448,7 +448,7 @@ def test_tiles_fold_into_one_log_sum_exp(library, widths):
     scores[0, pairs[0][0]] = np.nan
     pair_values = np.full(len(pair_columns), np.nan, np.float32)
     pair_gradients = rng.normal(size=len(pair_columns)).astype(np.float32)
-    top, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float32)
+    top, total = np.full(rows, -np.inf, np.float32), np.zeros(rows, np.float64)
     weight = np.array([2.0, -0.5, 3.0], np.float32)
     out = np.zeros((rows, columns))
     for name, values in (("fold", pair_values), ("unfold", pair_gradients)):

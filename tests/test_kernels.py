@@ -386,3 +386,100 @@ def test_where_a_call_goes(monkeypatch):
     monkeypatch.setattr(kernels, "missing", "gradret was built without them")
     assert kernels.backend("cpu") == "torch"
     assert kernels.describe_backend("cpu") == "torch (no compiled kernels: gradret was built without them)"
+
+
+def test_nothing_of_a_list_comes_from_its_neighbours():
+    first = [[1000.0, 0, 0], [math.inf, 0, 1], [-math.inf, 0, 2], list(range(3)), [2000.0, 5, 0], [math.nan, 1, 0]]
+    for targets in ("gain", "softmax"):
+        for row in first:
+            grades = torch.tensor([row, [3.0, 1, 0]])
+            scores = torch.tensor([[0.3, 0.1, 0.2]] * 2)
+            both = wasserstein_loss(scores, grades, targets=targets, reduction="none")
+            alone = wasserstein_loss(scores[1:], grades[1:], targets=targets, reduction="none")
+            assert alone > 0
+            assert torch.equal(both[1:], alone)
+
+
+@needs_cpu_kernel
+def test_lists_of_other_grades_beside_them_and_threads_change_no_bit():
+    torch.manual_seed(12)
+    scores = torch.randn(60, 700, **F64)
+    wide = torch.arange(60) % 3 == 0
+    grades = torch.where(wide[:, None], torch.randint(0, 28, (60, 700)), torch.randint(0, 3, (60, 700)) * 2)
+    grades[7] = torch.randint(0, 33, (700,)) % 32
+    before = torch.get_num_threads()
+    alone = [loss_and_gradient(s[None], y[None], None, 2, 0.5) for s, y in zip(scores, grades, strict=True)]
+    expected = [torch.cat(parts) for parts in zip(*alone, strict=True)]
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found = loss_and_gradient(scores, grades, None, 2, 0.5)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [31, 32, 33])
+def test_as_many_grades_as_there_are_levels_and_one_more(count):
+    grades = torch.stack([torch.arange(100) % count, torch.arange(100) % 3]).double() / 10
+    index = prepare_grades(grades).tables.index
+    assert index.dtype == (torch.uint8 if count <= 32 else torch.int32)
+    scores = torch.randn(2, 100, **F64)
+    loss, gradient = loss_and_gradient(scores, grades, None, 1, 0.5)
+    expected, slope = truth(scores, grades, torch.ones(2, 100, dtype=torch.bool), 1, 0.5)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, slope, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(temperature):
+    torch.manual_seed(13)
+    grades = torch.zeros(256, 2048)
+    grades[:, :3] = torch.tensor([3.0, 2, 1])
+    scores = torch.randn(256, 2048).half().requires_grad_()
+    exact = scores.detach().double().requires_grad_()
+    for s in (scores, exact):
+        (65536 * wasserstein_loss(s, grades, temperature=temperature)).backward()
+    assert scores.grad.dtype == torch.float16
+    # What float16 can hold at all: 11 bits, and nothing below 2^-24.
+    torch.testing.assert_close(scores.grad.double(), exact.grad, rtol=1e-3, atol=2.0**-24)
+    if temperature == 1:
+        assert (scores.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("scores", [[math.nan, 1, 2], [math.inf, 1, 2]])
+@pytest.mark.parametrize("grades", [[2, 1, 0], [1, 1, 1], [2.5, 0.3, 0]])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_scores_that_are_no_number_show(scores, grades, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
+    for order in (1, 2):
+        assert wasserstein_loss(torch.tensor([scores]), torch.tensor([grades]), order=order).isnan()
+
+
+@pytest.mark.parametrize("temperature", [1e-39, 1e-30, 1e30, 1e39])
+def test_any_temperature(temperature):
+    scores, grades = torch.tensor([[0.3, 0.1, 0.2]], **F64), torch.tensor([[2, 1, 0]])
+    exact = wasserstein_loss(scores, grades, temperature=temperature)
+    torch.testing.assert_close(wasserstein_loss(scores.float(), grades, temperature=temperature), exact.float())
+
+
+@pytest.mark.parametrize("temperature", [math.inf, math.nan, torch.nn.Parameter(torch.tensor(1.0))])
+def test_temperatures_that_are_refused(temperature):
+    with pytest.raises(ValueError, match="temperature must be"):
+        wasserstein_loss(torch.zeros(1, 2), torch.zeros(1, 2), temperature=temperature)
+
+
+@pytest.mark.parametrize("kind", ["few", "real"])
+def test_no_gradient_where_both_masses_are_equal_in_long_lists(kind):
+    grades = make_lists(1, 100_003, kind, seed=14)[1]
+    for order in (1, 2):
+        s = grades.clone().requires_grad_()
+        loss = wasserstein_loss(s, grades, order=order, targets="softmax")
+        assert torch.autograd.grad(loss, s)[0].abs().max() == 0
+
+
+def test_the_registered_op_refuses_tables_of_other_lists():
+    tables = prepare_grades(torch.zeros(2, 4)).tables
+    with pytest.raises(ValueError, match="do not fit scores"):
+        ops.transport_op(torch.zeros(2, 400), *tables, 1, 1.0, "mean")

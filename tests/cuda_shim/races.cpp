@@ -116,7 +116,8 @@ bool run_sorted() {
 
 void run_tiles() {
   constexpr int kRows = 2, kColumns = 700;
-  std::vector<float> scores = uniforms(kRows * kColumns), top(kRows, -INFINITY), sum(kRows), weight(kRows, 1.0f);
+  std::vector<float> scores = uniforms(kRows * kColumns), top(kRows, -INFINITY), weight(kRows, 1.0f);
+  std::vector<double> sum(kRows);
   const std::vector<std::int64_t> offsets = {0, 3, 5};
   const std::vector<std::int32_t> columns = {0, 300, 699, 1, 2};
   std::vector<float> pairs(columns.size());
