@@ -1,31 +1,51 @@
 """Graded pairs of queries and documents, where every other pair has one default grade."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradret.grades import PreparedGrades, prepare_grades, target_weights
+from gradret.grades import PreparedGrades, Tables, prepare_grades, target_weights
+
+
+class ShortLists(NamedTuple):
+    """R queries of a batch, each as a list of its graded documents and one document for all others.
+
+    rows: (R,) which queries. members: (m,) which pairs. slots: (m,) their places in the lists (R, K + 1), flat; the
+    last place of a list is that of all other documents. Then Tables of the lists.
+    """
+
+    rows: Tensor
+    members: Tensor
+    slots: Tensor
+    index: Tensor
+    values: Tensor
+    mass: Tensor
+    counts: Tensor
 
 
 @dataclass(frozen=True)
 class PreparedPairs:
     """Graded pairs of a batch, ready for wasserstein_retrieval_loss; made by prepare_pairs.
 
-    shape: (B, N). offsets (B + 1,), columns (M,), slots (M,): the pairs by row, and their places in the short lists
-    (B, K + 1), whose last document stands for all those of the default grade.
+    shape: (B, N). offsets (B + 1,), columns (M,): the pairs by row. lists: the same by query, queries with about as
+    many pairs together, so that all of it grows with B + M.
     """
 
     shape: tuple[int, int]
     offsets: Tensor
     columns: Tensor
-    slots: Tensor
-    grades: PreparedGrades
+    lists: tuple[ShortLists, ...]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedPairs":
         """The same on another device."""
-        tensors = (t.to(device, non_blocking=non_blocking) for t in (self.offsets, self.columns, self.slots))
-        return PreparedPairs(self.shape, *tensors, self.grades.to(device, non_blocking=non_blocking))
+        move = {"device": device, "non_blocking": non_blocking}
+        lists = []
+        for part in self.lists:
+            tables = PreparedGrades(Tables(*part[3:])).to(device, non_blocking=non_blocking).tables
+            lists.append(ShortLists(*(t.to(**move) for t in part[:3]), *tables))
+        return PreparedPairs(self.shape, self.offsets.to(**move), self.columns.to(**move), tuple(lists))
 
 
 def prepare_pairs(
@@ -72,21 +92,46 @@ def prepare_pairs(
     rows, columns, real = rows[by_row], columns[by_row], grades.detach().double()[by_row]
     number = torch.bincount(rows, minlength=count)  # (B,)
     offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
-    width = (int(number.max()) if count else 0) + 1
-    slots = rows * width + torch.arange(len(rows), device=rows.device) - offsets[rows]
+    weights = targets.detach().double()[by_row] if isinstance(targets, Tensor) else targets
+    doublings = number.double().log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
+    lists = []
+    for doubling in doublings.unique().tolist():
+        chosen = doublings == doubling
+        members = chosen[rows].nonzero()[:, 0]
+        group = _make_lists(
+            chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights
+        )
+        lists.append(group)
+    return PreparedPairs((count, documents), offsets, columns.int(), tuple(lists))
 
-    others = documents - number  # (B,) documents of the default grade
-    short = torch.full((count, width), float(default_grade), dtype=torch.float64, device=rows.device)
-    short.view(-1)[slots] = real
+
+def _make_lists(
+    chosen: Tensor,
+    members: Tensor,
+    rows: Tensor,
+    grades: Tensor,
+    number: Tensor,
+    documents: int,
+    default_grade: float,
+    targets: str | Tensor,
+) -> ShortLists:
+    """The lists of the chosen rows, whose pairs are the members, of all rows (M,) and grades (M,)."""
+    number = number[chosen]  # (R,)
+    width = int(number.max()) + 1
+    row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
+    slots = row * width + torch.arange(len(members), device=rows.device) - (number.cumsum(0) - number)[row]
+    others = documents - number  # documents of the default grade
+    short = torch.full((len(chosen), width), default_grade, dtype=torch.float64, device=rows.device)
+    short.view(-1)[slots] = grades[members]
     present = torch.zeros_like(short, dtype=torch.bool)
     present.view(-1)[slots] = True
     present[:, -1] = others > 0
     if isinstance(targets, Tensor):
         weights = torch.zeros_like(short)
-        weights.view(-1)[slots] = targets.detach().double()[by_row]
+        weights.view(-1)[slots] = targets[members]
     else:
         top = short.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
         weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
         weights[:, -1] *= others
     prepared = prepare_grades(short, targets=weights.masked_fill(~present, 0), mask=present)
-    return PreparedPairs((count, documents), offsets, columns.int(), slots, prepared)
+    return ShortLists(chosen, members, slots, *prepared.tables)

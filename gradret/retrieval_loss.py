@@ -5,12 +5,14 @@ through one log-sum-exp a query. Scores are made a tile at a time, folded into i
 tile again. What is left for the loss is a short list a query: its graded documents, and one for all others.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from gradret.grades import FLOATS, Tables, check_temperature
 from gradret.ops import first_derivatives_only, transport
-from gradret.pairs import PreparedPairs, prepare_pairs
+from gradret.pairs import PreparedPairs, ShortLists, prepare_pairs
 from gradret.reference import accumulation_dtype, result_dtype
 from gradret.tiles import Folded, Pairs, fold_tile, unfold_tile
 
@@ -30,8 +32,6 @@ def wasserstein_retrieval_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """wasserstein_loss(query_embeddings @ document_embeddings.T, ...), in memory that grows with B + N, not with B x N.
-
-    And with B x K, K the largest number of graded documents of a query.
 
     Args:
         query_embeddings: (B, D) float.
@@ -93,30 +93,43 @@ def _transport(
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    slots: Tensor,
-    index: Tensor,
-    values: Tensor,
-    mass: Tensor,
-    counts: Tensor,
+    lists: Sequence[Tensor],
     order: int,
     temperature: float,
     reduction: str,
-    needs_gradient: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The reduced loss, its gradient in the short lists' scores (B, K + 1), and the folded scores' top and sum (B,)."""
-    dtype, new = result_dtype(queries), {"dtype": result_dtype(queries), "device": queries.device}
-    wide = new | {"dtype": accumulation_dtype(queries.device)}
-    folded = Folded(torch.full(queries.shape[:1], -torch.inf, **new), torch.zeros(queries.shape[:1], **wide))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The reduced loss; its gradients in the scores of pairs (M,) and in the log-sum-exp of others (B,); top and sum.
+
+    `lists` are the tensors of all ShortLists, one after the other.
+    """
+    rows = len(queries)
+    new = {"dtype": result_dtype(queries), "device": queries.device}
+    folded = Folded(
+        torch.full((rows,), -torch.inf, **new),
+        torch.zeros(rows, dtype=accumulation_dtype(queries.device), device=queries.device),
+    )
     pairs = Pairs(offsets, columns, torch.empty(columns.shape, **new))
     with torch.autocast(queries.device.type, enabled=False):
-        for r, c, tile in _score_tiles(queries, documents, dtype):
+        for r, c, tile in _score_tiles(queries, documents, new["dtype"]):
             fold_tile(tile, r.start, c.start, pairs, folded, temperature)
-    short = torch.zeros(index.shape, **new)  # (B, K + 1)
-    short.view(-1)[slots] = pairs.values
-    short[:, -1] = folded.top + temperature * folded.sum.log()
-    tables = Tables(index, values, mass, counts)
-    loss, gradient = transport(short, tables, order, temperature, reduction, needs_gradient)
-    return loss, gradient, *folded
+    others = (folded.top + temperature * folded.sum.log()).to(new["dtype"])
+    loss, of_pairs, of_others = torch.zeros(rows, **new), torch.zeros_like(pairs.values), torch.zeros(rows, **new)
+    for group in _regroup(lists):
+        short = torch.zeros(group.index.shape, **new)  # (R, K + 1)
+        short.view(-1)[group.slots] = pairs.values[group.members]
+        short[:, -1] = others[group.rows]
+        value, gradient = transport(short, Tables(*group[3:]), order, temperature, "none", True)
+        loss[group.rows] = value
+        of_pairs[group.members] = gradient.view(-1)[group.slots]
+        of_others[group.rows] = gradient[:, -1]
+    if reduction == "mean":
+        return loss.mean(), of_pairs / max(rows, 1), of_others / max(rows, 1), *folded
+    return loss if reduction == "none" else loss.sum(), of_pairs, of_others, *folded
+
+
+def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:
+    size = len(ShortLists._fields)
+    return [ShortLists(*lists[i : i + size]) for i in range(0, len(lists), size)]
 
 
 def _transport_backward(
@@ -124,20 +137,20 @@ def _transport_backward(
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    slots: Tensor,
-    gradient: Tensor,
+    of_pairs: Tensor,
+    of_others: Tensor,
     top: Tensor,
     total: Tensor,
     grad_loss: Tensor,
     temperature: float,
     needs_queries: bool = True,
     needs_documents: bool = True,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Gradients (B, D) and (N, D); None for what is not needed."""
-    dtype = gradient.dtype
-    gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)  # (B, K + 1)
-    weight = gradient[:, -1].contiguous()
-    pairs = Pairs(offsets, columns, gradient.view(-1)[slots])
+    dtype = of_others.dtype
+    weight = of_others * grad_loss
+    by_pair = grad_loss.repeat_interleave(offsets.diff(), output_size=len(columns)) if grad_loss.dim() else grad_loss
+    pairs = Pairs(offsets, columns, of_pairs * by_pair)
     # Sums over tiles are made in `dtype`, also for embeddings of half precision.
     of_queries = torch.zeros(queries.shape, dtype=dtype, device=queries.device) if needs_queries else None
     of_documents = torch.zeros(documents.shape, dtype=dtype, device=queries.device) if needs_documents else None
@@ -160,26 +173,20 @@ def retrieval_transport_op(
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    slots: Tensor,
-    index: Tensor,
-    values: Tensor,
-    mass: Tensor,
-    counts: Tensor,
+    lists: Sequence[Tensor],
     order: int,
     temperature: float,
     reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tables = (index, values, mass, counts)
-    return _transport(queries, documents, offsets, columns, slots, *tables, order, temperature, reduction)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _transport(queries, documents, offsets, columns, lists, order, temperature, reduction)
 
 
 @retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, slots, index, values, mass, counts, order, temperature, reduction):
-    new = {"dtype": result_dtype(queries), "device": queries.device}
-    rows = queries.shape[:1]
-    loss = torch.empty(rows if reduction == "none" else (), **new)
+def _(queries, documents, offsets, columns, lists, order, temperature, reduction):
+    new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
     total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
-    return loss, torch.empty(index.shape, **new), torch.empty(rows, **new), total
+    loss = torch.empty(rows if reduction == "none" else (), **new)
+    return loss, torch.empty(columns.shape, **new), torch.empty(rows, **new), torch.empty(rows, **new), total
 
 
 @torch.library.custom_op("gradret::retrieval_transport_backward", mutates_args=())
@@ -188,33 +195,30 @@ def retrieval_transport_backward_op(
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    slots: Tensor,
-    gradient: Tensor,
+    of_pairs: Tensor,
+    of_others: Tensor,
     top: Tensor,
     total: Tensor,
     grad_loss: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    folded = (gradient, top, total)
-    return _transport_backward(queries, documents, offsets, columns, slots, *folded, grad_loss, temperature)
+    saved = (of_pairs, of_others, top, total)
+    return _transport_backward(queries, documents, offsets, columns, *saved, grad_loss, temperature)
 
 
 @retrieval_transport_backward_op.register_fake
-def _(queries, documents, offsets, columns, slots, gradient, top, total, grad_loss, temperature):
+def _(queries, documents, offsets, columns, of_pairs, of_others, top, total, grad_loss, temperature):
     return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
     def forward(ctx, queries, documents, prepared, order, temperature, reduction):
-        places = (prepared.offsets, prepared.columns, prepared.slots)
-        options = (order, temperature, reduction)
-        needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        if torch.compiler.is_compiling():
-            loss, *saved = retrieval_transport_op(queries, documents, *places, *prepared.grades.tables, *options)
-        else:
-            loss, *saved = _transport(queries, documents, *places, *prepared.grades.tables, *options, needs)
-        ctx.save_for_backward(queries, documents, *places, *saved)
+        run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
+        lists = [tensor for group in prepared.lists for tensor in group]
+        where = (prepared.offsets, prepared.columns)
+        loss, *saved = run(queries, documents, *where, lists, order, temperature, reduction)
+        ctx.save_for_backward(queries, documents, *where, *saved)
         ctx.temperature = temperature
         return loss
 

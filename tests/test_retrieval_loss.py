@@ -207,10 +207,10 @@ def test_wrong_embeddings():
 def op_samples():
     queries, documents, triples = make_batch(dtype=torch.float32)
     prepared = prepare_pairs(*triples, (7, 23))
-    places = (prepared.offsets, prepared.columns, prepared.slots)
+    places = (prepared.offsets, prepared.columns)
+    lists = [tensor for group in prepared.lists for tensor in group]
     for reduction in ("none", "mean"):
-        options = (2, 0.7, reduction)
-        arguments = (queries, documents, *places, *prepared.grades.tables, *options)
+        arguments = (queries, documents, *places, lists, 2, 0.7, reduction)
         yield retrieval_loss.retrieval_transport_op, arguments
         loss, *saved = retrieval_loss.retrieval_transport_op(*arguments)
         back = (queries, documents, *places, *saved, torch.ones_like(loss), 0.7)
@@ -245,3 +245,19 @@ def test_many_documents_that_each_weigh_little():
     # Not the query's gradient: a float32 matrix product over a million documents is no better on the plain path.
     for which in (0, 2):
         assert (found[which] - exact[which]).abs().max() <= 3e-6 * exact[which].abs().max()
+
+
+def test_one_query_with_all_documents_costs_no_matrix():
+    rows, columns = 300, 5000
+    many = torch.cat([torch.zeros(columns, dtype=torch.int64), torch.arange(1, rows)])
+    triples = (many, torch.cat([torch.arange(columns), torch.arange(1, rows)]), torch.randint(0, 4, many.shape))
+    prepared = prepare_pairs(*triples, (rows, columns))
+    held = prepared.offsets.numel() + prepared.columns.numel()
+    held += sum(tensor.numel() for group in prepared.lists for tensor in group)
+    assert held < 100 * (rows + len(many)) < rows * columns
+    queries, documents = torch.randn(rows, 8, **F64), torch.randn(columns, 8, **F64)
+    triples = (*triples[:2], triples[2].double())
+    expected = value_and_gradients(plain, queries, documents, triples, order=2, temperature=2.0)
+    found = value_and_gradients(wasserstein_retrieval_loss, queries, documents, prepared, order=2, temperature=2.0)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
