@@ -2,9 +2,11 @@
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -126,4 +128,23 @@ def test_arm64_compiles(tmp_path):
     defines = ["-DGRADRET_ISA=kBaselineRows", '-DGRADRET_ISA_NAME="baseline"', "-Wno-psabi", "-fopenmp", "-Werror"]
     for name in ("cpu_rows.cpp", "cpu.cpp"):
         source = REPOSITORY / "csrc" / name
+        build_kernels.run([compiler, *build_kernels.CPU_FLAGS.split(), *defines, "-c", str(source), "-o", "/dev/null"])
+
+
+def test_a_failed_build_in_place_leaves_no_older_module(sdist):
+    stale = sdist / "gradret" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.write_bytes(b"of other sources")
+    result = run("setup.py", "-q", "build_ext", "--inplace", cwd=sdist, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stdout
+    assert "no C++ compiler is found; the losses will run in PyTorch" in result.stdout
+    assert not stale.exists()
+
+
+def test_clang_compiles(tmp_path):
+    compiler = shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no clang++ here")
+    for isa in build_kernels.X86_ROWS.values() if platform.machine() == "x86_64" else [""]:
+        defines = ["-DGRADRET_ISA=kBaselineRows", '-DGRADRET_ISA_NAME="baseline"', "-Werror", *isa.split()]
+        source = REPOSITORY / "csrc" / "cpu_rows.cpp"
         build_kernels.run([compiler, *build_kernels.CPU_FLAGS.split(), *defines, "-c", str(source), "-o", "/dev/null"])
