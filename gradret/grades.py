@@ -220,8 +220,8 @@ def _find_levels(grades, mask, weights, targets) -> Tables | None:
     device, (rows, _) = grades.device, grades.shape
     real = grades.detach().to(table_dtype(device))
     distinct = (real if mask is None else real[mask]).unique()
-    if len(distinct) > MAX_LEVELS or not len(distinct) or distinct.isnan().any():
-        return None
+    if len(distinct) > MAX_LEVELS or not len(distinct) or not distinct.isfinite().all():
+        return None  # an infinite grade would be an infinite gap in all lists
     levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
     levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
     mass = torch.zeros((rows, len(distinct) + 1), dtype=torch.float64 if device.type != "mps" else torch.float32)

@@ -395,6 +395,11 @@ def test_nothing_of_a_list_comes_from_its_neighbours():
             grades = torch.tensor([row, [3.0, 1, 0]])
             scores = torch.tensor([[0.3, 0.1, 0.2]] * 2)
             both = wasserstein_loss(scores, grades, targets=targets, reduction="none")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(kernels, "compiled", None)  # one table of levels for all lists, as on CUDA
+                prepared = prepare_grades(grades, targets=targets)
+            shared = wasserstein_loss(scores, prepared, reduction="none")
+            torch.testing.assert_close(shared[1:], both[1:])
             alone = wasserstein_loss(scores[1:], grades[1:], targets=targets, reduction="none")
             assert alone > 0
             assert torch.equal(both[1:], alone)
