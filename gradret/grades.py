@@ -230,7 +230,8 @@ def _find_levels(grades, mask, weights, targets) -> Tables | None:
     if weights is None:
         # The list's own highest grade: relative to the batch's a gain could underflow.
         top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
-        mass = mass * target_weights(distinct, targets, torch.where(top.isfinite(), top, 0))
+        weight = target_weights(distinct, targets, torch.where(top.isfinite(), top, 0))
+        mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
     values = distinct.expand(rows, -1).contiguous()
     counts = torch.full((rows,), len(distinct), dtype=torch.int32, device=device)
