@@ -51,6 +51,8 @@ def transport(
     P = torch.zeros_like(v).scatter_add(-1, level, p) if by_level else p.gather(-1, index)  # (B, L)
     alive = (P.sum(-1) != 0) & (Q.sum(-1) != 0)  # (B,); NaN is alive, so that it shows
     loss, c = _solve(P, Q, v, order, 8 * torch.finfo(dtype).eps)
+    check = P.sum(-1) + Q.sum(-1)
+    loss = torch.where(check.isnan(), check, loss)  # also where all gaps are 0
     c = c.gather(-1, level) if by_level else torch.zeros_like(p).scatter(-1, index, c)
     gradient = torch.where(absent, 0, p * c) * (scale / temperature)
     # P and Q are 0 in a list without mass, but the quantiles of nothing are not.

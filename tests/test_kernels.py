@@ -460,6 +460,7 @@ def test_scores_that_are_no_number_show(scores, grades, compiled, monkeypatch):
         monkeypatch.setattr(kernels, "compiled", None)
     for order in (1, 2):
         assert wasserstein_loss(torch.tensor([scores]), torch.tensor([grades]), order=order).isnan()
+        assert wasserstein_loss(torch.tensor([scores[:1]]), torch.tensor([[2]]), order=order).isnan()
 
 
 @pytest.mark.parametrize("temperature", [1e-39, 1e-30, 1e30, 1e39])
