@@ -1,4 +1,4 @@
-"""Builds gradret._kernels from csrc/: g++ (or any C++17 compiler) and, when found, nvcc, through ninja; no torch.
+"""Builds gradret._kernels from csrc/: GCC or clang and, when found, nvcc, through ninja; no torch.
 
 GRADRET_CUDA=auto (default) compiles the CUDA side if nvcc is found and goes on without it if that fails; 1 makes it a
 must; 0 leaves it out. GRADRET_CUDA_ARCHITECTURES names the architectures, "80;90" for example. A machine without a
@@ -55,9 +55,9 @@ class BuildKernels(build_ext):
                 print(f"gradret: {error}; building without CUDA", file=sys.stderr)
                 compile_module(compiler, build, target, None)
         except BuildFailed as error:
+            target.unlink(missing_ok=True)  # of an earlier build
             if wanted == "1":
                 raise SystemExit(f"gradret: {error}") from None
-            target.unlink(missing_ok=True)  # of an earlier build
             # A package that runs beats a build that fails; `gradret bench loss` names the path that serves a call.
             print(f"gradret: {error}; the losses will run in PyTorch", file=sys.stderr)
 
@@ -125,7 +125,6 @@ def compile_module(compiler: str, build: Path, target: Path, nvcc: Path | None) 
     try:
         run([ninja, "-C", str(build)])
     except BuildFailed as error:
-        target.unlink(missing_ok=True)
         raise BuildFailed(f"compiling csrc/ failed\n{error}\ncompiling csrc/ failed, see above") from None
 
 
@@ -138,14 +137,12 @@ def write_rules(compiler: str, build: Path, target: Path, nvcc: Path | None, pyb
     openmp = "-fopenmp" if has_openmp(compiler, build) else ""
     flags += " " + os.environ.get("CXXFLAGS", "")
     includes = f"-isystem {quote(pybind11_include)} -isystem {quote(sysconfig.get_paths()['include'])}"
-    objects, lines = (
-        [],
-        [
-            f"cxx = {compiler}",
-            "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx -shared $in -o $out $flags",
-        ],
-    )
+    objects = []
+    lines = [
+        f"cxx = {compiler}",
+        "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule link\n  command = $cxx -shared $in -o $out $flags",
+    ]
 
     def add(rule: str, source: str, name: str, flags: str) -> None:
         objects.append(f"{name}.o")

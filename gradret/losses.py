@@ -13,7 +13,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from gradret.grades import FLOATS, PreparedGrades, check_grades, check_temperature, target_weights
-from gradret.ops import Transport
+from gradret.ops import Transport, check_options
 from gradret.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 
 
@@ -47,10 +47,7 @@ def wasserstein_loss(
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_options(order, reduction)
     _check_scores(scores, grades.shape, temperature)
     weights = name = None
     if not isinstance(grades, PreparedGrades):

@@ -16,6 +16,14 @@ _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph
 TWICE = "wasserstein_loss gives first derivatives only: its gradient can not be differentiated again"
 
 
+def check_options(order: int, reduction: str) -> None:
+    """Raises: ValueError unless order is 1 or 2 and reduction "mean", "sum" or "none"."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
 def transport(
     scores: Tensor, tables: Tables, order: int, temperature: float, reduction: str, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:

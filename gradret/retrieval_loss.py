@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradret.grades import FLOATS, Tables, check_temperature
-from gradret.ops import first_derivatives_only, transport
+from gradret.ops import check_options, first_derivatives_only, transport
 from gradret.pairs import PreparedPairs, ShortLists, prepare_pairs
 from gradret.reference import accumulation_dtype, result_dtype
 from gradret.tiles import Folded, Pairs, fold_tile, unfold_tile
@@ -55,13 +55,8 @@ def wasserstein_retrieval_loss(
             "embeddings must be floating point, of one type and on one device; "
             f"got {queries.dtype} on {queries.device}, {documents.dtype} on {documents.device}"
         )
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    check_options(order, reduction)
     check_temperature(temperature)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
-    if not torch.is_grad_enabled():
-        queries, documents = queries.detach(), documents.detach()  # then no gradient is computed
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
         grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets)

@@ -18,6 +18,7 @@ from gradret.losses import (
     ranknet_loss,
     wasserstein_loss,
 )
+from gradret.rivals import published_gaussian
 from gradret.settings import LOSS_NAMES, TARGET_LOSSES
 
 F64 = {"dtype": torch.float64}
@@ -228,19 +229,11 @@ def test_bounds(data):
     assert first**2 - 1e-9 <= second <= reach * first + 1e-9
 
 
-def published_gaussian(p, q):
-    """SyCL's formula as published: means, covariances (N, N) and the eigenvalues of their product, in float64."""
-    difference = p.mean(0) - q.mean(0)
-    cov_p, cov_q = torch.cov(p.T), torch.cov(q.T)
-    root = torch.linalg.eigvals(cov_p @ cov_q).real.clamp_min(0).sqrt().sum()
-    return difference @ difference + torch.trace(cov_p) + torch.trace(cov_q) - 2 * root
-
-
 def test_gaussian_equals_the_published_formula():
     torch.manual_seed(6)
     for b, n in ((8, 5), (5, 20), (16, 64)):
         scores, grades = torch.randn(b, n, **F64), torch.randint(0, 4, (b, n)).double()
-        expected = published_gaussian(torch.softmax(scores / 0.5, -1), torch.softmax(grades, -1))
+        expected = published_gaussian(scores, grades, 0.5)
         found = gaussian_loss(scores, grades, temperature=0.5, targets="softmax")
         # eigenvalues near 0 carry an error of sqrt(eps) in the published form
         assert found.item() == pytest.approx(expected.item(), abs=2e-7)
