@@ -1,4 +1,4 @@
-"""The settings of a training run, the schedule they make, and the names they are chosen from."""
+"""The settings of a training run and of a generation, and the names they are chosen from."""
 
 import math
 from dataclasses import dataclass
@@ -107,6 +107,53 @@ class FitSettings:
     def takes_gain(self) -> bool:
         """Whether targets are 2^grade - 1, which negative grades do not have."""
         return self.loss in TARGET_LOSSES and self.targets == "gain"
+
+
+@dataclass(frozen=True)
+class GenSettings:
+    """Everything that decides what is generated, besides the queries, the model, the scale and the examples.
+
+    Attributes:
+        separate: one request a grade, instead of one for all, best first.
+        variety: whether each query draws a length, a genre and a reading level for its passages.
+        shots: example lists in the prompt.
+        language: ISO 639-1 code the passages must be in; None for the query's, unchecked.
+        min_chars, max_chars: of a passage.
+        temperature, top_p: of sampling.
+        max_tokens: of a reply; None for enough to write max_chars a passage.
+        attempts: replies tried for a query before it is rejected.
+        judge: whether the model then grades every passage without knowing the intended grade.
+    """
+
+    separate: bool = False
+    variety: bool = False
+    shots: int = 1
+    language: str | None = None
+    min_chars: int = 100
+    max_chars: int = 1000
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_tokens: int | None = None
+    attempts: int = 3
+    seed: int = 0
+    judge: bool = False
+
+    def __post_init__(self):
+        if not 1 <= self.min_chars <= self.max_chars:
+            raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
+        for name in ("temperature", "top_p"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name} must be a number of 0 or above, got {getattr(self, name)!r}")
+        for name in ("attempts", "max_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)!r}")
+        for name in ("seed", "shots"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
+
+    def reply_tokens(self, passages: int) -> int:
+        """The token cap of a reply that holds so many passages; three characters a token is on the safe side."""
+        return self.max_tokens or passages * (self.max_chars // 3 + 24)
 
 
 def count_steps(settings: FitSettings, lists: int) -> int:

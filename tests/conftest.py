@@ -53,6 +53,24 @@ def tiny_encoder(tmp_path_factory) -> Path:
     return make_tiny_encoder(tmp_path_factory.mktemp("tiny"))
 
 
+def make_tiny_gguf(path: Path, **changes) -> Path:
+    """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then."""
+    from gradret.random_gguf import Size, byte_characters, write_random_gguf
+
+    words = sorted(set(re.findall("[a-z]{3,7}", SAMPLE_FILE.read_text().lower())))[::3][:400]
+    space = byte_characters()[ord(" ")]
+    bias = {"": -6.0, **{space + word: 4.0 for word in words}, **{d: -3.0 for d in "0123"}, "<|im_end|>": -8.0}
+    size = Size(layers=2, width=64, heads=2, kv_heads=1, feed_forward=128, vocabulary=3000, context=16_384)
+    write_random_gguf(path, size, words=words, bias=bias, **changes)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory) -> Path:
+    pytest.importorskip("llama_cpp")
+    return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
 def list_record(query_id: str, grades=(3, 2, 1, 0), **extra) -> dict:
     passages = [{"grade": g, "text": f"passage {i} about {query_id}"} for i, g in enumerate(grades)]
     return {"query_id": query_id, "query": f"what is {query_id}", "passages": passages, **extra}
