@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gradret.errors import GradretError
-from gradret.lists import RankingList, query_words
+from gradret.lists import GRADE_LIMIT, RankingList, query_words
 from gradret.sources import Source, open_lists, query_selector
 
 
@@ -24,6 +24,7 @@ class MixedLists(Sequence):
     Attributes:
         colliding_ids: how many query ids stand for different queries in different sources.
         fingerprint: of the sources' content and options.
+        disagreeing: (lists,) bool, of the lists read so far, those that labels=agreed took passages from.
     Raises: GradretError.
     """
 
@@ -33,6 +34,7 @@ class MixedLists(Sequence):
         self._select = [query_selector(s.queries) if s.queries is not None else None for s in sources]
         self.fingerprint = "+".join(part.fingerprint for part in self._parts)
         self._rows = self._merge_rows()  # (lists, sources) int32, -1 where a source lacks the query
+        self.disagreeing = np.zeros(len(self._rows), bool)
         seen: dict[int, int] = {}
         colliding = set()
         if len(self._parts) > 1:
@@ -64,7 +66,7 @@ class MixedLists(Sequence):
             if row < 0:
                 continue
             part = self._parts[column][row]
-            passages = self._choose(part, self._sources[column], self._select[column])
+            passages = self._choose(index, part, self._sources[column], self._select[column])
             if merged is None:
                 merged = RankingList(part.query_id, part.query, [], part.meta, part.extra, part.where)
             for passage in passages:
@@ -73,10 +75,18 @@ class MixedLists(Sequence):
                     merged.passages.append(passage)
         return merged
 
-    def _choose(self, part: RankingList, source: Source, select) -> list:
+    def _choose(self, index: int, part: RankingList, source: Source, select) -> list:
         if select is not None and not select(part.query_id):
             return []
         passages = part.passages
+        if source.labels != "intended":
+            judged = _read_judged(part, source)
+            if source.labels == "judged":
+                for passage, grade in zip(passages, judged, strict=True):
+                    passage.grade = grade
+            elif not _agree([p.grade for p in passages], judged):
+                self.disagreeing[index] = True
+                return []
         if source.grades is not None:
             mapping = dict(source.grades)
             passages = [p for p in passages if p.grade in mapping]
@@ -87,6 +97,30 @@ class MixedLists(Sequence):
             chosen = sorted(draw.sample(range(len(passages)), source.sample))
             passages = [passages[i] for i in chosen]
         return passages
+
+
+def _read_judged(part: RankingList, source: Source) -> list[float]:
+    grades = [passage.extra.get("judged") for passage in part.passages]
+    for position, grade in enumerate(grades, 1):
+        number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
+        if not number or not abs(grade) < GRADE_LIMIT:
+            what = "has no judged grade" if grade is None else f"its judged grade '{grade}' is not a finite number"
+            raise GradretError(
+                f"{part.where}: passage {position}: {what}, which labels={source.labels} needs; "
+                "write the lists with gradret gen --judge, or leave labels out"
+            )
+    return grades
+
+
+def _agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
+    """Whether of every two passages with different intended grades the higher is judged higher, too."""
+    lowest_above = np.inf
+    for grade in sorted(set(intended), reverse=True):
+        level = [j for i, j in zip(intended, judged, strict=True) if i == grade]
+        if max(level) >= lowest_above:
+            return False
+        lowest_above = min(level)
+    return True
 
 
 @dataclass(frozen=True)
@@ -100,6 +134,7 @@ class ListsSummary:
     equal_grades: int
     empty: int
     excluded: int
+    disagreeing: int
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
@@ -107,27 +142,30 @@ class ListsSummary:
             text += f"; {self.equal_grades} lists whose grades are all equal, kept"
         if self.empty:
             text += f"; {self.empty} lists left out: none of their passages is selected"
+        if self.disagreeing:
+            text += f"; {self.disagreeing} lists left out: their judged and intended grades are not in one order"
         if self.excluded:
             text += f"; {self.excluded} lists left out, whose query is one to be measured"
         return text
 
 
-def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
+def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
     """Read every list once: all are well formed, and under gain targets no grade is negative.
 
     Args:
-        lists: any sequence of ranking lists.
+        lists: of one source or several.
         refuse_negative: whether a negative grade is an error.
         exclude: lists with these queries (see lists.query_words) are left out, as those without passages are.
     Raises: GradretError naming the first list at fault, or when no list has a passage.
     """
     kept = np.zeros(len(lists), bool)
-    passages, lowest, highest, equal_grades, empty, excluded = 0, np.inf, -np.inf, 0, 0, 0
+    passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
     for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:
-            empty += 1
+            disagreeing += lists.disagreeing[index]
+            empty += not lists.disagreeing[index]
             continue
         if query_words(ranking_list.query) in exclude:
             excluded += 1
@@ -144,6 +182,8 @@ def check_lists(lists: Sequence[RankingList], *, refuse_negative: bool, exclude:
         equal_grades += low == high
     if not kept.any():
         raise GradretError(
-            "no ranking list is left: the chosen queries and grades match none, or all are to be measured"
+            "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
         )
-    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded)
+    return ListsSummary(
+        np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded, int(disagreeing)
+    )

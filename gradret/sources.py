@@ -15,10 +15,12 @@ from gradret.errors import GradretError
 from gradret.lists import ListFile, RankingList, hash64, open_file, query_key
 from gradret.settings import SAMPLE
 
+LABELS = ("intended", "judged", "agreed")
+
 
 @dataclass(frozen=True)
 class Source:
-    """`NAME[?grades=...&sample=K&queries=...]`, parsed.
+    """`NAME[?grades=...&sample=K&queries=...&labels=...]`, parsed.
 
     Attributes:
         name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`.
@@ -27,6 +29,8 @@ class Source:
         sample: as training data, at most this many passages a query, drawn with the run's seed.
         queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line.
         drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
+        labels: which of the grades of generated lists to train on: `intended`, those asked for; `judged`, those the
+            model gave afterwards, real numbers; `agreed`, those asked for, of lists where both are in one order.
     """
 
     name: str
@@ -34,6 +38,7 @@ class Source:
     sample: int | None = None
     queries: str | None = None
     drop_self: bool | None = None
+    labels: str = "intended"
 
 
 def parse_source(text: str) -> Source:
@@ -54,11 +59,19 @@ def parse_source(text: str) -> Source:
             options[key] = value
         elif key == "drop_self" and value in ("yes", "no"):
             options[key] = value == "yes"
+        elif key == "labels" and value in LABELS:
+            options[key] = value
         else:
             raise GradretError(
                 f"{text}: option '{option}' is not known; "
-                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE or drop_self=yes|no"
+                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, labels=intended|judged|agreed "
+                "or drop_self=yes|no"
             )
+    if options.get("labels") == "judged" and "grades" in options:
+        raise GradretError(
+            f"{text}: judged grades are any real numbers, which grades= can not list; "
+            "leave out one of the two, or use labels=agreed"
+        )
     return Source(name, **options)
 
 
@@ -103,6 +116,10 @@ def open_collection(source: Source) -> Collection:
     if source.sample is not None:
         raise GradretError(
             f"{source.name}: sample={source.sample} is for training lists, not for a collection to measure"
+        )
+    if source.labels != "intended":
+        raise GradretError(
+            f"{source.name}: labels={source.labels} is for training lists, not for a collection to measure"
         )
     path = find_path(source.name)
     if path is None:
@@ -150,6 +167,10 @@ def open_lists(source: Source) -> Sequence[RankingList]:
     path = find_path(source.name)
     if path is not None and path.is_file():
         return ListFile(path)
+    if source.labels != "intended":
+        raise GradretError(
+            f"{source.name}: labels={source.labels} is for the ranking-list files of gradret gen --judge; leave it out"
+        )
     return JudgedLists(open_collection(Source(source.name)))
 
 

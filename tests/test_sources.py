@@ -4,7 +4,7 @@ from conftest import list_record
 from gradret.collection import QRELS_HEADER
 from gradret.errors import GradretError
 from gradret.mix import MixedLists, check_lists
-from gradret.sources import Source, open_collection, parse_grade_map, parse_source
+from gradret.sources import Source, open_collection, open_lists, parse_grade_map, parse_source
 
 
 def grades_by_text(ranking_list):
@@ -25,7 +25,13 @@ def test_spelling():
         (
             "a?size=3",
             "a?size=3: option 'size=3' is not known; "
-            "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE or drop_self=yes|no",
+            "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, labels=intended|judged|agreed "
+            "or drop_self=yes|no",
+        ),
+        (
+            "a?labels=judged&grades=3",
+            "a?labels=judged&grades=3: judged grades are any real numbers, which grades= can not list; "
+            "leave out one of the two, or use labels=agreed",
         ),
         ("a?grades=x:1", "grade map 'x:1': expected OLD:NEW or GRADE, separated by commas, got 'x:1'"),
     ],
@@ -175,3 +181,89 @@ def test_a_negative_grade_under_gain_targets(write_jsonl):
         "map it (SOURCE?grades=-1:0,...) or use --targets softmax"
     )
     assert check_lists(lists, refuse_negative=False).lowest == -1
+
+
+def judged_record(query_id, intended, judged):
+    record = list_record(query_id, intended)
+    for passage, grade in zip(record["passages"], judged, strict=True):
+        passage["judged"] = grade
+    return record
+
+
+def test_judged_labels_are_the_grades_to_train_on(write_jsonl):
+    path = write_jsonl(
+        "f.jsonl", [judged_record("a", (3, 2, 0), (2.4, 2.9, 0.1)), judged_record("b", (1, 0), (1, -0.5))]
+    )
+    intended, judged = (MixedLists([parse_source(f"{path}?labels={labels}")]) for labels in ("intended", "judged"))
+    assert [[p.grade for p in r.passages] for r in intended] == [[3, 2, 0], [1, 0]]
+    assert [[p.grade for p in r.passages] for r in judged] == [[2.4, 2.9, 0.1], [1, -0.5]]
+    assert [p.extra for p in judged[0].passages] == [{"judged": 2.4}, {"judged": 2.9}, {"judged": 0.1}]
+    sampled = MixedLists([parse_source(f"{path}?labels=judged&sample=1")])[0].passages
+    assert sampled[0].grade == sampled[0].extra["judged"]
+
+
+@pytest.mark.parametrize(
+    ("intended", "judged", "agree"),
+    [
+        ((3, 2, 1, 0), (2.1, 2.0, 0.3, 0.2), True),
+        ((0, 1, 2, 3), (0.2, 0.3, 2.0, 2.1), True),
+        ((3, 2, 1, 0), (2.0, 2.1, 0.3, 0.2), False),
+        ((3, 2, 1, 0), (2.0, 2.0, 0.3, 0.2), False),  # judged the same is not judged higher
+        ((3, 2, 1, 0), (3, 1.5, 1, 2), False),
+        ((2, 2, 0), (1.9, 0.4, 0.3), True),  # passages of one grade may be judged in any order
+        ((2, 0, 2), (1.9, 0.4, 0.3), False),
+        ((2, 2), (0, 1), True),
+    ],
+)
+def test_agreed_labels_keep_lists_where_both_orders_agree(write_jsonl, intended, judged, agree):
+    path = write_jsonl("f.jsonl", [judged_record("a", intended, judged)])
+    passages = MixedLists([parse_source(f"{path}?labels=agreed")])[0].passages
+    assert [p.grade for p in passages] == (list(intended) if agree else [])
+
+
+def test_lists_left_out_for_disagreement_are_counted(write_jsonl):
+    records = [
+        *(judged_record("1", (3, 0), (2, 1)), judged_record("2", (3, 0), (1, 2)), judged_record("3", (1, 0), (1, 0))),
+        *(judged_record("4", (3, 0), (1, 2)), judged_record("6", (3, 0), (1, 2))),
+    ]
+    path = write_jsonl("f.jsonl", records)
+    lists = MixedLists([parse_source(f"{path}?labels=agreed&queries=even")])
+    with pytest.raises(GradretError, match="no ranking list is left: the chosen queries, grades and labels match none"):
+        check_lists(lists, refuse_negative=True)
+    summary = check_lists(MixedLists([parse_source(f"{path}?labels=agreed&grades=3")]), refuse_negative=True)
+    assert summary.kept.tolist() == [0]
+    assert str(summary) == (
+        "1 lists, 1 passages, grades 3 to 3; 1 lists whose grades are all equal, kept; "
+        "1 lists left out: none of their passages is selected; "
+        "3 lists left out: their judged and intended grades are not in one order"
+    )
+    both = MixedLists([parse_source(f"{path}?labels=agreed"), parse_source(f"{path}?grades=3")])
+    summary = check_lists(both, refuse_negative=True)  # another source has passages for those lists
+    assert (len(summary.kept), summary.disagreeing, summary.empty) == (5, 0, 0)
+
+
+@pytest.mark.parametrize("labels", ["judged", "agreed"])
+def test_labels_need_judged_lists(write_jsonl, beir_directory, labels):
+    path = write_jsonl("f.jsonl", [judged_record("1", (1, 0), (1, 0)), list_record("2")])
+    lists = MixedLists([parse_source(f"{path}?labels={labels}")])
+    assert len(lists[0].passages) == 2
+    with pytest.raises(GradretError) as error:
+        check_lists(lists, refuse_negative=True)
+    assert str(error.value) == (
+        f"{path}:2: passage 1: has no judged grade, which labels={labels} needs; "
+        "write the lists with gradret gen --judge, or leave labels out"
+    )
+    assert len(
+        check_lists(MixedLists([parse_source(f"{path}?labels={labels}&queries=odd")]), refuse_negative=True).kept
+    )
+    for wrong in ("high", True, float("nan"), 1e9):
+        path = write_jsonl("f.jsonl", [judged_record("1", (1, 0), (1, wrong))])
+        with pytest.raises(GradretError, match="f.jsonl:1: passage 2: its judged grade '.*' is not a finite number"):
+            MixedLists([parse_source(f"{path}?labels={labels}")])[0]
+    with pytest.raises(GradretError, match=f"labels={labels} is for training lists, not for a collection to measure"):
+        open_collection(parse_source(f"{path}?labels={labels}"))
+    for name in (beir_directory, "beir/scifact/test"):
+        with pytest.raises(
+            GradretError, match=f"^{name}: labels={labels} is for the ranking-list files of gradret gen"
+        ):
+            open_lists(parse_source(f"{name}?labels={labels}"))
