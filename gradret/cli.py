@@ -7,6 +7,7 @@ import click
 
 from gradret import __version__
 from gradret.cli_bench import bench
+from gradret.cli_gen import bench_gen, export, gen
 from gradret.cli_loss import loss
 from gradret.errors import GradretError
 from gradret.files import read_json
@@ -27,7 +28,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="gradret")
 def main():
-    """Dense retrievers from graded lists: train with a list-wise Wasserstein loss, measure against InfoNCE."""
+    """Dense retrievers without labels: an LLM writes graded lists, a list-wise Wasserstein loss trains on them."""
 
 
 @main.command()
@@ -93,4 +94,6 @@ def fit(ctx, out, resume, device, as_json, **given):
 
 
 bench.add_command(loss)
-main.add_command(bench)
+bench.add_command(bench_gen)
+for command in (gen, export, bench):
+    main.add_command(command)

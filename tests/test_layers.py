@@ -12,12 +12,29 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli cli_loss cli_bench options report bench speed memory timers workloads rivals train checkpoint batches
+    __main__ cli cli_gen cli_loss cli_bench options
+    engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
+    llama_model hub_gguf checks prompts replies scales llm export
+    report bench speed memory timers workloads rivals train checkpoint batches
     evaluation retrieve encoder encoder_config hub losses retrieval_loss tiles ops
     reference pairs grades kernels
     mix sources collection lists console settings versions files errors
 """.split()
 CORE = ["errors", "files", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
+CORE += [
+    "scales",
+    "prompts",
+    "replies",
+    "checks",
+    "llm",
+    "queries",
+    "journal",
+    "judge",
+    "summary",
+    "generate",
+    "export",
+]
+CORE += ["cli_gen", "hub_gguf", "random_gguf"]
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -1,0 +1,283 @@
+"""`gradret gen`, `bench gen` and `export`: parse, call one function, print. Heavy imports stay inside the commands."""
+
+import json
+import tempfile
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import click
+
+from gradret.console import command_line
+from gradret.files import open_folder, write_json
+from gradret.options import JSON, POSITIVE, options
+from gradret.settings import SAMPLE, GenSettings
+from gradret.sources import find_path
+
+DEFAULTS = GenSettings()
+MODEL_ONLY = ("sequences", "context", "gpu_layers", "threads")
+ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
+
+
+class Pair(click.ParamType):
+    """Two whole numbers joined by a character."""
+
+    name = "pair"
+
+    def __init__(self, joint: str, example: str):
+        self.joint, self.example = joint, example
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        left, joint, right = value.partition(self.joint)
+        if not (joint and left.isdecimal() and right.isdecimal()):
+            self.fail(
+                f"'{value}' is not two whole numbers joined by '{self.joint}', such as {self.example}", param, ctx
+            )
+        return int(left), int(right)
+
+
+class Shard(Pair):
+    """i/n with 1 <= i <= n."""
+
+    def convert(self, value, param, ctx):
+        part, parts = super().convert(value, param, ctx)
+        if not 1 <= part <= parts:
+            self.fail(f"'{value}': expected i/n with 1 <= i <= n, such as {self.example}", param, ctx)
+        return part, parts
+
+
+class JsonObject(click.ParamType):
+    """A JSON object."""
+
+    name = "json"
+
+    def convert(self, value, param, ctx):
+        try:
+            found = value if isinstance(value, dict) else json.loads(value)
+        except ValueError as error:
+            self.fail(f"'{value}' is not JSON ({error})", param, ctx)
+        if not isinstance(found, dict):
+            self.fail(f"'{value}' is not a JSON object", param, ctx)
+        return found
+
+
+PROMPT_OPTIONS = options(
+    click.option(
+        "--scale", type=click.Path(), help="JSON file {GRADE: definition}. [default: TREC Deep Learning, 3 to 0]"
+    ),
+    click.option("--separate", is_flag=True, help="One request a grade, instead of one for all, best first."),
+    click.option("--variety", is_flag=True, help="Each query draws a length, a genre and a reading level."),
+    click.option("--examples", type=click.Path(), help="Ranking lists to show. [default: one of the bundled sample]"),
+    click.option(
+        "--shots", default=DEFAULTS.shots, show_default=True, type=click.IntRange(min=0), help="How many of them."
+    ),
+    click.option("--language", help="ISO 639-1 code that passages must be in. [default: the query's, unchecked]"),
+    click.option(
+        "--length",
+        default=f"{DEFAULTS.min_chars}:{DEFAULTS.max_chars}",
+        show_default=True,
+        type=Pair(":", "100:1000"),
+        metavar="MIN:MAX",
+        help="Characters of a passage.",
+    ),
+    click.option("--temperature", default=DEFAULTS.temperature, show_default=True, type=click.FloatRange(min=0)),
+    click.option("--top-p", default=DEFAULTS.top_p, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
+    click.option("--max-tokens", type=POSITIVE, help="Of a reply. [default: enough for passages of the full length]"),
+    click.option("--seed", default=DEFAULTS.seed, show_default=True, type=click.IntRange(min=0)),
+    click.option(
+        "--attempts", default=DEFAULTS.attempts, show_default=True, type=POSITIVE, help="Replies before a reject."
+    ),
+    click.option("--judge", is_flag=True, help="The model then grades each passage blind; stored as 'judged'."),
+)
+LLAMA_OPTIONS = options(
+    click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies written at once."),
+    click.option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
+    click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all."),
+    click.option("--threads", type=POSITIVE, help="[default: the processor's cores]"),
+)
+ENDPOINT_OPTIONS = options(
+    click.option("--concurrency", default=32, show_default=True, type=POSITIVE, help="Requests at once."),
+    click.option(
+        "--timeout", default=120.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds."
+    ),
+    click.option("--retries", default=6, show_default=True, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
+    click.option("--request-options", type=JsonObject(), metavar="JSON", help="More fields for each request's body."),
+)
+
+
+@click.command()
+@click.argument("queries")
+@click.option("--model", metavar="FILE|HUB_REPO[:FILE]", help="GGUF model; with --endpoint, the name it is served by.")
+@click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server's, such as http://localhost:8000/v1.")
+@click.option("--out", default="lists.jsonl", show_default=True, type=click.Path(), help="Where the lists go.")
+@click.option("--rejects", type=click.Path(), help="Where queries without a list go. [default: OUT's .rejects.jsonl]")
+@click.option("--retry-rejects", is_flag=True, help="Try queries again that were rejected before.")
+@click.option("--mix-settings", is_flag=True, help="Append to lists that were written with other settings.")
+@click.option("--shard", type=Shard("/", "1/4"), metavar="i/n", help="Only the i-th of n equal parts of the queries.")
+@PROMPT_OPTIONS
+@LLAMA_OPTIONS
+@ENDPOINT_OPTIONS
+@click.option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")
+@JSON
+@click.pass_context
+def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings, shard, show_prompt, as_json, **given):
+    """An LLM writes, for every query, a passage at each relevance grade.
+
+    QUERIES is a JSONL file (query_id and query, or BEIR's _id and text), a TSV file (id, query), a text file with a
+    query a line, a BEIR directory, an ir_datasets id, or - for standard input.
+
+    Lists are appended to --out one by one; the same command goes on where it was stopped. What fails the checks is
+    tried again with another seed, then recorded beside --out with the reason. A key for --endpoint is read from
+    OPENAI_API_KEY.
+
+    \b
+    gradret gen queries.tsv --model qwen2.5-7b-instruct-q4_k_m.gguf --out lists.jsonl
+    gradret gen beir/scifact/train --endpoint http://localhost:8000/v1 --shard 1/4 --out lists-1.jsonl
+    """
+    from gradret.checks import Checks
+    from gradret.generate import generate, request_kinds, settings_record
+    from gradret.journal import Journal
+    from gradret.prompts import Prompts, read_examples
+    from gradret.queries import Query, read_queries, take_shard
+    from gradret.scales import TREC_DL, read_scale
+    from gradret.summary import format_summary
+
+    check_engine_options(ctx, model, endpoint)
+    given["min_chars"], given["max_chars"] = given.pop("length")
+    try:
+        settings = GenSettings(**{k: given[k] for k in vars(DEFAULTS)})
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    scale = read_scale(given["scale"]) if given["scale"] else TREC_DL
+    examples = read_examples(given["examples"], scale, settings.shots)
+    prompts = Prompts(settings, scale, examples)
+    wanted = read_queries(queries)
+    wanted = take_shard(wanted, shard) if shard else wanted
+    if show_prompt:
+        query = next((q for q in wanted if q.text.strip()), Query("", ""))
+        grade = scale.grades[0] if settings.separate else None
+        for message in prompts.write(query.text, prompts.draw_style(query.key), grade):
+            click.echo(f"[{message['role']}]\n{message['content']}\n")
+        return
+    checks = Checks(settings, prompts.instructions(), examples)
+    with ExitStack() as stack:
+        engine = None
+
+        def describe_settings() -> dict:  # asked for once OUT is open: a model is not loaded for nothing
+            nonlocal engine
+            engine = stack.enter_context(closing(open_engine(model, endpoint, request_kinds(prompts, settings), given)))
+            return settings_record(settings, prompts, engine.identity)
+
+        journal = stack.enter_context(
+            Journal(
+                Path(out), rejects and Path(rejects), describe_settings, mix=mix_settings, retry_rejects=retry_rejects
+            )
+        )
+        journal.check_queries(wanted)
+        click.echo(f"gen: {len(wanted)} queries, {engine.describe()}", err=True)
+        summary = generate(wanted, engine, prompts, checks, journal, settings)
+    document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
+    click.echo(json.dumps(document) if as_json else format_summary(document))
+
+
+def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | None) -> None:
+    """Refuse options of the engine that is not used. Raises: click.UsageError."""
+    if not model and not endpoint:
+        raise click.UsageError("name a model: --model FILE.gguf, --model HUB_REPO or --endpoint URL")
+    for name in MODEL_ONLY if endpoint else ENDPOINT_ONLY:
+        if ctx.get_parameter_source(name).name == "COMMANDLINE":
+            flag, need = name.replace("_", "-"), "--model without --endpoint" if endpoint else "--endpoint"
+            raise click.UsageError(f"--{flag} is for {need}")
+
+
+def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
+    """The engine that the options name. Raises: GradretError."""
+    if endpoint:
+        from gradret.endpoint import Endpoint, read_key
+
+        return Endpoint(
+            endpoint,
+            model=model,
+            concurrency=given["concurrency"],
+            timeout_s=given["timeout"],
+            retries=given["retries"],
+            temperature=given["temperature"],
+            top_p=given["top_p"],
+            options=given["request_options"],
+            key=read_key(),
+        )
+    from gradret.hub_gguf import locate_gguf
+    from gradret.llama import LlamaEngine
+    from gradret.llama_sampler import Sampling
+
+    return LlamaEngine(
+        locate_gguf(model),
+        kinds,
+        sequences=given["sequences"],
+        context=given["context"],
+        gpu_layers=given["gpu_layers"],
+        threads=given["threads"],
+        sampling=Sampling(given["temperature"], given["top_p"]),
+    )
+
+
+@click.command("gen")
+@click.option(
+    "--model", metavar="FILE|HUB_REPO[:FILE]", help="GGUF model. [default: random weights, Qwen2-0.5B's size]"
+)
+@click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies the engine writes at once.")
+@click.option("--queries", default=32, show_default=True, type=click.IntRange(1, 95), help="Of the sample, a round.")
+@click.option("--loop-queries", default=3, show_default=True, type=POSITIVE, help="The same for the loop.")
+@click.option("--max-tokens", default=256, show_default=True, type=POSITIVE, help="Of a reply.")
+@click.option("--repeats", default=3, show_default=True, type=POSITIVE, help="Rounds.")
+@click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all.")
+@click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
+@click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
+@JSON
+def bench_gen(model, queries, out, as_json, **given):
+    """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion.
+
+    The same model, prompts, sampler and token cap, without a grammar and with one; rounds take turns.
+    """
+    from gradret.engine_speed import format_engine_speed, measure_engine
+    from gradret.hub_gguf import locate_gguf
+    from gradret.prompts import Prompts, read_examples
+    from gradret.queries import read_queries
+    from gradret.random_gguf import write_random_gguf
+    from gradret.scales import TREC_DL
+
+    open_folder(out, "gen.json")
+    settings = GenSettings()
+    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings.shots))
+    sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
+    with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
+        path = locate_gguf(model) if model else Path(temporary, "random.gguf")
+        if not model:
+            write_random_gguf(path)
+        result = {"command": command_line()} | measure_engine(path, prompts, sample[:queries], settings, **given)
+    write_json(Path(out, "gen.json"), result)
+    click.echo(json.dumps(result) if as_json else format_engine_speed(result))
+    click.echo(f"written: {out}/gen.json", err=True)
+
+
+@click.command()
+@click.argument("lists", type=click.Path())
+@click.option("--format", "form", required=True, type=click.Choice(["beir", "tevatron", "trove"]))
+@click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron, file.")
+@click.option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
+@JSON
+def export(lists, form, out, positive_from, as_json):
+    """Write a ranking-list file in a neighbour's format.
+
+    \b
+    gradret export lists.jsonl --format beir --out lists-beir
+    """
+    from gradret.export import export_lists
+
+    if positive_from is not None and form != "tevatron":
+        raise click.UsageError("--positive-from is for --format tevatron; the other formats keep the grades")
+    counts = export_lists(lists, form, Path(out), positive_from=positive_from)
+    click.echo(
+        json.dumps({"out": out, **counts}) if as_json else f"{out}: " + ", ".join(f"{v} {k}" for k, v in counts.items())
+    )
