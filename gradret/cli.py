@@ -61,7 +61,8 @@ def fit(ctx, out, resume, device, as_json, **given):
 
     SOURCE is a JSONL file of ranking lists, a BEIR directory (DIR or DIR:SPLIT), an ir_datasets id, or `sample`, the
     bundled lists. After a '?' come options joined by '&': grades=1:3,0 (use these grades, 1 as 3), sample=K (at most
-    K passages a query), queries=even|odd|FILE. Without any option it trains on the bundled sample.
+    K passages a query), queries=even|odd|FILE, labels=judged|agreed (of lists that gen --judge wrote). Without any
+    option it trains on the bundled sample.
 
     \b
     gradret fit --data lists.jsonl --out model

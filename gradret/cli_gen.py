@@ -1,6 +1,7 @@
 """`gradret gen`, `bench gen` and `export`: parse, call one function, print. Heavy imports stay inside the commands."""
 
 import json
+import re
 import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -253,8 +254,9 @@ def bench_gen(model, queries, out, as_json, **given):
     sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         path = locate_gguf(model) if model else Path(temporary, "random.gguf")
-        if not model:
-            write_random_gguf(path)
+        if not model:  # a vocabulary with the prompts' words, so that they are as long as in a real one
+            texts = [prompts.instructions(), Path(find_path(SAMPLE)).read_text(encoding="utf-8")]
+            write_random_gguf(path, words=sorted(set(re.findall("[A-Za-z]+", " ".join(texts)))))
         result = {"command": command_line()} | measure_engine(path, prompts, sample[:queries], settings, **given)
     write_json(Path(out, "gen.json"), result)
     click.echo(json.dumps(result) if as_json else format_engine_speed(result))

@@ -12,8 +12,8 @@ from gradret.checks import Checks
 from gradret.console import StopRequest, say
 from gradret.errors import GradretError, Interrupted
 from gradret.journal import Journal
-from gradret.judge import JUDGED, Agreement, expected_grade
-from gradret.lists import Passage, RankingList, hash64
+from gradret.judge import Agreement, expected_grade
+from gradret.lists import JUDGED, Passage, RankingList, hash64
 from gradret.llm import Engine, Reply, Request
 from gradret.prompts import PROMPT_VERSION, Prompts, Style
 from gradret.queries import Query

@@ -1,12 +1,10 @@
 """Blind grades: the expected grade under the judge's probabilities, and how it agrees with the intended one."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from gradret.lists import RankingList
+from gradret.lists import JUDGED, RankingList, grades_agree
 from gradret.scales import Scale
-
-JUDGED = "judged"  # a passage's key for its judged grade
 
 
 def expected_grade(probabilities: Mapping[str, float], scale: Scale) -> float:
@@ -32,14 +30,8 @@ class Agreement:
         pairs = [(p.grade, p.extra[JUDGED]) for p in ranking_list.passages]
         self.counts.update((grade, min(self._scale.grades, key=lambda g: abs(g - judged))) for grade, judged in pairs)
         self.lists += 1
-        self.agreed += agrees_in_order(pairs)
+        self.agreed += grades_agree(*zip(*pairs, strict=True))
 
     def table(self) -> list[list[int]]:
         """Counts, a row for each intended grade, a column for each judged one, both best first."""
         return [[self.counts[row, column] for column in self._scale.grades] for row in self._scale.grades]
-
-
-def agrees_in_order(pairs: Iterable[tuple[float, float]]) -> bool:
-    """Whether, of any two (intended, judged) grades, the one intended higher is judged higher."""
-    pairs = list(pairs)
-    return all(a[1] > b[1] for a in pairs for b in pairs if a[0] > b[0])

@@ -16,6 +16,7 @@ from gradret.errors import GradretError
 GRADE_LIMIT = 1000  # 2^grade still fits a float64
 PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
 LIST_KEYS = ("query_id", "query", "passages", "meta")
+JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -170,6 +171,17 @@ def read_lists(path: str | os.PathLike) -> Iterator[RankingList]:
             if line.strip():
                 where = f"{path}:{number}"
                 yield parse_list(decode_json(line, where), where)
+
+
+def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
+    """Whether, of every two passages of a list with different intended grades, the higher is judged higher, too."""
+    lowest_above = float("inf")
+    for grade in sorted(set(intended), reverse=True):
+        level = [j for i, j in zip(intended, judged, strict=True) if i == grade]
+        if max(level) >= lowest_above:
+            return False
+        lowest_above = min(level)
+    return True
 
 
 def hash64(*parts: str) -> int:

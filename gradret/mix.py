@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gradret.errors import GradretError
-from gradret.lists import GRADE_LIMIT, RankingList, query_words
+from gradret.lists import GRADE_LIMIT, JUDGED, RankingList, grades_agree, query_words
 from gradret.sources import Source, open_lists, query_selector
 
 
@@ -84,7 +84,7 @@ class MixedLists(Sequence):
             if source.labels == "judged":
                 for passage, grade in zip(passages, judged, strict=True):
                     passage.grade = grade
-            elif not _agree([p.grade for p in passages], judged):
+            elif not grades_agree([p.grade for p in passages], judged):
                 self.disagreeing[index] = True
                 return []
         if source.grades is not None:
@@ -100,7 +100,7 @@ class MixedLists(Sequence):
 
 
 def _read_judged(part: RankingList, source: Source) -> list[float]:
-    grades = [passage.extra.get("judged") for passage in part.passages]
+    grades = [passage.extra.get(JUDGED) for passage in part.passages]
     for position, grade in enumerate(grades, 1):
         number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
         if not number or not abs(grade) < GRADE_LIMIT:
@@ -110,17 +110,6 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
                 "write the lists with gradret gen --judge, or leave labels out"
             )
     return grades
-
-
-def _agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
-    """Whether of every two passages with different intended grades the higher is judged higher, too."""
-    lowest_above = np.inf
-    for grade in sorted(set(intended), reverse=True):
-        level = [j for i, j in zip(intended, judged, strict=True) if i == grade]
-        if max(level) >= lowest_above:
-            return False
-        lowest_above = min(level)
-    return True
 
 
 @dataclass(frozen=True)

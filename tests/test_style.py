@@ -27,11 +27,12 @@ def test_the_readme_opens_with_its_two_commands():
     assert blocks[1].startswith("sh\n") and "pytest" in blocks[1]
 
 
-def test_the_readmes_table_of_speed_is_the_results():
-    results = REPOSITORY / "benchmarks" / "results" / "loss-cpu.json"
-    command = [sys.executable, REPOSITORY / "benchmarks" / "loss_table.py", results]
+@pytest.mark.parametrize(("script", "results", "lines"), [("loss", "loss-cpu", 30), ("gen", "gen-cpu", 5)])
+def test_the_readmes_tables_of_speed_are_the_results(script, results, lines):
+    benchmarks = REPOSITORY / "benchmarks"
+    command = [sys.executable, benchmarks / f"{script}_table.py", benchmarks / "results" / f"{results}.json"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    assert len(table.splitlines()) > 20
+    assert len(table.splitlines()) == lines
     assert table in (REPOSITORY / "README.md").read_text()
 
 
