@@ -152,6 +152,10 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
         raise click.UsageError(str(error)) from None
     scale = read_scale(given["scale"]) if given["scale"] else TREC_DL
     examples = read_examples(given["examples"], scale, settings.shots)
+    if len(examples) < settings.shots and ctx.get_parameter_source("shots").name == "COMMANDLINE":
+        raise click.UsageError(
+            "--shots with a --scale of other grades needs --examples: the bundled ones do not fit it"
+        )
     prompts = Prompts(settings, scale, examples)
     wanted = read_queries(queries)
     wanted = take_shard(wanted, shard) if shard else wanted

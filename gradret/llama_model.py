@@ -12,7 +12,9 @@ from gradret.errors import GradretError
 try:
     from llama_cpp import llama_cpp as api
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "llama_cpp":
+        raise
     raise GradretError(
         "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]', or use --endpoint"
     ) from None

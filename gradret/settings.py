@@ -152,8 +152,8 @@ class GenSettings:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
 
     def reply_tokens(self, passages: int) -> int:
-        """The token cap of a reply that holds so many passages; three characters a token is on the safe side."""
-        return self.max_tokens or passages * (self.max_chars // 3 + 24)
+        """The token cap of a reply that holds so many passages; in Han and kana a token is one or two characters."""
+        return self.max_tokens or passages * (self.max_chars // 2 + 24)
 
 
 def count_steps(settings: FitSettings, lists: int) -> int:

@@ -96,18 +96,21 @@ def start(arguments):
 
 
 def kill_now_and_then(arguments, out, kills, seed):
-    """SIGKILL the command at random moments of its writing, then let it end; the number of lines each kill left."""
+    """SIGKILL the command at random moments, every other time while it writes; the number of lines each kill left."""
     draw, left = random.Random(seed), []
-    for _ in range(kills):
+    for kill in range(kills):
         process = start(arguments)
         before = out.stat().st_size if out.exists() else 0
-        while process.poll() is None and (not out.exists() or out.stat().st_size == before):
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.1))
+        if kill % 2:
+            time.sleep(draw.uniform(0, 3))
+        else:
+            while process.poll() is None and (not out.exists() or out.stat().st_size == before):
+                time.sleep(0.005)
+            time.sleep(draw.uniform(0, 0.1))
         assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
-        left.append(out.read_bytes().count(b"\n"))
+        left.append(out.read_bytes().count(b"\n") if out.exists() else 0)
     last = start(arguments)
     _, stderr = last.communicate(timeout=300)
     assert last.returncode == 0, stderr
@@ -116,11 +119,11 @@ def kill_now_and_then(arguments, out, kills, seed):
 
 @pytest.mark.slow
 def test_twenty_kills_lose_and_double_nothing(tiny_gguf, tmp_path):
-    names = {f"q{i}": f"what is thing number {i}" for i in range(700)}
+    names = {f"q{i}": f"what is thing number {i}" for i in range(1500)}
     queries, out = write_queries(tmp_path / "queries.jsonl", names), tmp_path / "lists.jsonl"
     arguments = ["gen", queries, "--model", tiny_gguf, "--out", out, *SHORT, "--sequences", 16]
     left = kill_now_and_then(arguments, out, 20, seed=0)
-    assert left == sorted(left) and 20 <= left[-1] < 700
+    assert left == sorted(left) and 20 <= left[-1] < 1500
     lists = list(read_lists(out))
     assert sorted(r.query_id for r in lists) == sorted(names)
     for ranking_list in lists:
@@ -251,6 +254,40 @@ def test_options_of_the_other_engine(queries, tiny_gguf):
     ):
         result = invoke("gen", queries, *arguments)
         assert (result.exit_code, complaint in result.stderr) == (2, True), result.stderr
+
+
+def test_shots_of_another_scale_need_examples(queries, tmp_path):
+    scale = tmp_path / "scale.json"
+    scale.write_text('{"1": "relevant", "0": "irrelevant"}')
+    arguments = ["gen", queries, "--model", "m.gguf", "--show-prompt", "--scale", scale]
+    assert "1 = relevant" in invoke(*arguments).stdout
+    result = invoke(*arguments, "--shots", 2)
+    assert (result.exit_code, "needs --examples" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "message"),
+    [
+        (
+            "llama_cpp",
+            ["--model", "{gguf}"],
+            "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]'",
+        ),
+        (
+            "openai",
+            ["--endpoint", "http://x/v1"],
+            "gen --endpoint needs the openai package: pip install 'gradret[gen]'",
+        ),
+        ("py3langid", ["--model", "{gguf}", "--language", "de"], "a language is checked with py3langid, which is not"),
+    ],
+)
+def test_what_is_not_installed_is_named(queries, tiny_gguf, tmp_path, missing, arguments, message):
+    arguments = [a.format(gguf=tiny_gguf) for a in arguments]
+    block = f"import sys; sys.modules['{missing}'] = None; from gradret.cli import main; main()"
+    command = [sys.executable, "-c", block, "gen", queries, "--out", tmp_path / "lists.jsonl", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f"Error: {message}")
 
 
 def well_written(request) -> str:
