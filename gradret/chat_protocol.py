@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,12 +13,15 @@ from urllib.parse import urlsplit
 from gradret.errors import GradretError
 from gradret.llm import Reply, Request
 
+KEY_VARIABLE = "OPENAI_API_KEY"
+NO_KEY = "none"  # local servers want none, but the client insists on one
 PASSING = {200, 408, 409, 425, 429}  # and 500 to 599: may be gone the next time (200: a body that is no reply)
 REFUSED = {400, 413, 422}  # this request, not every request
 FORMATS = ("json_schema", "json_object with a schema", "json_object", None)  # what asks for a form, strictest first
 ADVICE = "is the server running, and is the URL the protocol's root, which usually ends in /v1?"
 LEAST = -9999.0  # as a log-probability, that of what can not be, in vLLM's and llama.cpp's way
-SHOWN = 200  # characters of a server's message
+SHOWN = 200  # characters of a server's message,
+MOST_SHOWN = 20_000  # of which so many are looked at: whoever sends more is no chat server
 
 
 class Failure(Exception):
@@ -85,7 +89,7 @@ def read_body(content: bytes) -> dict:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        raise Failure(200, f"no JSON object, but {content.decode(errors='replace')}")
+        raise Failure(200, f"no JSON object, but {content[:MOST_SHOWN].decode(errors='replace')}")
     return body
 
 
@@ -192,7 +196,7 @@ def mend_text(text: str) -> str:
 
 
 def to_count(value: object) -> int:
-    return value if isinstance(value, int) else 0
+    return max(value, 0) if isinstance(value, int) else 0
 
 
 def check_url(url: str) -> str:
@@ -213,7 +217,11 @@ def check_url(url: str) -> str:
 def read_models(body: dict) -> list[str] | None:
     """The names in a list of models; None when it is none."""
     data = body.get("data")
-    return [str(m["id"]) for m in data if isinstance(m, dict) and "id" in m] if isinstance(data, list) else None
+    return (
+        [m["id"] for m in data if isinstance(m, dict) and isinstance(m.get("id"), str)]
+        if isinstance(data, list)
+        else None
+    )
 
 
 def choose_model(url: str, names: list[str], wanted: str | None) -> str:
@@ -232,3 +240,13 @@ def name_model(served: str) -> str:
     """A name without the directories of the server's machine."""
     is_path = re.match(r"[/\\.~]|[A-Za-z]:[/\\]", served) or served.lower().endswith(".gguf")
     return re.split(r"[/\\]", served.rstrip("/\\"))[-1] if is_path else served
+
+
+def read_key() -> str:
+    """The server's key, from the environment only; "none" when there is none."""
+    return os.environ.get(KEY_VARIABLE, "").strip() or NO_KEY
+
+
+def kind_of(request: Request) -> str:
+    """What a server may take while it refuses the others: "choices", "form" or "text"."""
+    return "choices" if request.choices else "form" if request.form else "text"

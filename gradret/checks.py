@@ -16,7 +16,10 @@ MIN_SHINGLES = 8  # of the shorter text; below, chance decides
 # in which every fifth word is another shares .5 of them in the median.
 NEAR_DUPLICATE = 0.3
 ECHO_WORDS = 8  # in a row, as in the instructions; real passages have at most 4 in common with them
-COPIED_WORDS = 6  # no real passage holds its whole query, of 3 words or more; a shorter one may come up by itself
+# No real passage holds its whole query, of 3 words or more; but a shorter one, or a name, may come up by itself: only
+# one of COPIED_WORDS is a copy wherever it stands, one of OPENING_WORDS if the passage opens with it.
+COPIED_WORDS, OPENING_WORDS = 12, 6
+LEAST_DISTINCT = 0.5  # share of a passage's shingles that are not there a second time; real passages have .95 at least
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
 
 # Thai, Lao, Burmese, Khmer, kana and Han write no spaces: there each character counts as a word, if half a one.
@@ -28,19 +31,21 @@ MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff
 WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")
 UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
 
-FORM_KEY = re.compile(r"\bgrade_-?\d", re.IGNORECASE)
+FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
 # At the start only, and with what is refused: "I can't sleep" opens many a good passage.
 REFUSAL = re.compile(
     r"""\W*(
     ((i'm|i\ am|we're|we\ are)\ )?((very|so)\ )?sorry([,.!:;]|\ but\b)\ ?((but|however),?\ )?(i|we|as\ an?\ ai)\b
     |((my|our)\ |(i|we)\ )?(sincere(ly)?\ )?apolog(ies|i[sz]e)\b.{0,40}\b(i|we)\ (can|could|am|are|do|will)
     |(unfortunately,?\ )?i('m|\ am)?\ (can'?t|can\ ?not|won't|will\ not|(un|not\ )able\ to|must\ decline\ to)\ (\w+\ )?
-        (assist|help\ (you|with)|provide|write|generate|create|fulfil|comply|complete|answer|respond)
-    |(unfortunately,?\ )?i\ (do\ not|don't)\ have\ (access|(the\ )?(ability|information))
-    |as\ an?\ (ai(,|\ (i\b|assistant|(language\ )?model|system))|artificial\ intelligence,|(large\ )?language\ model)
+        (assist|help\ (you|with)|provide|write|generate|create|fulfil|comply|complete|(answer|respond\ to)\ (th|your))
+    |i\ must\ decline\b|i\ will\ not\ be\ able\ to\ (assist|help|provide|write|answer)
+    |(unfortunately,?\ )?i\ (do\ not|don't)\ have\ (access\ to\ (real|external|current|the\ internet)|the\ ability\ to)
+    |as\ an?\ (ai(,|\ (assistant|(language\ )?model|system),)|artificial\ intelligence,|(large\ )?language\ model,)
+    |the\ query\ (asks|is\ about|seeks)\b|(perfectly|highly)\ relevant\b.{0,3}:|grade\ -?\d\s*[:.]
     |(sure|certainly|of\ course|okay|ok)\b.{0,20}\bhere('s|\ is|\ are)\b
     |here('s|\ is|\ are)\ (an?|the|your|my)\ ([\w-]+\ ){0,4}passages?\b
-    |(this|the\ following)\ passage\ (is|does|would|contains|provides|answers|discusses)\b
+    |(this|the\ following)\ passage\ (does|would|provides|answers|discusses|is\ (not\ )?(ir)?relevant)\b
     |es\ tut\ mir\ (sehr\ )?leid,\ aber\ ich|leider\ kann\ ich\ (\w+\ ){0,4}(nicht|keine)
     |(je\ suis\ )?désolée?,\ (mais\ )?je|lo\ siento,\ (pero\ )?no
     |mi\ dispiace,\ (ma\ )?non|(me\ )?desculpe,\ (mas\ )?não
@@ -86,6 +91,11 @@ class Checks:
         low, high = self._settings.min_chars, self._settings.max_chars
         if not low <= len(text) <= high:
             raise Unusable("length", f"{where} has {len(text)} characters, expected {low} to {high}")
+        if not words:
+            raise Unusable("no text", f"{where} has no words")
+        shingles = len(words) - SHINGLE + 1
+        if shingles >= MIN_SHINGLES and len(_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
+            raise Unusable("repetition", f"{where} says the same words again and again")
         if REFUSAL.match(text.replace("’", "'")):
             raise Unusable("refusal", f"{where} opens with '{text[:50]}'")
         if key := FORM_KEY.search(text):
@@ -94,8 +104,9 @@ class Checks:
             raise Unusable("prompt echo", f"{where} repeats the instructions: '{' '.join(min(echo))}'")
         if any(_near_duplicate(words, example) for example in self._examples):
             raise Unusable("prompt echo", f"{where} repeats an example")
-        # Whole, and either too long to come up by itself or most of the passage.
-        if _contains(words, query) and (_weigh(query) >= COPIED_WORDS or 2 * len(query) >= len(words)):
+        weight = _weigh(query)
+        opens = weight >= OPENING_WORDS and words[: len(query)] == query
+        if opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words))):
             raise Unusable("query copied", f"{where} holds the whole query")
         if self._identifier:
             shares = dict(self._identifier.rank(text))

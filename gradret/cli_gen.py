@@ -8,103 +8,20 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line
+from gradret.console import StopRequest, command_line
+from gradret.errors import GradretError, Interrupted
 from gradret.files import open_folder, write_json
-from gradret.options import JSON, POSITIVE, options
+from gradret.gen_options import (
+    DEFAULTS,
+    ENDPOINT_OPTIONS,
+    LLAMA_OPTIONS,
+    PROMPT_OPTIONS,
+    Shard,
+    check_engine_options,
+)
+from gradret.options import JSON, POSITIVE
 from gradret.settings import SAMPLE, GenSettings
 from gradret.sources import find_path
-
-DEFAULTS = GenSettings()
-MODEL_ONLY = ("sequences", "context", "gpu_layers", "threads")
-ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
-
-
-class Pair(click.ParamType):
-    """Two whole numbers joined by a character."""
-
-    name = "pair"
-
-    def __init__(self, joint: str, example: str):
-        self.joint, self.example = joint, example
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        left, joint, right = value.partition(self.joint)
-        if not (joint and left.isdecimal() and right.isdecimal()):
-            self.fail(
-                f"'{value}' is not two whole numbers joined by '{self.joint}', such as {self.example}", param, ctx
-            )
-        return int(left), int(right)
-
-
-class Shard(Pair):
-    """i/n with 1 <= i <= n."""
-
-    def convert(self, value, param, ctx):
-        part, parts = super().convert(value, param, ctx)
-        if not 1 <= part <= parts:
-            self.fail(f"'{value}': expected i/n with 1 <= i <= n, such as {self.example}", param, ctx)
-        return part, parts
-
-
-class JsonObject(click.ParamType):
-    """A JSON object."""
-
-    name = "json"
-
-    def convert(self, value, param, ctx):
-        try:
-            found = value if isinstance(value, dict) else json.loads(value)
-        except ValueError as error:
-            self.fail(f"'{value}' is not JSON ({error})", param, ctx)
-        if not isinstance(found, dict):
-            self.fail(f"'{value}' is not a JSON object", param, ctx)
-        return found
-
-
-PROMPT_OPTIONS = options(
-    click.option(
-        "--scale", type=click.Path(), help="JSON file {GRADE: definition}. [default: TREC Deep Learning, 3 to 0]"
-    ),
-    click.option("--separate", is_flag=True, help="One request a grade, instead of one for all, best first."),
-    click.option("--variety", is_flag=True, help="Each query draws a length, a genre and a reading level."),
-    click.option("--examples", type=click.Path(), help="Ranking lists to show. [default: one of the bundled sample]"),
-    click.option(
-        "--shots", default=DEFAULTS.shots, show_default=True, type=click.IntRange(min=0), help="How many of them."
-    ),
-    click.option("--language", help="ISO 639-1 code that passages must be in. [default: the query's, unchecked]"),
-    click.option(
-        "--length",
-        default=f"{DEFAULTS.min_chars}:{DEFAULTS.max_chars}",
-        show_default=True,
-        type=Pair(":", "100:1000"),
-        metavar="MIN:MAX",
-        help="Characters of a passage.",
-    ),
-    click.option("--temperature", default=DEFAULTS.temperature, show_default=True, type=click.FloatRange(min=0)),
-    click.option("--top-p", default=DEFAULTS.top_p, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-    click.option("--max-tokens", type=POSITIVE, help="Of a reply. [default: enough for passages of the full length]"),
-    click.option("--seed", default=DEFAULTS.seed, show_default=True, type=click.IntRange(min=0)),
-    click.option(
-        "--attempts", default=DEFAULTS.attempts, show_default=True, type=POSITIVE, help="Replies before a reject."
-    ),
-    click.option("--judge", is_flag=True, help="The model then grades each passage blind; stored as 'judged'."),
-)
-LLAMA_OPTIONS = options(
-    click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies written at once."),
-    click.option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
-    click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all."),
-    click.option("--threads", type=POSITIVE, help="[default: the processor's cores]"),
-)
-ENDPOINT_OPTIONS = options(
-    click.option("--concurrency", default=32, show_default=True, type=POSITIVE, help="Requests at once."),
-    click.option(
-        "--timeout", default=120.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds."
-    ),
-    click.option("--retries", default=6, show_default=True, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
-    click.option("--request-options", type=JsonObject(), metavar="JSON", help="More fields for each request's body."),
-)
 
 
 @click.command()
@@ -115,7 +32,7 @@ ENDPOINT_OPTIONS = options(
 @click.option("--rejects", type=click.Path(), help="Where queries without a list go. [default: OUT's .rejects.jsonl]")
 @click.option("--retry-rejects", is_flag=True, help="Try queries again that were rejected before.")
 @click.option("--mix-settings", is_flag=True, help="Append to lists that were written with other settings.")
-@click.option("--shard", type=Shard("/", "1/4"), metavar="i/n", help="Only the i-th of n equal parts of the queries.")
+@click.option("--shard", type=Shard(), metavar="i/n", help="Only the i-th of n equal parts of the queries.")
 @PROMPT_OPTIONS
 @LLAMA_OPTIONS
 @ENDPOINT_OPTIONS
@@ -137,7 +54,7 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     gradret gen beir/scifact/train --endpoint http://localhost:8000/v1 --shard 1/4 --out lists-1.jsonl
     """
     from gradret.checks import Checks
-    from gradret.generate import generate, request_kinds, settings_record
+    from gradret.generate import NO_REPLY, generate, request_kinds, settings_record
     from gradret.journal import Journal
     from gradret.prompts import Prompts, read_examples
     from gradret.queries import Query, read_queries, take_shard
@@ -151,12 +68,13 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     scale = read_scale(given["scale"]) if given["scale"] else TREC_DL
-    examples = read_examples(given["examples"], scale, settings.shots)
+    examples = read_examples(given["examples"], scale, settings)
     if len(examples) < settings.shots and ctx.get_parameter_source("shots").name == "COMMANDLINE":
         raise click.UsageError(
-            "--shots with a --scale of other grades needs --examples: the bundled ones do not fit it"
+            "--shots needs --examples here: the bundled ones do not fit the scale, language or length"
         )
     prompts = Prompts(settings, scale, examples)
+    checks = Checks(settings, prompts.instructions(), examples)
     wanted = read_queries(queries)
     wanted = take_shard(wanted, shard) if shard else wanted
     if show_prompt:
@@ -165,14 +83,17 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
         for message in prompts.write(query.text, prompts.draw_style(query.key), grade):
             click.echo(f"[{message['role']}]\n{message['content']}\n")
         return
-    checks = Checks(settings, prompts.instructions(), examples)
     with ExitStack() as stack:
         engine = None
 
         def describe_settings() -> dict:  # asked for once OUT is open: a model is not loaded for nothing
             nonlocal engine
-            engine = stack.enter_context(closing(open_engine(model, endpoint, request_kinds(prompts, settings), given)))
-            return settings_record(settings, prompts, engine.identity)
+            with StopRequest() as stop:
+                opened = open_engine(model, endpoint, request_kinds(prompts, settings), given)
+            engine = stack.enter_context(closing(opened))
+            if stop.signal is not None:
+                raise Interrupted("stopped before anything was asked for")
+            return settings_record(settings, prompts, engine.identity, given["request_options"])
 
         journal = stack.enter_context(
             Journal(
@@ -184,22 +105,18 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
         summary = generate(wanted, engine, prompts, checks, journal, settings)
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
     click.echo(json.dumps(document) if as_json else format_summary(document))
-
-
-def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | None) -> None:
-    """Refuse options of the engine that is not used. Raises: click.UsageError."""
-    if not model and not endpoint:
-        raise click.UsageError("name a model: --model FILE.gguf, --model HUB_REPO or --endpoint URL")
-    for name in MODEL_ONLY if endpoint else ENDPOINT_ONLY:
-        if ctx.get_parameter_source(name).name == "COMMANDLINE":
-            flag, need = name.replace("_", "-"), "--model without --endpoint" if endpoint else "--endpoint"
-            raise click.UsageError(f"--{flag} is for {need}")
+    if unanswered := summary.rejected[NO_REPLY]:
+        raise GradretError(
+            f"{unanswered} queries got no reply (last: {summary.last_error}); "
+            "run the same command again to ask for them"
+        )
 
 
 def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
     """The engine that the options name. Raises: GradretError."""
     if endpoint:
-        from gradret.endpoint import Endpoint, read_key
+        from gradret.chat_protocol import read_key
+        from gradret.endpoint import Endpoint
 
         return Endpoint(
             endpoint,
@@ -254,7 +171,7 @@ def bench_gen(model, queries, out, as_json, **given):
 
     open_folder(out, "gen.json")
     settings = GenSettings()
-    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings.shots))
+    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
     sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         path = locate_gguf(model) if model else Path(temporary, "random.gguf")

@@ -1,24 +1,29 @@
 """An engine that asks any server of OpenAI's chat protocol: many requests at once, again when a try fails."""
 
 import asyncio
-import os
 import random
 import re
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from queue import SimpleQueue
 from urllib.parse import urlsplit
 
 from gradret.chat_protocol import (
     ADVICE,
     FORMATS,
+    KEY_VARIABLE,
+    NO_KEY,
     Dialect,
     Failure,
     check_url,
     choose_model,
+    kind_of,
     name_model,
     read_body,
+    read_key,
     read_message,
     read_models,
     read_reply,
@@ -29,34 +34,26 @@ from gradret.console import say
 from gradret.errors import GradretError
 from gradret.llm import Reply, Request
 
-KEY_VARIABLE = "OPENAI_API_KEY"
-NO_KEY = "none"  # local servers want none, but the client insists on one
 CHECK_TIMEOUT_S = 5  # a server that has not listed its models by then counts as out of reach
 CHECK_TRIES = 3
 CONNECT_TIMEOUT_S = 20
-FIRST_DELAY_S = 0.5
-MOST_DELAY_S = 30.0
+FIRST_DELAY_S, MOST_DELAY_S = 0.5, 30.0
 MOST_RETRY_AFTER_S = 600.0  # who asks for more (a day's quota) is not waited for
 KEPT = "what is written is kept, run the same command again to go on"
-
-
-def read_key() -> str:
-    """The server's key, from the environment only; "none" when there is none."""
-    return os.environ.get(KEY_VARIABLE, "").strip() or NO_KEY
 
 
 class Endpoint:
     """An llm.Engine over HTTP.
 
     Every try has `timeout_s` from first to last byte. Connection errors, timeouts, HTTP 408, 409, 425, 429 and 5xx,
-    and bodies that hold no reply are tried again up to `retries` times, after 0.5, 1, 2, ... 30 s (a quarter more or
-    less) or what Retry-After says; then the reply's finish is "error". The client's own retries are off: they take a
-    body that is no JSON for an answer, ask seven times what llama_cpp.server answers 500 to for good (a
-    response_format it does not know), and give up on a Retry-After above two minutes.
+    and bodies without a reply are tried again up to `retries` times, after 0.5, 1, 2, ... 30 s (a quarter more or less)
+    or what Retry-After says; then the reply's finish is "error". The client's own retries are off: they take a body
+    that is no JSON for an answer, and repeat what llama_cpp.server answers 500 to for good.
 
-    HTTP 400, 413 and 422 refuse one request, and its reply's finish is "refused" - once the server has taken another
-    of its kind. Before that it is "error", as the fault may lie in what all requests share. After max(8, concurrency)
-    errors in a row, collect raises. Any other status would meet every request, and collect raises at once.
+    HTTP 400, 413 and 422, a content filter, and a judge's answer without a grade refuse one request, and its reply's
+    finish is "refused" - if the server took the one of its kind that ended before. Otherwise it is "error", as the
+    fault may lie in what all requests share. After max(8, concurrency) failures in a row, collect raises. Any other
+    status would meet every request, and collect raises at once.
 
     Args:
         url: the protocol's root, such as http://localhost:8000/v1; /v1 is added where the server needs it.
@@ -93,7 +90,8 @@ class Endpoint:
         self._proven: set[str] = set()  # kinds of request that the server has taken
         self._said: set[str] = set()
         self._done: SimpleQueue[Future] = SimpleQueue()
-        self._running = self._errors_in_a_row = 0
+        self._running = 0
+        self._failed_in_a_row: Counter[str] = Counter()  # by kind of request
         self._last_error: str | None = None
         self._end: BaseException | None = None
         self._client = self._make_client(url)
@@ -112,7 +110,6 @@ class Endpoint:
         return self._concurrency - self._running
 
     def describe(self) -> str:
-        """The engine in words."""
         return f"{self._model} at {self._url}, {self._concurrency} requests at once"
 
     def submit(self, request: Request) -> None:
@@ -154,17 +151,22 @@ class Endpoint:
             self._end = self._end or error
             return
         reply = future.result()
-        self._errors_in_a_row = self._errors_in_a_row + 1 if reply.finish == "error" else 0
-        self._last_error = reply.error
+        kind = kind_of(reply.request)
+        if reply.error is None:
+            self._failed_in_a_row[kind] = 0
+        else:
+            if self._failed_in_a_row[kind]:  # the second in a row: the fault may lie in what all requests share
+                reply = replace(reply, finish="error")
+            self._failed_in_a_row[kind] += 1
+            self._last_error = reply.error
         replies.append(reply)
 
     def _raise_end(self) -> None:
         if self._end is not None:
             raise self._end
-        if self._errors_in_a_row >= max(8, self._concurrency):
-            raise GradretError(
-                f"{self._url}: {self._errors_in_a_row} requests in a row failed (last: {self._last_error}); {KEPT}"
-            )
+        failed = max(self._failed_in_a_row.values(), default=0)
+        if failed >= max(8, self._concurrency):
+            raise GradretError(f"{self._url}: {failed} requests in a row failed (last: {self._last_error}); {KEPT}")
 
     async def _abandon(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -202,20 +204,19 @@ class Endpoint:
         raise failure  # outside of the handlers, whose exceptions hold the request and with it the key
 
     async def _find_model(self, url: str, wanted: str | None) -> str:
-        """Which model to ask for; sees to it that the server answers, and where."""
         clients = [self._client]
         if not re.search(r"/v\d+/?$", urlsplit(url).path):
             clients.append(self._client.with_options(base_url=url.rstrip("/") + "/v1"))
         names: list[str] | None = None
         for client in clients:
-            names = await self._list_models(client)
+            names = await self._list_models(client, wanted is not None)
             if names is not None:
                 self._client = client
                 break
         return choose_model(self._url, names or [], wanted)
 
-    async def _list_models(self, client) -> list[str] | None:
-        """None where the server has no such list."""
+    async def _list_models(self, client, named: bool) -> list[str] | None:
+        """None where the server has no such list, or none for this key, of which a model that is named needs none."""
         tries = 0
         while True:
             try:
@@ -225,8 +226,8 @@ class Endpoint:
             else:
                 return read_models(body)
             tries += 1
-            if why.status in (200, 404, 405, 501):
-                return None
+            if why.status in (200, 404, 405, 501) or (named and not why.passing and why.status != 401):
+                return None  # a key may be good for completions alone
             if not why.passing:
                 raise self._make_end(why)
             if tries == CHECK_TRIES:
@@ -234,7 +235,7 @@ class Endpoint:
             await asyncio.sleep(FIRST_DELAY_S)
 
     async def _answer(self, request: Request) -> Reply:
-        kind = "choices" if request.choices else "form" if request.form else "text"
+        kind = kind_of(request)
         sampling = {"temperature": 0.0} if request.choices else self._sampling
         dialect, tries = self._dialect, 0
         while True:
@@ -293,8 +294,7 @@ class Endpoint:
             return GradretError(
                 f"{self._url}: refuses the key ({self._tell(why)}); put {which} into the environment as {KEY_VARIABLE}"
             )
-        model = f" for model {self._model}" if hasattr(self, "_model") else ""
-        return GradretError(f"{self._url}: {self._tell(why)}{model}; check --model and the URL; {KEPT}")
+        return GradretError(f"{self._url}: {self._tell(why)}; check --model and the URL; {KEPT}")
 
     def _tell(self, why: Failure, tries: int = 0) -> str:
         return tell_failure(why, tries, secret=None if self._key == NO_KEY else self._key)

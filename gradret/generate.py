@@ -107,7 +107,9 @@ class Generation:
 
     def _read(self, job: Job, reply: Reply, grade: float | None) -> None:
         if reply.finish == "length":
-            raise Unusable("cut off", f"{reply.tokens} tokens were not enough; raise --max-tokens if this is frequent")
+            raise Unusable(
+                "cut off", f"{reply.tokens} tokens were not enough; raise --max-tokens and pass --retry-rejects"
+            )
         job.texts |= parse_reply(reply.text, self._forms.keys[grade])
         if len(job.texts) < len(self._scale.keys):
             return
@@ -121,7 +123,8 @@ class Generation:
             self._waiting.append(Request((job, job.attempt, number), messages, 1, choices=self._scale.labels))
 
     def _retry(self, job: Job, problem: Unusable) -> None:
-        if job.attempt == self._settings.attempts:
+        # The likeliest reply is the same again.
+        if job.attempt == self._settings.attempts or self._settings.temperature == 0:
             self._reject(job, problem.reason, problem.detail)
             return
         self.summary.retries[problem.reason] += 1
@@ -132,6 +135,8 @@ class Generation:
         job.over = True
         self._waiting = deque(r for r in self._waiting if r.key[0] is not job)
         self.summary.rejected[reason] += 1
+        if reason == NO_REPLY:
+            self.summary.last_error = detail
         self._journal.reject(job.query, reason, detail, job.replies, final=reason != NO_REPLY)
 
     def _write(self, job: Job) -> None:
@@ -175,11 +180,12 @@ def request_kinds(prompts: Prompts, settings: GenSettings) -> list[Request]:
     return kinds
 
 
-def settings_record(settings: GenSettings, prompts: Prompts, model: str) -> dict:
+def settings_record(settings: GenSettings, prompts: Prompts, model: str, request_options: dict | None = None) -> dict:
     """What lists of one file have in common, JSON-serialisable; neither `attempts` nor `max_tokens` shows in a list."""
     chosen = {k: v for k, v in asdict(settings).items() if k not in ("attempts", "max_tokens")}
     scale = {f"{grade:g}": definition for grade, definition in prompts.scale.levels}
-    return {"model": model, "prompt": f"{PROMPT_VERSION}-{prompts.fingerprint}", "scale": scale, **chosen}
+    more = {"request_options": request_options} if request_options else {}
+    return {"model": model, "prompt": f"{PROMPT_VERSION}-{prompts.fingerprint}", "scale": scale, **chosen, **more}
 
 
 def generate(
@@ -206,7 +212,8 @@ def generate(
     generation = Generation(engine, prompts, checks, journal, settings)
     summary = generation.summary
     left = [query for query in queries if query.key not in journal.done and query.key not in journal.rejected]
-    summary.skipped = len(queries) - len(left)
+    summary.skipped = sum(query.key in journal.done for query in queries)
+    summary.rejected_before = len(queries) - len(left) - summary.skipped
     waiting = iter(left)
     bar = tqdm(total=len(left), unit="list", disable=None if progress else True)
     with StopRequest() as stop, bar:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gradret.errors import GradretError
-from gradret.llama_model import LlamaModel, api, last_error
+from gradret.llama_model import LlamaModel, api, forget_errors, last_error
 from gradret.llama_sampler import LlamaSampler, Sampling
 from gradret.llm import Reply, Request
 
@@ -71,18 +71,19 @@ class LlamaEngine:
         self.identity = self.model.identity
         self._sampling, self._context, self._batch = sampling, None, None
         try:
-            self._heads = {_head_key(kind): kind for kind in kinds}
+            chats = {_head_key(kind): kind.messages for kind in kinds}
             self._heads = {
-                key: Head(number, *self.model.split_prompt(kind.messages))
-                for number, (key, kind) in enumerate(self._heads.items())
+                key: Head(number, *self.model.split_prompt(messages))
+                for number, (key, messages) in enumerate(chats.items())
             }
             self.context_tokens = self._choose_context(kinds, context)
             self._slots = [Slot(len(self._heads) + i) for i in range(sequences)]
+            labels = {kind.choices for kind in kinds if kind.choices}
+            self._choices = {choices: self.model.find_choices(choices) for choices in labels}
             self._open_context(threads or count_cores())
         except BaseException:
             self.close()
             raise
-        self._choices: dict[str, int] = {}
         self._done: list[Reply] = []
 
     def _choose_context(self, kinds: Sequence[Request], context: int | None) -> int:
@@ -115,6 +116,7 @@ class LlamaEngine:
         parameters.n_batch = BATCH_TOKENS
         parameters.n_threads = parameters.n_threads_batch = threads
         parameters.kv_unified = False  # attention then reads a sequence's own cells only
+        forget_errors()
         self._context = api.llama_init_from_model(self.model.pointer, parameters)
         if not self._context:
             raise GradretError(
@@ -136,6 +138,7 @@ class LlamaEngine:
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, wanted
             batch.n_seq_id[i] = 1
             batch.seq_id[i][0] = sequence
+        forget_errors()
         status = api.llama_decode(self._context, batch)
         if status:
             raise GradretError(
@@ -160,12 +163,13 @@ class LlamaEngine:
     def submit(self, request: Request) -> None:
         """Start a request. Raises: KeyError for a kind the engine was not made for."""
         head = self._heads[_head_key(request)]
-        waiting = self.model.tokenize(request.messages[-1]["content"], special=False) + head.after
+        waiting = self.model.tokenize(request.messages[-1]["content"], special=False, after=head.before)
+        waiting += head.after
         room = self.context_tokens - len(head.before) - (1 if request.choices else request.max_tokens)
         if len(waiting) > room:
             error = (
                 f"the query's part of the prompt has {len(waiting)} tokens, and {room} are left for it in a context "
-                f"of {self.context_tokens}; raise --context"
+                f"of {self.context_tokens}; raise --context and pass --retry-rejects"
             )
             self._done.append(Reply(request, "", "refused", error=error))
             return
@@ -211,16 +215,14 @@ class LlamaEngine:
             if len(slot.tokens) == slot.request.max_tokens:
                 self._finish(slot, "length")
 
-    def _weigh_choices(self, row: int, choices: Sequence[str]) -> dict[str, float]:
-        for choice in choices:
-            if choice not in self._choices:
-                self._choices[choice] = self.model.find_choice(choice)
+    def _weigh_choices(self, row: int, choices: tuple[str, ...]) -> dict[str, float]:
         address = api.llama_get_logits_ith(self._context, row)
         logits = np.ctypeslib.as_array(
             ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.model.vocabulary_size,)
         )
-        chosen = logits[[self._choices[choice] for choice in choices]].astype(np.float64)
-        weights = np.exp(chosen - chosen.max())
+        chosen = [logits[tokens].astype(np.float64) for tokens in self._choices[choices]]
+        highest = max(values.max() for values in chosen)
+        weights = np.array([np.exp(values - highest).sum() for values in chosen])
         return dict(zip(choices, (weights / weights.sum()).tolist(), strict=True))
 
     def _finish(self, slot: Slot, finish: str, probabilities: dict[str, float] | None = None) -> None:

@@ -4,16 +4,18 @@ import ctypes
 import hashlib
 import re
 from collections import deque
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
 from gradret.errors import GradretError
 
 try:
+    import jinja2
     from llama_cpp import llama_cpp as api
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 except ModuleNotFoundError as error:
-    if error.name != "llama_cpp":
+    if error.name not in ("llama_cpp", "jinja2"):
         raise
     raise GradretError(
         "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]', or use --endpoint"
@@ -36,8 +38,13 @@ def _keep_errors(level, text, _):
 
 
 def last_error(default: str) -> str:
-    """What llama.cpp said last as an error."""
+    """What llama.cpp said last as an error, since forget_errors."""
     return _messages[-1] if _messages else default
+
+
+def forget_errors() -> None:
+    """Before a call whose own errors are wanted."""
+    _messages.clear()
 
 
 class LlamaModel:
@@ -62,7 +69,7 @@ class LlamaModel:
             raise GradretError(
                 f"{path}: is not a GGUF file (it begins with {magic!r}); convert the model to GGUF first"
             )
-        _messages.clear()
+        forget_errors()
         api.llama_log_set(_keep_errors, None)
         api.llama_backend_init()
         parameters = api.llama_model_default_params()
@@ -73,12 +80,21 @@ class LlamaModel:
         self.vocab = api.llama_model_get_vocab(self.pointer)
         self.vocabulary_size = api.llama_vocab_n_tokens(self.vocab)
         self.trained_context = api.llama_model_n_ctx_train(self.pointer)
+        self._adds_space, self._newline = False, []
+        if api.llama_vocab_type(self.vocab) == api.LLAMA_VOCAB_TYPE_SPM:
+            self._newline = self.tokenize("\n", special=False)
+            # With the space before it: what stands in front of a text after a line break.
+            self._adds_space = self.tokenize("\na", special=False)[: len(self._newline)] == self._newline
         template = api.llama_model_chat_template(self.pointer, None)
         if not template:
             self.close()
             raise GradretError(f"{path}: has no chat template; use an instruction-tuned model's GGUF file")
-        self._formatter = self._make_formatter(template.decode())
-        self.identity = f"{self._read_meta('general.name') or path.stem} {fingerprint(path)}"
+        try:
+            self._formatter = self._make_formatter(template.decode())
+        except jinja2.TemplateError as error:
+            self.close()
+            raise GradretError(f"{path}: its chat template can not be read ({error}); use another model") from None
+        self.identity = f"{self._read_meta('general.name') or 'unnamed'} {fingerprint(path)}"
 
     def _make_formatter(self, template: str) -> Jinja2ChatFormatter:
         special = (api.llama_vocab_eos(self.vocab), api.llama_vocab_bos(self.vocab))
@@ -110,14 +126,21 @@ class LlamaModel:
             api.llama_model_free(self.pointer)
             self.pointer = None
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Tokens of a text; only with `special` does chat markup in it become control tokens."""
-        data = text.encode()
+    def tokenize(self, text: str, *, special: bool, after: Sequence[int] = ()) -> list[int]:
+        """Tokens of a text; only with `special` does chat markup in it become control tokens.
+
+        SentencePiece vocabularies put a space before a text; that is theirs to do at a prompt's start and after markup,
+        but not where a part of the prompt goes on: see what stands before it, `after`.
+        """
+        markup = api.LLAMA_TOKEN_ATTR_CONTROL | api.LLAMA_TOKEN_ATTR_USER_DEFINED
+        goes_on = after and not api.llama_vocab_get_attr(self.vocab, after[-1]) & markup
+        spaced = self._adds_space and goes_on
+        data = ("\n" + text if spaced else text).encode()
         tokens = (ctypes.c_int32 * (len(data) + 8))()
         count = api.llama_tokenize(self.vocab, data, len(data), tokens, len(tokens), False, special)
         if count < 0:
             raise RuntimeError(f"llama_tokenize wants room for {-count} tokens of {len(data)} bytes")
-        return tokens[:count]
+        return tokens[len(self._newline) : count] if spaced else tokens[:count]
 
     def piece(self, token: int) -> bytes:
         """What a token writes; nothing if it is a control token."""
@@ -128,12 +151,23 @@ class LlamaModel:
             size = api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
         return buffer.raw[:size]
 
-    def find_choice(self, choice: str) -> int:
-        """The token that writes a one-token answer. Raises: GradretError when there is none."""
-        for token in reversed(self.tokenize(choice, special=False)):
-            if self.piece(token) == choice.encode():
-                return token
-        raise GradretError(f"{self.path}: '{choice}' is not one token of its vocabulary, so it can not judge with it")
+    def find_choices(self, choices: Sequence[str]) -> list[list[int]]:
+        """Of each one-token answer the tokens that write it, with a space before it or without.
+
+        Raises: GradretError when one has none.
+        """
+        found: dict[bytes, list[int]] = {choice.encode(): [] for choice in choices}
+        for token in range(self.vocabulary_size):
+            piece = self.piece(token).strip()
+            if piece in found:
+                found[piece].append(token)
+        for choice, tokens in zip(choices, found.values(), strict=True):
+            if not tokens:
+                raise GradretError(
+                    f"{self.path}: its vocabulary has no token '{choice}' to judge with; use another --scale or model, "
+                    "or leave --judge out"
+                )
+        return list(found.values())
 
     def split_prompt(self, messages: tuple[dict, ...]) -> tuple[list[int], list[int]]:
         """Tokens of the prompt before and after the last message's content.
@@ -159,12 +193,12 @@ class LlamaModel:
             )
         tokens: list[int] = []
         for number, part in enumerate(re.split(f"{OPEN}([0-9]+){CLOSE}", text)):
-            if number % 2 == 0:
-                tokens += self.tokenize(part, special=True)
+            if number % 2 == 0:  # after the last content, which is no markup, `tokens` is empty
+                tokens += self.tokenize(part, special=True, after=tokens or self._newline * number)
             elif int(part) == len(messages) - 1:
                 before, tokens = tokens, []
             else:
-                tokens += self.tokenize(messages[int(part)]["content"], special=False)
+                tokens += self.tokenize(messages[int(part)]["content"], special=False, after=tokens)
         bos = api.llama_vocab_bos(self.vocab)
         if api.llama_vocab_get_add_bos(self.vocab) and before[:1] != [bos]:
             before.insert(0, bos)
@@ -172,15 +206,18 @@ class LlamaModel:
 
     def _render(self, chat: list[dict]) -> tuple[str, str]:
         """The prompt, or "" and why there is none."""
-        try:
-            # Reasoning models would think aloud first, which the reply's grammar does not let them.
-            return self._formatter(messages=chat, enable_thinking=False).prompt, ""
-        except Exception as error:  # a template raises what it likes, and Jinja its own errors
-            return "", str(error) or type(error).__name__
+        reason = ""
+        for tools in (None, []):  # most templates ask whether there are any, some take the list for granted
+            try:
+                # Reasoning models would think aloud first, which the reply's grammar does not let them.
+                return self._formatter(messages=chat, tools=tools, functions=tools, enable_thinking=False).prompt, ""
+            except Exception as error:  # a template raises what it likes, and Jinja its own errors
+                reason = reason or str(error) or type(error).__name__
+        return "", reason
 
 
 def fingerprint(path: Path) -> str:
-    """Hex digest of a file's size, both ends and places between: models of gigabytes are told apart at once."""
+    """Hex digest of a file's size and samples of it, ends and places between: models of gigabytes are known at once."""
     digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
         size = file.seek(0, 2)

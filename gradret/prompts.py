@@ -20,7 +20,7 @@ PROMPT_VERSION = "1"  # to be raised with any change of what is asked: lists of 
 WORD_CHARS = 6  # with the space after it; 5.6 to 6.8 in lists at hand
 # Halves of surrogate pairs are not UTF-8. Brackets that may open chat markup (<|im_start|>, </s>, [INST]) are escaped
 # as well, because servers are known to read special tokens in a message's content.
-ESCAPED = re.compile(r"[\ud800-\udfff]|<(?=[|｜/]|[^\W\d])|\[(?=/?[A-Z])")
+ESCAPED = re.compile(r"[\ud800-\udfff]|<(?=[|｜/]|[^\W\d])|\[(?=/?(?:[^\W\d]|@))")
 
 GENRES = (
     "an article of an encyclopedia",
@@ -177,15 +177,17 @@ class Prompts:
         return (self._one_head if self.settings.separate else self._all_head)[0]["content"]
 
 
-def read_examples(path: str | os.PathLike | None, scale: Scale, shots: int) -> list[RankingList]:
-    """The first `shots` lists of a file that carry every grade of the scale.
+def read_examples(path: str | os.PathLike | None, scale: Scale, settings: GenSettings) -> list[RankingList]:
+    """The first settings.shots lists of a file that carry every grade of the scale.
 
     Args:
-        path: ranking lists; None for the bundled ones, which show TREC DL's grades: with others there is no example.
+        path: ranking lists; None for the bundled ones, which are in English, of TREC DL's grades and of usual length:
+            where something else is asked for there is no example.
 
     Raises: GradretError when the file has too few.
     """
-    if not shots or (path is None and scale.grades != TREC_DL.grades):
+    shots = settings.shots
+    if not shots or (path is None and (scale != TREC_DL or settings.language not in (None, "en"))):
         return []
     found: list[RankingList] = []
     file = find_path(SAMPLE) if path is None else path
@@ -193,7 +195,7 @@ def read_examples(path: str | os.PathLike | None, scale: Scale, shots: int) -> l
         if len(_texts_by_grade(ranking_list, scale)) == len(scale.grades):
             found.append(ranking_list)
             if len(found) == shots:
-                return found
+                return found if path is not None or _fits(found, settings) else []
     grades = ", ".join(f"{grade:g}" for grade in scale.grades)
     raise GradretError(
         f"{file}: expected {shots} example lists with passages of all grades {grades}, got {len(found)}; "
@@ -209,6 +211,11 @@ def _texts_by_grade(ranking_list: RankingList, scale: Scale) -> dict[float, str]
         if text is not None:
             texts[grade] = text
     return texts
+
+
+def _fits(examples: Sequence[RankingList], settings: GenSettings) -> bool:
+    lengths = [len(clean_text(passage.text)) for example in examples for passage in example.passages]
+    return settings.min_chars <= min(lengths) and max(lengths) <= settings.max_chars
 
 
 def _define(names: Sequence[str], scale: Scale) -> str:

@@ -14,6 +14,7 @@ REASONS = (
     "wrong keys",
     "no text",
     "length",
+    "repetition",
     "duplicate",
     "refusal",
     "prompt echo",
@@ -26,9 +27,10 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]+")
 # What texts can not hold, of ASCII only: to the first byte of a longer character llama.cpp refuses all that begin with
 # it if one of them is excluded, and models write rare characters byte by byte.
 EXCLUDED = r'"\\\x00-\x1F\x7F'
-THOUGHTS = re.compile(r"\s*<think>.*?(</think>|\Z)", re.DOTALL)
+THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the prompt may have opened
 OBJECT_START = re.compile(r'\{\s*["}]')
-DECODER = json.JSONDecoder(object_pairs_hook=tuple)  # an object as its pairs: a key twice shows, arrays stay lists
+# An object as its pairs: a key twice shows, arrays stay lists. Line breaks within a string are mended by clean_text.
+DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
 
 
 class Unusable(Exception):

@@ -12,15 +12,18 @@ class Summary:
     """What a run did.
 
     Attributes:
-        lists, rejected, skipped: queries that became lists, did not for the counted reasons, were done before.
+        lists, rejected: queries that became lists, and that did not, by reason.
+        skipped, rejected_before: queries that had their list, or their reject, from an earlier run.
         retries: replies that failed a check and were asked for again, by reason.
         tokens, prompt_tokens, seconds: written and read by the model, and the run's wall time.
         lengths: characters of each passage, by grade, best first.
         agreement: of intended and judged grades; None without the judge.
+        last_error: why an engine last gave no reply.
     """
 
     lists: int = 0
     skipped: int = 0
+    rejected_before: int = 0
     rejected: Counter = field(default_factory=Counter)
     retries: Counter = field(default_factory=Counter)
     tokens: int = 0
@@ -28,6 +31,7 @@ class Summary:
     seconds: float = 0.0
     lengths: dict[float, list[int]] = field(default_factory=dict)
     agreement: Agreement | None = None
+    last_error: str | None = None
 
     def as_dict(self) -> dict:
         """JSON-serialisable; lengths as mean, median, smallest and largest number of characters."""
@@ -50,6 +54,7 @@ class Summary:
         return {
             "lists": self.lists,
             "skipped": self.skipped,
+            "rejected_before": self.rejected_before,
             "rejected": dict(self.rejected.most_common()),
             "retries": dict(self.retries.most_common()),
             "tokens": self.tokens,
@@ -66,6 +71,7 @@ def format_summary(document: dict) -> str:
     lines = [
         f"{document['out']}: {document['lists']} lists written"
         + (f", {document['skipped']} queries done before" if document["skipped"] else "")
+        + (f", {document['rejected_before']} rejected before (--retry-rejects)" if document["rejected_before"] else "")
         + f"; {document['tokens']} tokens in {document['seconds']:.0f} s"
         + (f", {document['tokens_per_s']:.0f} tokens/s" if document["tokens_per_s"] else "")
     ]

@@ -4,7 +4,11 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -53,13 +57,19 @@ def tiny_encoder(tmp_path_factory) -> Path:
     return make_tiny_encoder(tmp_path_factory.mktemp("tiny"))
 
 
-def make_tiny_gguf(path: Path, **changes) -> Path:
+def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
     """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then."""
     from gradret.random_gguf import Size, byte_characters, write_random_gguf
 
     words = sorted(set(re.findall("[a-z]{3,7}", SAMPLE_FILE.read_text().lower())))[::3][:400]
     space = byte_characters()[ord(" ")]
-    bias = {"": -6.0, **{space + word: 4.0 for word in words}, **{d: -3.0 for d in "0123"}, "<|im_end|>": -8.0}
+    bias = {
+        "": -6.0,
+        **{space + word: 4.0 for word in words},
+        **{d: -3.0 for d in "0123"},
+        "<|im_end|>": -8.0,
+        **(liked or {}),
+    }
     size = Size(layers=2, width=64, heads=2, kv_heads=1, feed_forward=128, vocabulary=3000, context=16_384)
     write_random_gguf(path, size, words=words, bias=bias, **changes)
     return path
@@ -69,6 +79,35 @@ def make_tiny_gguf(path: Path, **changes) -> Path:
 def tiny_gguf(tmp_path_factory) -> Path:
     pytest.importorskip("llama_cpp")
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def real_server(tmp_path_factory):
+    """The URL of llama_cpp.server with a tiny model that ends its strings by itself and likes digits."""
+    pytest.importorskip("llama_cpp.server.app")
+    path = make_tiny_gguf(
+        tmp_path_factory.mktemp("served") / "tiny.gguf", liked={'"': 7.0, **dict.fromkeys("0123", 8.0)}
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    log = path.with_suffix(".log")
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+    deadline_s = time.monotonic() + 120
+    try:
+        while process.poll() is None and time.monotonic() < deadline_s:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        else:
+            pytest.fail(f"llama_cpp.server did not start: {log.read_text()[-2000:]}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def list_record(query_id: str, grades=(3, 2, 1, 0), **extra) -> dict:

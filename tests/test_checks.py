@@ -23,7 +23,7 @@ GERMAN = (
 
 def make_checks(**settings) -> Checks:
     chosen = GenSettings(**settings)
-    examples = read_examples(None, TREC_DL, 1)
+    examples = read_examples(None, TREC_DL, GenSettings(shots=1))
     return Checks(chosen, Prompts(chosen, TREC_DL, examples).instructions(), examples)
 
 
@@ -55,7 +55,7 @@ def test_lengths_outside_the_bounds_are_refused(length, message):
 
 
 def test_lengths_at_the_bounds_pass():
-    CHECKS.check(QUERY, [(TEXTS[0] * 10)[:100], (TEXTS[1] * 10)[:1000]])
+    CHECKS.check(QUERY, [(TEXTS[0] * 10)[:100], " ".join(f"word{i}" for i in range(200))[:1000]])
 
 
 @pytest.mark.parametrize(
@@ -215,3 +215,38 @@ def test_random_words_pass():
     words = sorted({word for text in TEXTS for word in text.split()})
     for _ in range(50):
         CHECKS.check(QUERY, [" ".join(rng.choices(words, k=60)) for _ in range(4)])
+
+
+def test_repetition():
+    """Loops and texts without words are no passages."""
+    loop = "Cats purr when they are happy. "
+    for text, reason in (
+        (loop * 6, "repetition"),
+        ("the " * 40, "repetition"),
+        ("." * 150, "no text"),
+        ("\u200b" * 150, "no text"),
+    ):
+        with pytest.raises(Unusable) as problem:
+            CHECKS.check("why do cats purr", [text.strip()])
+        assert problem.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "I don't have access to a garden, so",
+        "I can't answer for my neighbours, but",
+        "This passage is one of the busiest sea lanes, and",
+        "As an AI system grows,",
+    ],
+)
+def test_openings_that_only_look_like_refusals(opening):
+    CHECKS.check("garden shipping", [f"{opening} " + " ".join(f"word{i}" for i in range(30))])
+
+
+def test_a_name_may_come_up_in_a_passage_that_answers():
+    query = "United Nations Framework Convention on Climate Change"
+    words = " ".join(f"word{i}" for i in range(30))
+    CHECKS.check(query, [f"In 1992 the {query} was opened for signature, {words}"])
+    with pytest.raises(Unusable, match="holds the whole query"):
+        CHECKS.check(query, [f"{query}: {words}"])

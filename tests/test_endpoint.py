@@ -1,7 +1,6 @@
 import json
 import logging
 import math
-import os
 import signal
 import socket
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import time
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from faulty_server import Answer, FaultyServer, make_completion, make_logprobs
@@ -318,18 +316,19 @@ def test_a_server_that_goes_away_ends_the_run_after_all_replies(open_endpoint):
 
 
 def test_scattered_errors_do_not_end_a_run(open_endpoint):
-    with FaultyServer(lambda request: Answer(500) if "7" in request["messages"][-1]["content"] else None) as server:
+    with FaultyServer(lambda request: Answer(500) if request["seed"] % 3 else None) as server:
         engine = open_endpoint(server.url, concurrency=1, retries=0)
-        replies = run_all(engine, [make_request(i) for i in range(69)])
-    assert {r.request.key for r in replies if r.finish == "error"} == {i for i in range(69) if "7" in str(i)}
+        replies = run_all(engine, [make_request(i, seed=i) for i in range(30)])
+    assert {r.request.key for r in replies if r.finish == "error"} == {i for i in range(30) if i % 3}
 
 
 def test_a_refusal_is_final_once_another_request_was_taken(open_endpoint):
+    """The next one in a row is not: the fault may lie in what all share, such as an account without credit."""
     script = [Answer(400, {"error": {"message": "context too long"}}), None]
     with FaultyServer([*script, script[0], Answer(413), Answer(422)]) as server:
         engine = open_endpoint(server.url)
         replies = [ask(engine) for _ in range(5)]
-        assert [r.finish for r in replies] == ["error", "stop", "refused", "refused", "refused"]
+        assert [r.finish for r in replies] == ["error", "stop", "refused", "error", "error"]
         assert replies[2].error == "HTTP 400: context too long"
         assert len(server.requests) == 5
 
@@ -665,37 +664,6 @@ def test_a_model_is_named_without_directories(served, name):
 
 
 # A real server
-
-
-@pytest.fixture(scope="module")
-def real_server(tmp_path_factory):
-    """llama_cpp.server with a model that likes digits."""
-    pytest.importorskip("llama_cpp.server.app")
-    from gradret.random_gguf import Size, write_random_gguf
-
-    path = tmp_path_factory.mktemp("served") / "tiny.gguf"
-    size = Size(layers=2, width=64, heads=2, kv_heads=1, feed_forward=128, vocabulary=3000, context=4096)
-    write_random_gguf(path, size, bias={"": -6.0, **dict.fromkeys("0123", 6.0)})
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    log = path.with_suffix(".log")
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "2048"]
-    with open(log, "wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"NO_PROXY": "*"})
-    deadline_s = time.monotonic() + 60
-    try:
-        while process.poll() is None and time.monotonic() < deadline_s:
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            pytest.fail(f"llama_cpp.server did not start: {Path(log).read_text()[-2000:]}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 def test_a_real_server_writes_in_the_form_and_judges(open_endpoint, real_server, capsys):

@@ -30,6 +30,9 @@ def test_both_sides_are_measured_with_and_without_a_grammar(tmp_path, tiny_gguf)
         ("gradret", True),
     ]
     assert all(0 < row["tokens_per_s"]["p20"] <= row["tokens_per_s"]["p80"] for row in found["rows"])
+    loop, ours = found["rows"][2]["tokens_per_s"], found["rows"][3]["tokens_per_s"]
+    assert ours["p20"] / loop["p80"] <= found["ratios"]["with grammar"]["median"] * 1.01
+    assert found["ratios"]["with grammar"]["median"] <= ours["p80"] / loop["p20"] * 1.01
     assert list(found["ratios"]) == ["without grammar", "with grammar"]
     assert (found["sequences"], found["threads"], found["max_tokens"], found["repeats"]) == (3, 2, 12, 2)
     assert found["model"].startswith("random weights, 2 layers of 64") and found["prompt_tokens"] > 100

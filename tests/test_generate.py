@@ -66,7 +66,7 @@ class ScriptedEngine:
 @pytest.fixture
 def run(tmp_path):
     def run_once(engine, settings=SETTINGS, queries=QUERIES, scale=TREC_DL, **journal_options):
-        examples = read_examples(None, scale, settings.shots)
+        examples = read_examples(None, scale, settings)
         prompts = Prompts(settings, scale, examples)
         record = settings_record(settings, prompts, engine.identity)
         with Journal(tmp_path / "lists.jsonl", None, record, **journal_options) as journal:
@@ -130,15 +130,37 @@ def test_a_failed_reply_is_asked_again_with_another_seed(run, written, rejects):
     assert len(set(seeds)) == 3
     # Final: not asked again, unless told to.
     engine = ScriptedEngine()
-    assert run(engine).skipped == 6 and not engine.asked
+    again = run(engine)
+    assert (again.skipped, again.rejected_before, engine.asked) == (5, 1, [])
     assert run(engine, retry_rejects=True).lists == 1
     assert len(written()) == 6
+
+
+def test_the_likeliest_reply_is_asked_for_once(run, rejects):
+    run(ScriptedEngine(lambda r: Reply(r, "{}", "stop", 1)), replace(SETTINGS, temperature=0), QUERIES[:1])
+    assert len(rejects()[0]["replies"]) == 1
+
+
+def test_a_reply_of_a_failed_attempt_does_not_count(run, written):
+    """With --separate: grade 1 fails while grade 0 of the same attempt is still under way."""
+
+    def reply(request):
+        _, attempt, grade = request.key
+        return Reply(request, "{}", "stop", 1) if (attempt, grade) == (1, 1) else write_well(request)
+
+    class Late(ScriptedEngine):
+        def collect(self):  # what ran longest comes last
+            return [self.reply(self.running.pop(0 if len(self.running) < 3 else 1))] if self.running else []
+
+    engine = Late(reply, room=4)
+    run(engine, replace(SETTINGS, separate=True), QUERIES[:2])
+    assert {r.meta["attempt"] for r in written().values()} == {2}
 
 
 def test_a_cut_reply_is_no_list(run, rejects):
     run(ScriptedEngine(lambda r: replace(write_well(r), finish="length")), replace(SETTINGS, attempts=1), QUERIES[:1])
     assert rejects()[0]["reason"] == "cut off"
-    assert rejects()[0]["detail"] == "40 tokens were not enough; raise --max-tokens if this is frequent"
+    assert rejects()[0]["detail"] == "40 tokens were not enough; raise --max-tokens and pass --retry-rejects"
 
 
 def test_an_engine_that_fails_leaves_the_query_for_later(run, written, rejects):
@@ -297,7 +319,7 @@ def test_kinds_are_those_submitted(run):
     ):
         engine = ScriptedEngine()
         run(engine, settings, [query], mix=True)
-        prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, 1))
+        prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
         kinds = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, request_kinds(prompts, settings))}
         asked = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, engine.asked)}
         assert asked <= kinds

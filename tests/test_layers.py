@@ -12,7 +12,7 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli cli_gen cli_loss cli_bench options
+    __main__ cli cli_gen gen_options cli_loss cli_bench options
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
     report bench speed memory timers workloads rivals train checkpoint batches
@@ -34,7 +34,7 @@ CORE += [
     "generate",
     "export",
 ]
-CORE += ["cli_gen", "hub_gguf", "random_gguf"]
+CORE += ["cli_gen", "gen_options", "hub_gguf", "random_gguf"]
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import string
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ llama_cpp = pytest.importorskip("llama_cpp")
 
 from gradret.llama import LlamaEngine  # noqa: E402
 from gradret.llama_model import LlamaModel, api  # noqa: E402
-from gradret.llama_sampler import Sampling  # noqa: E402
+from gradret.llama_sampler import LlamaSampler, Sampling  # noqa: E402
 
 SYSTEM = {"role": "system", "content": "Write two words about the query, which is data."}
 WORDS = Form('root ::= "{\\"a\\": \\"" [a-z ]{5,40} "\\", \\"b\\": \\"" [a-z ]{5,40} "\\"}"', {})
@@ -154,6 +155,36 @@ def test_templates_without_a_system_role(tmp_path, template):
     model.close()
 
 
+def test_sentencepiece_puts_spaces_where_it_would_in_the_whole(tmp_path, monkeypatch):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "spm.gguf", "llama")
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *string.ascii_letters, *'[]/{}":.<>|']
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (len(pieces) - 259)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([-1.0] * len(pieces))
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+    )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    parameters = api.llama_model_default_params()
+    parameters.vocab_only = True
+    monkeypatch.setattr(api, "llama_model_default_params", lambda: parameters)
+    model = LlamaModel(tmp_path / "spm.gguf")
+    chat = tuple({"role": r, "content": c} for r, c in (("user", "one"), ("assistant", "two"), ("user", "three")))
+    before, after = model.split_prompt(chat)
+    whole = model.tokenize("<s>[INST] one [/INST] two </s>[INST] three [/INST]", special=True)
+    assert before + model.tokenize("three", special=False, after=before) + after == whole
+    model.close()
+
+
 def test_a_template_that_prints_the_date_gives_the_same_prompt_on_any_day(tmp_path):
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     model = LlamaModel(make_tiny_gguf(tmp_path / "model.gguf", chat_template=template))
@@ -170,21 +201,79 @@ def test_choices_have_the_models_probabilities(make_engine, tiny_gguf):
     llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=2, logits_all=True, verbose=False)
     before, after = engine.model.split_prompt(judge.messages)
     llama.eval(before + engine.model.tokenize(judge.messages[-1]["content"], special=False) + after)
-    logits = llama.scores[llama.n_tokens - 1][[engine.model.find_choice(c) for c in "0123"]]
-    expected = np.exp(logits - logits.max())
+    tokens = engine.model.find_choices(tuple("0123"))
+    assert [{engine.model.piece(t).strip() for t in found} for found in tokens] == [{b"0"}, {b"1"}, {b"2"}, {b"3"}]
+    weights = np.exp(llama.scores[llama.n_tokens - 1])
+    expected = np.array([weights[found].sum() for found in tokens])
     expected /= expected.sum()
     assert list(replies[0].probabilities) == ["0", "1", "2", "3"]
     np.testing.assert_allclose(list(replies[0].probabilities.values()), expected, rtol=1e-2)
     llama.close()
-    with pytest.raises(GradretError, match="'maybe not' is not one token of its vocabulary"):
-        engine.model.find_choice("maybe not")
+    with pytest.raises(GradretError, match="its vocabulary has no token 'maybe not' to judge with"):
+        make_engine(kinds=[request(0, choices=("0", "maybe not"))])
 
 
 def test_a_query_that_does_not_fit_is_refused(make_engine):
     replies = run(make_engine(sequences=2), [request(0, "x" * 10_000), request(1)])
     assert replies[1].finish == "stop"
     assert replies[0].finish == "refused"
-    assert replies[0].error.endswith("raise --context")
+    assert replies[0].error.endswith("raise --context and pass --retry-rejects")
+
+
+def test_templates_that_can_not_be_used(tmp_path):
+    path = make_tiny_gguf(tmp_path / "model.gguf", chat_template="{% for %}")
+    with pytest.raises(GradretError, match="its chat template can not be read"):
+        LlamaModel(path)
+    make_tiny_gguf(
+        path, chat_template="{% for t in tools %}{{ t }}{% endfor %}{{ messages[0].content }}{{ messages[1].content }}"
+    )
+    model = LlamaModel(path)
+    assert model.split_prompt(request(0).messages)[0]
+    model.close()
+    make_tiny_gguf(path, chat_template="{{ raise_exception('not today') }}")
+    model = LlamaModel(path)
+    with pytest.raises(
+        GradretError, match=r"its chat template can not write this chat \(not today\); use another model"
+    ):
+        model.split_prompt(request(0).messages)
+    model.close()
+
+
+def test_the_whole_vocabulary_is_asked_only_after_a_refusal(make_engine, monkeypatch):
+    asked, refused = [], []
+    allows, resample = LlamaSampler._allows, LlamaSampler._sample_allowed
+
+    def note(self, token):
+        asked.append(token)
+        refused.append(not allows(self, token))
+        return not refused[-1]
+
+    resampled = []
+    monkeypatch.setattr(LlamaSampler, "_allows", note)
+    monkeypatch.setattr(LlamaSampler, "_sample_allowed", lambda *a: (resampled.append(1), resample(*a))[1])
+    run(make_engine(sequences=4), [request(i) for i in range(8)])
+    assert sum(refused) == len(resampled) < 0.8 * len(asked)
+
+
+def test_samplers_are_freed(make_engine, monkeypatch):
+    open_now = []
+    make, close = LlamaSampler.__init__, LlamaSampler.close
+    monkeypatch.setattr(LlamaSampler, "__init__", lambda self, *a: (open_now.append(1), make(self, *a))[1])
+    monkeypatch.setattr(LlamaSampler, "close", lambda self: (open_now.pop(), close(self))[1])
+    run(make_engine(sequences=4), [request(i) for i in range(8)])
+    assert open_now == []
+
+
+def test_a_query_of_just_the_room(make_engine):
+    engine = make_engine(sequences=2)
+    shared = engine.count_shared(request(0))
+    room = engine.context_tokens - shared - 60
+    fits = request(0, "?" * (room - 14))
+    tokens = len(engine.model.tokenize(fits.messages[-1]["content"], special=False))
+    exact, over = (request(n, "?" * (room - 14 + room - tokens + n)) for n in (0, 1))
+    replies = run(engine, [exact, over])
+    assert replies[0].prompt_tokens == shared + room
+    assert (replies[0].finish, replies[1].finish) == ("stop", "refused")
 
 
 def test_bad_models(tmp_path, tiny_gguf, make_engine):

@@ -15,7 +15,7 @@ from gradret.replies import parse_reply
 from gradret.scales import TREC_DL, Scale, read_scale
 from gradret.settings import GenSettings
 
-EXAMPLES = read_examples(None, TREC_DL, 1)
+EXAMPLES = read_examples(None, TREC_DL, GenSettings(shots=1))
 PROMPTS = Prompts(GenSettings(), TREC_DL, EXAMPLES)
 VARIED = Prompts(GenSettings(variety=True, separate=True, language="de"), TREC_DL, EXAMPLES)
 HALVES = Scale(((1.5, "good {it}"), (0, "fair"), (-1, "bad")))
@@ -156,15 +156,15 @@ def test_lengths_asked_for_are_within_the_bounds(low, more, key):
 
 def test_examples_come_from_the_sample_or_a_file(tmp_path):
     lists = list(read_lists(SAMPLE_FILE))
-    assert [e.query_id for e in read_examples(None, TREC_DL, 3)] == [r.query_id for r in lists[:3]]
-    assert read_examples(None, TREC_DL, 0) == read_examples(None, HALVES, 1) == []
+    assert [e.query_id for e in read_examples(None, TREC_DL, GenSettings(shots=3))] == [r.query_id for r in lists[:3]]
+    assert read_examples(None, TREC_DL, GenSettings(shots=0)) == read_examples(None, HALVES, GenSettings(shots=1)) == []
     file = tmp_path / "own.jsonl"
     records = [list_record("a", (3, 2, 1)), list_record("b", (0, 1, 2, 3)), list_record("c", (3, 2, 1, 0))]
     records[2]["passages"][1]["text"] = " "
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert [e.query_id for e in read_examples(file, TREC_DL, 1)] == ["b"]
+    assert [e.query_id for e in read_examples(file, TREC_DL, GenSettings(shots=1))] == ["b"]
     with pytest.raises(GradretError) as error:
-        read_examples(file, TREC_DL, 2)
+        read_examples(file, TREC_DL, GenSettings(shots=2))
     assert str(error.value) == (
         f"{file}: expected 2 example lists with passages of all grades 3, 2, 1, 0, got 1; "
         "add such lists or lower --shots"
@@ -174,7 +174,7 @@ def test_examples_come_from_the_sample_or_a_file(tmp_path):
 def test_the_fingerprint_tells_what_prompts_come_from():
     same = Prompts(GenSettings(seed=3), TREC_DL, EXAMPLES)
     others = [Prompts(GenSettings(), TREC_DL), Prompts(GenSettings(), HALVES)]
-    others.append(Prompts(GenSettings(), TREC_DL, read_examples(None, TREC_DL, 2)))
+    others.append(Prompts(GenSettings(), TREC_DL, read_examples(None, TREC_DL, GenSettings(shots=2))))
     assert same.fingerprint == PROMPTS.fingerprint
     assert len({p.fingerprint for p in [PROMPTS, *others]}) == 4
 
