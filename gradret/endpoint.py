@@ -34,8 +34,7 @@ from gradret.console import say
 from gradret.errors import GradretError
 from gradret.llm import Reply, Request
 
-CHECK_TIMEOUT_S = 5  # a server that has not listed its models by then counts as out of reach
-CHECK_TRIES = 3
+CHECK_TIMEOUT_S, CHECK_TRIES = 5, 3  # a server that has not listed its models by then counts as out of reach
 CONNECT_TIMEOUT_S = 20
 FIRST_DELAY_S, MOST_DELAY_S = 0.5, 30.0
 MOST_RETRY_AFTER_S = 600.0  # who asks for more (a day's quota) is not waited for
@@ -294,7 +293,8 @@ class Endpoint:
             return GradretError(
                 f"{self._url}: refuses the key ({self._tell(why)}); put {which} into the environment as {KEY_VARIABLE}"
             )
-        return GradretError(f"{self._url}: {self._tell(why)}; check --model and the URL; {KEPT}")
+        model = f" for model {self._model}" if hasattr(self, "_model") else ""
+        return GradretError(f"{self._url}: {self._tell(why)}{model}; check --model and the URL; {KEPT}")
 
     def _tell(self, why: Failure, tries: int = 0) -> str:
         return tell_failure(why, tries, secret=None if self._key == NO_KEY else self._key)
