@@ -14,8 +14,10 @@ from gradret.files import open_folder, write_json
 from gradret.gen_options import (
     DEFAULTS,
     ENDPOINT_OPTIONS,
+    GPU_LAYERS,
     LLAMA_OPTIONS,
     PROMPT_OPTIONS,
+    THREADS,
     Shard,
     check_engine_options,
 )
@@ -153,8 +155,8 @@ def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
 @click.option("--loop-queries", default=3, show_default=True, type=POSITIVE, help="The same for the loop.")
 @click.option("--max-tokens", default=256, show_default=True, type=POSITIVE, help="Of a reply.")
 @click.option("--repeats", default=3, show_default=True, type=POSITIVE, help="Rounds.")
-@click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all.")
-@click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
+@GPU_LAYERS
+@THREADS
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
 @JSON
 def bench_gen(model, queries, out, as_json, **given):

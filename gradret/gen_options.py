@@ -15,23 +15,18 @@ OWN_FIELDS = ("model", "messages", "stream", "n", "seed", "temperature", "top_p"
 ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
 
 
-class Pair(click.ParamType):
-    """Two whole numbers joined by a character."""
+class Length(click.ParamType):
+    """MIN:MAX, whole numbers."""
 
-    name = "pair"
-
-    def __init__(self, joint: str, example: str):
-        self.joint, self.example = joint, example
+    name = "length"
 
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        left, joint, right = value.partition(self.joint)
-        if not (joint and left.isdecimal() and right.isdecimal()):
-            self.fail(
-                f"'{value}' is not two whole numbers joined by '{self.joint}', such as {self.example}", param, ctx
-            )
-        return int(left), int(right)
+        low, colon, high = value.partition(":")
+        if not (colon and low.isdecimal() and high.isdecimal()):
+            self.fail(f"'{value}' is not two whole numbers joined by ':', such as 100:1000", param, ctx)
+        return int(low), int(high)
 
 
 class Shard(click.ParamType):
@@ -78,7 +73,7 @@ PROMPT_OPTIONS = options(
         "--length",
         default=f"{DEFAULTS.min_chars}:{DEFAULTS.max_chars}",
         show_default=True,
-        type=Pair(":", "100:1000"),
+        type=Length(),
         metavar="MIN:MAX",
         help="Characters of a passage.",
     ),
@@ -91,11 +86,15 @@ PROMPT_OPTIONS = options(
     ),
     click.option("--judge", is_flag=True, help="The model then grades each passage blind; stored as 'judged'."),
 )
+GPU_LAYERS = click.option(
+    "--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all."
+)
+THREADS = click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
 LLAMA_OPTIONS = options(
     click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies written at once."),
     click.option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
-    click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all."),
-    click.option("--threads", type=POSITIVE, help="[default: the processor's cores]"),
+    GPU_LAYERS,
+    THREADS,
 )
 ENDPOINT_OPTIONS = options(
     click.option(

@@ -128,12 +128,16 @@ class Generation:
             self._reject(job, problem.reason, problem.detail)
             return
         self.summary.retries[problem.reason] += 1
-        self._waiting = deque(r for r in self._waiting if r.key[0] is not job)  # of the attempt that has failed
+        self._withdraw(job)
         self._ask(job)
+
+    def _withdraw(self, job: Job) -> None:
+        """What waits for an attempt that has failed is not asked for."""
+        self._waiting = deque(r for r in self._waiting if r.key[0] is not job)
 
     def _reject(self, job: Job, reason: str, detail: str) -> None:
         job.over = True
-        self._waiting = deque(r for r in self._waiting if r.key[0] is not job)
+        self._withdraw(job)
         self.summary.rejected[reason] += 1
         if reason == NO_REPLY:
             self.summary.last_error = detail

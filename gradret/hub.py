@@ -97,11 +97,15 @@ def _fetch(name: str, patterns: list[str]) -> Path:
     except RepositoryNotFoundError:
         raise GradretError(f"{name}: no such directory, and the hub has no such model") from None
     except Exception as error:  # the hub's client raises whatever its HTTP library does
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradretError(
-            f"{name}: not whole in the local cache, and the hub can not be reached ({reason}); "
+            f"{name}: not whole in the local cache, and the hub can not be reached ({tell_reason(error)}); "
             f"give a local directory{demo}"
         ) from error
     if find_weights(directory) is None:
         raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")
     return directory
+
+
+def tell_reason(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from gradret.errors import GradretError
-from gradret.hub import HUB_TIMEOUT_S
+from gradret.hub import HUB_TIMEOUT_S, tell_reason
 
 SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?=\.gguf$)")
 SHOWN = 8
@@ -64,9 +64,8 @@ def _fetch(name: str, repository: str, file: str) -> Path:
     except RepositoryNotFoundError:
         raise GradretError(f"{name}: no such file, and the hub has no such model") from None
     except Exception as error:  # the hub's client raises whatever its HTTP library does
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GradretError(
-            f"{name}: no such file, not in the local cache, and the hub can not be reached ({reason})"
+            f"{name}: no such file, not in the local cache, and the hub can not be reached ({tell_reason(error)})"
         ) from error
     if not fetched:
         there = [f for f in files if f.endswith(".gguf")]

@@ -1,6 +1,5 @@
 """llama.cpp as an engine: many sequences decoded in one batch, a finished one replaced at once."""
 
-import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -216,10 +215,7 @@ class LlamaEngine:
                 self._finish(slot, "length")
 
     def _weigh_choices(self, row: int, choices: tuple[str, ...]) -> dict[str, float]:
-        address = api.llama_get_logits_ith(self._context, row)
-        logits = np.ctypeslib.as_array(
-            ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.model.vocabulary_size,)
-        )
+        logits = self.model.read_logits(self._context, row)
         chosen = [logits[tokens].astype(np.float64) for tokens in self._choices[choices]]
         highest = max(values.max() for values in chosen)
         weights = np.array([np.exp(values - highest).sum() for values in chosen])

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
+
 from gradret.errors import GradretError
 
 try:
@@ -141,6 +143,11 @@ class LlamaModel:
         if count < 0:
             raise RuntimeError(f"llama_tokenize wants room for {-count} tokens of {len(data)} bytes")
         return tokens[len(self._newline) : count] if spaced else tokens[:count]
+
+    def read_logits(self, context, row: int) -> np.ndarray:
+        """(vocabulary,) float32, of a row of the last batch; a view that the next batch overwrites."""
+        address = api.llama_get_logits_ith(context, row)
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (self.vocabulary_size,))
 
     def piece(self, token: int) -> bytes:
         """What a token writes; nothing if it is a control token."""

@@ -60,11 +60,9 @@ class LlamaSampler:
         return one["logit"][0] == 0
 
     def _sample_allowed(self, context, row: int) -> int:
-        size = self._model.vocabulary_size
-        logits = api.llama_get_logits_ith(context, row)
-        every = np.zeros(size, CANDIDATE)
-        every["id"] = np.arange(size)
-        every["logit"] = np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (size,))
+        every = np.zeros(self._model.vocabulary_size, CANDIDATE)
+        every["id"] = np.arange(len(every))
+        every["logit"] = self._model.read_logits(context, row)
         candidates = _as_candidates(every)
         api.llama_sampler_apply(self._grammar, ctypes.byref(candidates))
         api.llama_sampler_apply(self._chain, ctypes.byref(candidates))
