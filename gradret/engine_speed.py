@@ -16,6 +16,7 @@ from gradret.prompts import Prompts
 from gradret.queries import Query
 from gradret.replies import make_form
 from gradret.settings import GenSettings
+from gradret.timers import find_percentiles
 from gradret.versions import versions
 
 LOOP = "create_chat_completion loop"
@@ -169,8 +170,7 @@ def _check_same_prompts(engine: LlamaEngine, loop: ChatLoop, requests: Sequence[
 
 
 def _spread(values) -> dict:
-    median, low, high = np.percentile(values, (50, 20, 80)).tolist()
-    return {"median": round(median, 2), "p20": round(low, 2), "p80": round(high, 2)}
+    return {name: round(value, 2) for name, value in find_percentiles(values).items()}
 
 
 def format_engine_speed(document: dict) -> str:

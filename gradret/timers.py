@@ -137,8 +137,7 @@ def summarize(samples: Sequence[Sample]) -> dict:
         if values[0] is None:
             found[name] = None
         else:
-            p20, median, p80 = np.percentile(values, [20, 50, 80])
-            found[name] = {"median": float(median), "p20": float(p20), "p80": float(p80)}
+            found[name] = find_percentiles(values)
     return found
 
 
@@ -205,3 +204,9 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def find_percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20 and 80 percentile."""
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
