@@ -3,12 +3,14 @@
 import click
 
 from gradret.settings import (
+    AUTO,
     DEFAULT_MEASURES,
     POOLINGS,
     PRECISIONS,
     SCHEDULES,
     SIMILARITIES,
     TARGETS,
+    WEIGHTS,
     FitSettings,
 )
 
@@ -23,6 +25,24 @@ MEASURES = click.option(
     show_default=True,
     help="ir_measures names, separated by commas.",
 )
+
+
+class ChunkType(click.ParamType):
+    """Passages at once, or auto."""
+
+    name = f"passages|{AUTO}"
+
+    def convert(self, value, param, ctx):
+        return value if value == AUTO else POSITIVE.convert(value, param, ctx)
+
+
+class NamesType(click.ParamType):
+    """Names separated by commas, as a tuple."""
+
+    name = "names"
+
+    def convert(self, value, param, ctx):
+        return value if isinstance(value, tuple) else tuple(filter(None, map(str.strip, value.split(","))))
 
 
 def options(*decorators):
@@ -73,12 +93,30 @@ BUDGET_OPTIONS = options(
     option("--schedule", type=click.Choice(SCHEDULES), help="How it falls after that."),
     option("--clip", type=click.FloatRange(min=0), help="Highest gradient norm; 0 for no limit."),
     option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it."),
+    option(
+        "--chunk",
+        type=ChunkType(),
+        metavar=f"PASSAGES|{AUTO}",
+        help="Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
+    ),
+    option("--kl-share", type=click.FloatRange(0, 1), help="Share of the listwise cross-entropy in the loss."),
+    option(
+        "--mine",
+        metavar="k=K,grade=G[,...]",
+        help="Add K mined passages a list at grade G; also from=SOURCE, by=encoder|bm25, skip=S, every=EPOCHS.",
+    ),
+    option("--lora", type=click.IntRange(min=0), help="Train adapters of this rank instead of the weights."),
+    option("--lora-alpha", type=ABOVE_ZERO, help="Their scale, times the rank."),
+    option("--lora-dropout", type=click.FloatRange(0, 1), help="Dropout before them."),
+    option("--lora-targets", type=NamesType(), metavar="NAME,...", help="Linear layers that get them. [default: all]"),
+    option("--weights", type=click.Choice(WEIGHTS), help="Type of the weights that --lora leaves as they are."),
+    option("--gradient-checkpointing", is_flag=True, help="Less memory: activations are computed again in backward."),
 )
 
 
 def make_settings(given: dict) -> FitSettings:
     """FitSettings from options. Raises: click.UsageError."""
     try:
-        return FitSettings(**given)
+        return FitSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except ValueError as error:
         raise click.UsageError(str(error)) from None

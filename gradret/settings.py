@@ -10,6 +10,8 @@ TARGETS = ("gain", "softmax")
 TARGET_LOSSES = ("wasserstein", "gaussian", "kl")
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
+WEIGHTS = ("float32", "bfloat16")
+AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
@@ -18,6 +20,8 @@ DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 @dataclass(frozen=True)
 class FitSettings:
     """Everything that decides a run's outcome. Encoder fields left None are the encoder's own.
+
+    How many processes share a run is no part of it: they do the same step together, to rounding.
 
     Attributes:
         data: sources, see sources.parse_source; merged into one list per query.
@@ -28,12 +32,23 @@ class FitSettings:
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
             or the lowest grade of the data if that is lower).
         epochs: passes over the lists; max_steps ends a run sooner.
-        batch_lists: lists whose documents share a batch; accumulate batches make one optimizer step.
+        batch_lists: lists whose documents share a batch, over all processes; accumulate batches make one optimizer
+            step.
+        chunk: passages encoded at once with gradients, whatever batch_lists is: gradient caching. "auto" finds the
+            largest that fits. None keeps the activations of the whole batch, which is faster where they fit.
         warmup: share of the steps over which the learning rate rises; then it falls, "linear" or "cosine".
         clip: highest gradient norm; 0 for no limit.
         precision: "float32", "bfloat16" (autocast) or "auto", bfloat16 where the device computes in it.
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
+        patience: dev measurements without a new best after which the run ends; None for no such end.
+        kl_share: share of the listwise cross-entropy in the loss, 0 to 1.
+        mine: hard negatives added to the lists, see mining.parse_mining; None for none.
+        lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
+        lora_alpha: the adapters' scale is lora_alpha / lora.
+        lora_targets: names of the linear layers that get adapters, as they end; () for all.
+        weights: type in which weights that are not trained are held.
+        gradient_checkpointing: compute activations again in backward, layer by layer.
     """
 
     data: tuple[str, ...] = (SAMPLE,)
@@ -49,6 +64,7 @@ class FitSettings:
     max_steps: int | None = None
     batch_lists: int = 16
     accumulate: int = 1
+    chunk: int | str | None = None
     learning_rate: float = 2e-5
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -59,6 +75,15 @@ class FitSettings:
     dev: str | None = None
     dev_every: int = 100
     dev_measure: str = "nDCG@10"
+    patience: int | None = None
+    kl_share: float = 0.0
+    mine: str | None = None
+    lora: int = 0
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
+    weights: str = "float32"
+    gradient_checkpointing: bool = False
     checkpoint_every: int = 50
     pooling: str | None = None
     normalize: bool | None = None
@@ -76,16 +101,28 @@ class FitSettings:
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("order", (1, 2)),
+            ("weights", WEIGHTS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or above, got {self.seed!r}")
+        for name in ("seed", "lora"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
+        for name in ("kl_share", "lora_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
+        if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
+            raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
+        if self.patience is not None and (self.patience < 1 or self.dev is None):
+            raise ValueError(f"patience must be 1 or above and needs dev, got {self.patience!r} and {self.dev!r}")
+        if self.weights != "float32" and not self.lora:
+            raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
         for name in (
             "temperature",
+            "lora_alpha",
             "epochs",
             "learning_rate",
             "batch_lists",
@@ -106,7 +143,7 @@ class FitSettings:
     @property
     def takes_gain(self) -> bool:
         """Whether targets are 2^grade - 1, which negative grades do not have."""
-        return self.loss in TARGET_LOSSES and self.targets == "gain"
+        return (self.loss in TARGET_LOSSES or self.kl_share > 0) and self.targets == "gain"
 
 
 @dataclass(frozen=True)

@@ -233,7 +233,7 @@ class _Trainer:
 
 
 def _as_json(settings: FitSettings) -> dict:
-    return asdict(settings) | {"data": list(settings.data), "exclude": list(settings.exclude)}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(settings).items()}
 
 
 def _tell_collisions(lists: MixedLists) -> str:

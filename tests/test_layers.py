@@ -12,7 +12,7 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli cli_gen gen_options cli_loss cli_bench options
+    __main__ cli cli_fit cli_gen gen_options cli_loss cli_bench options
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
     report bench speed memory timers workloads rivals train checkpoint batches
@@ -20,7 +20,20 @@ LAYERS = """
     reference pairs grades kernels
     mix sources collection lists console settings versions files errors
 """.split()
-CORE = ["errors", "files", "settings", "console", "lists", "collection", "sources", "mix", "hub", "options", "cli"]
+CORE = [
+    "errors",
+    "files",
+    "settings",
+    "console",
+    "lists",
+    "collection",
+    "sources",
+    "mix",
+    "hub",
+    "options",
+    "cli",
+    "cli_fit",
+]
 CORE += [
     "scales",
     "prompts",
@@ -34,7 +47,7 @@ CORE += [
     "generate",
     "export",
 ]
-CORE += ["cli_gen", "gen_options", "hub_gguf", "random_gguf"]
+CORE += ["cli_fit", "cli_gen", "gen_options", "hub_gguf", "random_gguf"]
 
 
 def imported_modules(path: Path) -> set[str]:
