@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradret.encoder import Encoder
 from gradret.lists import RankingList
+from gradret.processes import ALONE, Processes
 
 
 def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
@@ -51,16 +53,18 @@ class Batch:
     grades: Tensor
     mask: Tensor
 
-    def spread_grades(self, floor: float) -> Tensor:
-        """(B, N) grades of every document for every list: its own, and `floor` for the other lists'."""
-        grades = torch.full((len(self.queries), len(self.documents)), floor, dtype=torch.float32)
-        rows = torch.arange(len(self.queries))[:, None].expand_as(self.columns)
-        grades[rows[self.mask], self.columns[self.mask]] = self.grades[self.mask]
-        return grades
+    def list_pairs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Who is graded for whom among some of the lists: M list numbers (counted from the first of them), M columns,
+        M grades."""
+        mask = self.mask[rows]
+        return mask.nonzero()[:, 0], self.columns[rows][mask], self.grades[rows][mask]
 
-    def to_lists(self, scores: Tensor) -> Tensor:
-        """(B, N) scores to (B, n): each list's own documents."""
-        return scores.gather(1, self.columns.to(scores.device))
+    def spread_grades(self, floor: float, rows: slice = slice(None)) -> Tensor:
+        """(B, N) grades of every document for every list, or some of the lists: its own, `floor` for the others'."""
+        row, column, grade = self.list_pairs(rows)
+        grades = torch.full((len(self.mask[rows]), len(self.documents)), floor, dtype=torch.float32)
+        grades[row, column] = grade
+        return grades
 
 
 def collate(lists: Sequence[RankingList]) -> Batch:
@@ -83,9 +87,31 @@ def collate(lists: Sequence[RankingList]) -> Batch:
 
 
 def draw_batches(
-    lists: Sequence[RankingList], kept: np.ndarray, step: int, *, batch_lists: int, accumulate: int, seed: int
+    lists: Sequence[RankingList],
+    kept: np.ndarray,
+    step: int,
+    *,
+    batch_lists: int,
+    accumulate: int,
+    seed: int,
+    processes: Processes = ALONE,
 ) -> Iterator[Batch]:
-    """The step's micro-batches of `batch_lists` lists each, read as they are asked for."""
+    """The step's micro-batches of `batch_lists` lists each, read as they are asked for.
+
+    Each process reads its share of the lists; all get the whole batch.
+    """
     positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
     for start in range(0, len(positions), batch_lists):
-        yield collate([lists[int(kept[i])] for i in positions[start : start + batch_lists]])
+        batch = positions[start : start + batch_lists]
+        read = [lists[int(kept[batch[i]])] for i in processes.split(len(batch))]
+        yield collate([ranking_list for part in processes.gather_objects(read) for ranking_list in part])
+
+
+def tokenize_batch(batch: Batch, encoder: Encoder, processes: Processes = ALONE) -> list[np.ndarray]:
+    """Token ids of the batch's B queries and N documents, in this order; each process tokenizes its share."""
+    count = len(batch.queries)
+    share = processes.split(count + len(batch.documents))
+    queries = batch.queries[share.start : share.stop]
+    documents = batch.documents[max(share.start - count, 0) : max(share.stop - count, 0)]
+    tokens = encoder.tokenize(queries, "query") + encoder.tokenize(documents, "document")
+    return [text for part in processes.gather_objects(tokens) for text in part]

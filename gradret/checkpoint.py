@@ -2,25 +2,28 @@
 
 DIR/gradret.json                settings, data fingerprint, versions, whether the run has finished
 DIR/metrics.jsonl               a line a step; dev.jsonl a line a dev evaluation
+DIR/mined-0.npy                 mined passages as positions, until the run has finished
 DIR/checkpoints/step-000000050  the last one alone: model, optimizer and best weights, state.json
-DIR/config.json ...             once finished, the encoder as a sentence-transformers directory
+DIR/config.json ...             once finished, the encoder as a sentence-transformers directory with its card
 """
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.files import read_json, replace_json
+from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
 from gradret.versions import versions
 
 if sys.platform == "win32":
@@ -29,16 +32,22 @@ else:
     import fcntl
 
 RUN_FILE = "gradret.json"
+FREE_SETTINGS = ("chunk",)  # a resumed run may change them, because memory may be another
 
 
 @dataclass
 class RunState:
-    """Where a run stands: steps done, the best dev value and its step, the step last evaluated on dev."""
+    """Where a run stands: steps done, the best dev value and its step, the step last evaluated on dev.
+
+    waited: dev measurements since the best one. chunk: of gradient caching, as found for "auto".
+    """
 
     step: int = 0
     best: float | None = None
     best_step: int | None = None
     dev_step: int | None = None
+    waited: int = 0
+    chunk: int | None = None
 
 
 class Run:
@@ -62,8 +71,8 @@ class Run:
             self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
             self._create()
         else:
-            self._record = found
             self._check(found, settings, content, resume)
+            self._record = found | {"settings": settings}
         self._checkpoints = self.directory / "checkpoints"
         self._lock()
         for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
@@ -89,11 +98,10 @@ class Run:
             os.close(self._held)
             self._held = None
 
-    def last_loss(self) -> float | None:
-        """The loss of the last step that was done."""
-        path = self.directory / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return json.loads(lines[-1])["loss"] if lines else None
+    def read_lines(self, name: str) -> list[dict]:
+        """The lines of metrics.jsonl or dev.jsonl; [] before there are any."""
+        path = self.directory / name
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def _create(self) -> None:
         try:
@@ -104,7 +112,7 @@ class Run:
 
     def _check(self, found: dict, settings: dict, content: dict, resume: bool) -> None:
         before = found["settings"]
-        changed = [k for k in settings if settings[k] != before.get(k)]
+        changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
         if changed:
             name = changed[0]
             raise GradretError(
@@ -113,7 +121,9 @@ class Run:
             )
         for name, fingerprint in content.items():
             if fingerprint != found["content"][name]:
-                what = {"data": "training data", "encoder": "encoder to start from"}[name]
+                what = {"data": "training data", "encoder": "encoder to start from", "pool": "documents to mine from"}[
+                    name
+                ]
                 raise GradretError(
                     f"{self.directory}: the {what} has changed since this run began; "
                     "restore it, or start again in another --out"
@@ -139,8 +149,8 @@ class Run:
         state = RunState()
         if checkpoint is not None:
             state = RunState(**read_json(checkpoint / "state.json"))
-            _put_tensors(encoder, load_file(checkpoint / "model.safetensors"))
-            _put_optimizer(encoder, optimizer, load_file(checkpoint / "optimizer.safetensors"))
+            put_tensors(encoder, load_file(checkpoint / "model.safetensors"))
+            put_optimizer(encoder, optimizer, load_file(checkpoint / "optimizer.safetensors"))
         _drop_after(self.directory / "metrics.jsonl", state.step)
         _drop_after(self.directory / "dev.jsonl", -1 if state.dev_step is None else state.dev_step)
         return state
@@ -150,6 +160,21 @@ class Run:
         try:
             with open(self.directory / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def read_array(self, name: str) -> np.ndarray | None:
+        """An array of the run, None if it is not there."""
+        path = self.directory / name
+        return np.load(path) if path.is_file() else None
+
+    def write_array(self, name: str, array: np.ndarray) -> None:
+        """Keep an array until the run has finished."""
+        part = self.directory / f"{name}.part"
+        try:
+            with open(part, "wb") as file:
+                np.save(file, array)
+            os.replace(part, self.directory / name)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -166,8 +191,8 @@ class Run:
                 self._record_best(state, target, target)
                 return
             part.mkdir(parents=True)
-            save_file(_get_tensors(encoder), part / "model.safetensors")
-            save_file(_get_optimizer(encoder, optimizer), part / "optimizer.safetensors")
+            save_file(get_tensors(encoder), part / "model.safetensors")
+            save_file(get_optimizer(encoder, optimizer), part / "optimizer.safetensors")
             self._record_best(state, part, previous)
             for file in part.iterdir():
                 _sync(file)
@@ -197,12 +222,16 @@ class Run:
             f"{self.directory}: could not be written ({reason}); {kept}: make room and run again with --resume"
         )
 
-    def finish(self, encoder: Encoder, state: RunState) -> None:
-        """Save the encoder, with the best weights if dev was measured, and drop the checkpoints."""
+    def restore_best(self, encoder: Encoder, state: RunState) -> None:
+        """Put the weights that were best on dev into the encoder, if dev was measured."""
         if state.best_step is not None and state.best_step != state.step:
-            _put_tensors(encoder, load_file(self.last_checkpoint / "best.safetensors"))
+            put_tensors(encoder, load_file(self.last_checkpoint / "best.safetensors"))
+
+    def finish(self, encoder: Encoder, write_card: Callable[[Path], None]) -> None:
+        """Save the encoder and its card, and drop the checkpoints."""
         try:
             encoder.save(self.directory)
+            write_card(self.directory)
             for file in self.directory.rglob("*"):
                 if file.is_file():
                     _sync(file)
@@ -211,6 +240,8 @@ class Run:
         except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
+        for stale in self.directory.glob("mined-*.npy*"):
+            stale.unlink()
 
 
 def step_name(step: int) -> str:
@@ -220,34 +251,6 @@ def step_name(step: int) -> str:
 
 def _show(value: object) -> str:
     return json.dumps(value)
-
-
-def _get_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (a tied one once) and buffers by name."""
-    return {name: t.detach().contiguous() for name, t in [*module.named_parameters(), *module.named_buffers()]}
-
-
-def _put_tensors(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, target in [*module.named_parameters(), *module.named_buffers()]:
-            target.copy_(tensors[name])
-
-
-def _get_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}:{key}": value.contiguous()
-        for name, parameter in module.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def _put_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(module.named_parameters())
-    for place, value in tensors.items():
-        name, key = place.rsplit(":", 1)
-        parameter = parameters[name]
-        # AdamW keeps its step count on the CPU.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
 
 
 def _link(source: Path, target: Path) -> None:

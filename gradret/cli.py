@@ -4,10 +4,11 @@ import click
 
 from gradret import __version__
 from gradret.cli_bench import bench
+from gradret.cli_bench_fit import fit as bench_fit
 from gradret.cli_fit import fit
 from gradret.cli_gen import bench_gen, export, gen
 from gradret.cli_loss import loss
-from gradret.errors import GradretError
+from gradret.errors import GradretError, ToldElsewhere
 
 
 class Commands(click.Group):
@@ -16,6 +17,8 @@ class Commands(click.Group):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except ToldElsewhere:
+            ctx.exit(1)
         except GradretError as error:
             raise click.ClickException(str(error)) from error
 
@@ -28,5 +31,6 @@ def main():
 
 bench.add_command(loss)
 bench.add_command(bench_gen)
+bench.add_command(bench_fit)
 for command in (gen, fit, export, bench):
     main.add_command(command)

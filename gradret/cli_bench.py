@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line
+from gradret.console import command_line, say
 from gradret.files import check_writable, open_folder, write_json
 from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, make_settings
 from gradret.settings import PRECISIONS
@@ -140,35 +140,41 @@ def evaluate_command(
     """
     from dataclasses import replace
 
-    from gradret.encoder import load
+    from gradret.encoder_load import choose_precision, load
     from gradret.evaluation import evaluate, parse_measures, split_measures
+    from gradret.processes import join_processes
     from gradret.report import format_table
     from gradret.retrieve import default_cache, write_run
     from gradret.sources import open_collection, parse_grade_map, parse_source
-    from gradret.train import choose_precision
     from gradret.versions import versions
 
-    names = list(parse_measures(split_measures(measures), depth))
-    if run_file:
-        check_writable(run_file)
-    flags = {"queries": queries, "grades": parse_grade_map(grade_map) if grade_map else None, "drop_self": drop_self}
-    source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
-    collection = open_collection(source)
-    encoder = load(model, device=device, **encoder_options)
-    precision = choose_precision(precision, encoder.device)
-    click.echo(
-        f"eval: {model} on {dataset}, {len(collection.queries)} queries, {collection.document_count} documents",
-        err=True,
-    )
-    result = evaluate(
-        encoder,
-        collection,
-        measures=names,
-        depth=depth,
-        cache=Path(cache) if cache else default_cache(),
-        batch_size=batch_size,
-        precision=precision,
-    )
+    flags = {"queries": queries, "drop_self": drop_self}
+    with join_processes(device) as (processes, where):
+        with processes.agree():
+            names = list(parse_measures(split_measures(measures), depth))
+            if run_file and processes.is_first:
+                check_writable(run_file)
+            flags["grades"] = parse_grade_map(grade_map) if grade_map else None
+            source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
+            collection = open_collection(source)
+            encoder = load(model, device=where, **encoder_options)
+            precision = choose_precision(precision, encoder.device)
+        if processes.is_first:
+            size = f"{len(collection.queries)} queries, {collection.document_count} documents"
+            shared = f", {processes.size} processes" if processes.size > 1 else ""
+            say(f"eval: {model} on {dataset}, {size}{shared}")
+        result = evaluate(
+            encoder,
+            collection,
+            measures=names,
+            depth=depth,
+            cache=Path(cache) if cache else default_cache(),
+            batch_size=batch_size,
+            precision=precision,
+            processes=processes,
+        )
+    if not processes.is_first:
+        return
     document = {
         "command": command_line(),
         "model": model,

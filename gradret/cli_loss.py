@@ -94,7 +94,7 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     from gradret.report import draw_speed, format_speed, require_bench_extra
 
     require_bench_extra()
-    from gradret.encoder import choose_device
+    from gradret.encoder_load import choose_device
     from gradret.kernels import describe_backend
     from gradret.speed import measure_speed
 

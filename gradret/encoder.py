@@ -1,37 +1,26 @@
-"""The bi-encoder: load, pool, encode, and save as a sentence-transformers directory."""
+"""The bi-encoder: tokenize, pool, encode, and save as a sentence-transformers directory."""
 
 import hashlib
+import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-)
-from transformers.utils import logging as transformers_logging
 
-from gradret.encoder_config import EncoderConfig, read_config
-from gradret.errors import GradretError
+from gradret.chunks import pad_tokens, plan_chunks
+from gradret.encoder_config import EncoderConfig
 from gradret.files import write_json
-from gradret.hub import find_weights, locate_encoder
-from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 
 Kind = Literal["query", "document"]
 
 UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # not content
-MAX_LENGTH_CAP = 8192  # where neither tokenizer nor model says how much it can read
 
 
 class Encoder(nn.Module):
@@ -48,28 +37,45 @@ class Encoder(nn.Module):
         self.transformer, self.tokenizer, self.config = transformer, tokenizer, config
         if tokenizer.pad_token is None:  # padding is masked out: any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        # Decoders keep keys and values for the next token, which never comes.
+        cached = "use_cache" in inspect.signature(transformer.forward).parameters
+        self._options = {"use_cache": False} if cached else {}
 
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings."""
+        return torch.promote_types(next(self.parameters()).dtype, torch.float32)
+
+    @property
     def dimension(self) -> int:
         return self.transformer.config.hidden_size
 
-    def forward(self, texts: Sequence[str], kind: Kind) -> Tensor:
-        """(n, D) float32 embeddings of n queries or documents."""
+    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
+        """Token ids of n queries or documents, with prefix and special tokens, cut to the maximum length; int32."""
         prefix = self.config.query_prefix if kind == "query" else self.config.document_prefix
-        tokens = self.tokenizer(
-            [prefix + text for text in texts],
-            padding=True,
-            truncation=True,
-            max_length=self.config.query_max_length if kind == "query" else self.config.document_max_length,
-            return_tensors="pt",
-        ).to(self.device)
-        hidden = self.transformer(**tokens).last_hidden_state.float()  # (n, T, D)
-        embeddings = pool_tokens(hidden, tokens["attention_mask"], self.config.pooling)  # (n, D)
+        longest = self.config.query_max_length if kind == "query" else self.config.document_max_length
+        if not texts:
+            return []
+        ids = self.tokenizer([prefix + text for text in texts], truncation=True, max_length=longest)["input_ids"]
+        # An empty text of a tokenizer without special tokens has no token: a vector needs one.
+        return [np.array(row or [self.tokenizer.pad_token_id], np.int32) for row in ids]
+
+    def embed_tokens(self, tokens: Sequence[np.ndarray]) -> Tensor:
+        """(n, D) float32 embeddings of n tokenized texts, with gradients; float64 those of a float64 model."""
+        ids, mask = pad_tokens(tokens, self.tokenizer.pad_token_id, self.tokenizer.padding_side)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        hidden = self.transformer(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state  # (n, T, D)
+        hidden = hidden.to(self.dtype)
+        embeddings = pool_tokens(hidden, mask, self.config.pooling)  # (n, D)
         return nnf.normalize(embeddings, dim=-1) if self.config.normalize else embeddings
+
+    def forward(self, texts: Sequence[str], kind: Kind) -> Tensor:
+        """(n, D) float32 embeddings of n queries or documents, with gradients."""
+        return self.embed_tokens(self.tokenize(texts, kind))
 
     def score(self, queries: Tensor, documents: Tensor) -> Tensor:
         """(B, D) and (N, D) embeddings to (B, N) scores under the encoder's similarity."""
@@ -84,21 +90,22 @@ class Encoder(nn.Module):
     def encode(
         self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
     ) -> np.ndarray:
-        """(n, D) float32 embeddings without gradients, in evaluation mode, batched by like length.
+        """(n, D) float32 embeddings without gradients, in evaluation mode, in chunks of like length.
 
         Args:
             texts: n strings; () gives (0, D).
             kind: "query" or "document", chooses prefix and maximum length.
-            batch_size: texts at once.
+            batch_size: texts at once if all are as long as the longest; more of shorter ones.
             precision: "float32" or "bfloat16" (autocast).
         """
         result = np.zeros((len(texts), self.dimension), np.float32)
+        tokens = self.tokenize(texts, kind)
         was_training = self.training
         self.eval()
         try:
             with torch.inference_mode(), autocast(self.device, precision):
-                for rows in _like_lengths(texts, batch_size):
-                    result[rows] = self([texts[i] for i in rows], kind).cpu().numpy()
+                for rows in plan_chunks([len(t) for t in tokens], batch_size):
+                    result[rows] = self.embed_tokens([tokens[i] for i in rows]).float().cpu().numpy()
         finally:
             self.train(was_training)
         return result
@@ -179,106 +186,6 @@ def pool_tokens(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), position]
 
 
-def load(
-    name: str = DEFAULT_ENCODER,
-    *,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-    **overrides,
-) -> Encoder:
-    """An Encoder from a transformers or sentence-transformers directory or hub repository, in float32.
-
-    Args:
-        name: directory or OWNER/NAME.
-        device: None picks cuda, mps or cpu, the first there is.
-        trust_remote_code: run the repository's own model code.
-        overrides: fields of EncoderConfig that replace what the directory says; None leaves it.
-
-    Raises: GradretError when there are no safetensors weights, a module is not supported or a value is wrong.
-    """
-    directory = locate_encoder(name, trust_remote_code=trust_remote_code)
-    device = choose_device(device)
-    transformer, tokenizer = _load_parts(find_weights(directory), name, trust_remote_code)
-    readable = _count_positions(transformer)
-    config = read_config(directory, name, min(tokenizer.model_max_length, readable))
-    config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
-    if config.pooling not in POOLINGS:
-        raise GradretError(f"{name}: pooling '{config.pooling}' is not one of {', '.join(POOLINGS)}")
-    if config.similarity not in SIMILARITIES:
-        raise GradretError(f"{name}: similarity '{config.similarity}' is not one of {', '.join(SIMILARITIES)}")
-    shortest = tokenizer.num_special_tokens_to_add() + 1
-    for length in (config.query_max_length, config.document_max_length):
-        if not shortest <= length <= readable:
-            raise GradretError(f"{name}: maximum length {length} is not between {shortest} and {readable} tokens")
-    return Encoder(transformer, tokenizer, config).to(device).eval()
-
-
-def _load_parts(directory: Path, name: str, trust_remote_code: bool) -> tuple:
-    """The transformer, all of whose weights were found, and its tokenizer."""
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    transformers_logging.disable_progress_bar()
-    try:
-        model_config = AutoConfig.from_pretrained(directory, **options)
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
-        # Of an encoder-decoder such as T5 only the encoder is wanted.
-        auto = AutoModelForTextEncoding if type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
-        transformer, info = auto.from_pretrained(
-            directory,
-            config=model_config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        if "trust_remote_code" in str(error):
-            raise GradretError(
-                f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
-            ) from error
-        raise GradretError(f"{name}: can not be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
-    # A pooler is no part of an embedding here; anything else that is missing would be random.
-    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
-    if missing:
-        raise GradretError(f"{name}: {len(missing)} weights are not in its safetensors, {missing[0]} among them")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise GradretError(
-            f"{name}: its tokenizer knows no words; expected tokenizer.json or a vocabulary beside the model"
-        )
-    return transformer, tokenizer
-
-
-def _count_positions(transformer: nn.Module) -> int:
-    """How many tokens the model can take; RoBERTa's first positions belong to padding."""
-    positions = getattr(transformer.config, "max_position_embeddings", None) or MAX_LENGTH_CAP
-    for path, module in transformer.named_modules():
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
-    return min(positions, MAX_LENGTH_CAP)
-
-
-def choose_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or the first of cuda, mps and cpu that is there. Raises: GradretError."""
-    try:
-        found = torch.device(device or default_device())
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise GradretError(f"device '{device}' is not there ({str(error).splitlines()[0]})") from None
-    return found
-
-
-def default_device() -> str:
-    """The first of cuda, mps and cpu that is there."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def autocast(device: torch.device, precision: str):
     """Autocast to bfloat16 on the device, or nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
-
-
-def _like_lengths(texts: Sequence[str], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]

@@ -13,3 +13,11 @@ class GradretError(Exception):
 
 class Interrupted(GradretError):
     """A run ended by SIGINT or SIGTERM after it was saved."""
+
+
+class ToldElsewhere(GradretError):
+    """This process ends with another one, whose line tells why: exit code 1, nothing printed."""
+
+
+class ProcessLost(GradretError):
+    """Another of the processes that share the work has ended."""

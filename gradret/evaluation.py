@@ -4,7 +4,7 @@ import math
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from gradret.collection import Collection
 from gradret.console import say
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
+from gradret.processes import ALONE, Processes
 from gradret.retrieve import embed_corpus, search
 from gradret.settings import DEFAULT_MEASURES
 
@@ -26,7 +27,7 @@ class Evaluation:
     Attributes:
         measures: measure, by its canonical name -> mean over the queries (a sum for those that count).
         per_query: measure -> {query id -> value}.
-        run: query id -> [(doc id, score)], best first.
+        run: query id -> [(doc id, score)], best first; of several processes only the first has it.
     """
 
     measures: dict[str, float]
@@ -77,29 +78,31 @@ def evaluate(
     batch_size: int = 32,
     precision: str = "float32",
     progress: bool = True,
+    processes: Processes = ALONE,
 ) -> Evaluation:
-    """Embed, search exactly and measure.
+    """Embed, search exactly and measure; several processes share the embedding of the documents.
 
     Args:
-        encoder: see encoder.load.
+        encoder: see encoder_load.load.
         collection: see sources.open_collection.
         measures: any ir_measures names; a grade that is not whole is rounded for them, halves upwards.
         depth: documents ranked for each query.
         cache: folder that keeps the corpus embeddings; None throws them away.
+        processes: all of them must call.
     Raises: GradretError.
     """
     parse_measures(measures, depth)
+    options = {"batch_size": batch_size, "precision": precision}
+    result = None
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-        corpus = embed_corpus(
-            encoder,
-            collection,
-            cache or Path(temporary),
-            batch_size=batch_size,
-            precision=precision,
-            progress=progress,
-        )
-        run = search(encoder, collection, corpus, depth=depth, batch_size=batch_size, precision=precision)
-    return measure_run(run, collection, measures)
+        folder = cache or Path(temporary)
+        corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
+        with processes.agree():
+            if corpus is not None:
+                run = search(encoder, collection, corpus, depth=depth, **options)
+                result = measure_run(run, collection, measures)
+    shared = processes.broadcast(replace(result, run={}) if result is not None else None)
+    return result or shared
 
 
 def measure_run(run: dict, collection: Collection, measures: Sequence[str] = DEFAULT_MEASURES) -> Evaluation:

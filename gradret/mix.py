@@ -114,7 +114,7 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
 
 @dataclass(frozen=True)
 class ListsSummary:
-    """What a check of all lists found; `kept` holds the positions of the lists to train on."""
+    """What a check of all lists found; `kept`: positions of the lists to train on; `longest`: the longest passage."""
 
     kept: np.ndarray
     passages: int
@@ -124,6 +124,7 @@ class ListsSummary:
     empty: int
     excluded: int
     disagreeing: int
+    longest: str
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
@@ -149,6 +150,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
     """
     kept = np.zeros(len(lists), bool)
     passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
+    longest = ""
     for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
@@ -167,6 +169,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
                 f"targets (2^grade - 1) do not allow; map it (SOURCE?grades={low:g}:0,...) or use --targets softmax"
             )
         passages += len(grades)
+        longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
         lowest, highest = min(lowest, low), max(highest, high)
         equal_grades += low == high
     if not kept.any():
@@ -174,5 +177,5 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
         )
     return ListsSummary(
-        np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded, int(disagreeing)
+        np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded, int(disagreeing), longest
     )

@@ -4,7 +4,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from gradret.collection import Collection
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.files import replace_json
+from gradret.processes import ALONE, Processes
 
 ENCODE_BLOCK = 2048  # documents encoded, written and recorded at once: what an interruption may cost
 SEARCH_BLOCK = 16384  # documents scored at once
@@ -63,38 +65,115 @@ def embed_corpus(
     batch_size: int = 32,
     precision: str = "float32",
     progress: bool = True,
-) -> CorpusEmbeddings:
+    processes: Processes = ALONE,
+) -> CorpusEmbeddings | None:
     """Embed every document, block by block, into files under `cache`; what is there is not computed again.
 
     The folder's name is a key made of the encoder's content, the documents' content and the precision, so a
-    changed weight or word never meets an old vector. An interrupted run goes on at the block it was in.
+    changed weight or word never meets an old vector. An interrupted run goes on at the block it was in, with as many
+    processes as it then has.
 
+    Args:
+        processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
+    Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
-    content, count, id_width = _digest_documents(collection)
-    if not count:
-        raise GradretError(f"{collection.name}: no documents")
-    key = hashlib.blake2b(
-        f"{encoder.fingerprint(queries=False)} {content} {precision}".encode(), digest_size=16
-    ).hexdigest()
-    folder = cache / key
-    paths = folder / "vectors.f32", folder / "doc_ids.bin"
-    shapes = (count, encoder.dimension), (count,)
-    types = np.dtype(np.float32), np.dtype(f"S{id_width}")
-    row_bytes = 4 * encoder.dimension, id_width
+    store = None
+    with processes.agree():
+        if processes.is_first:
+            store = CorpusStore(encoder, collection, cache, precision)
+    done, count = processes.broadcast((store.done, store.count) if store is not None else None)
+    documents = collection.documents(done)
+    hidden = None if progress and processes.is_first else True
+    with tqdm(total=count, initial=done, desc="embedding documents", unit="doc", disable=hidden) as bar:
+        while done < count:
+            size = min(ENCODE_BLOCK * processes.size, count - done)
+            own = processes.split(size)
+            vectors, ids = [np.zeros((0, encoder.dimension), np.float32)], []
+            with processes.agree(), explain_errors(collection.name, cache):
+                block = list(islice(documents, size))[own.start : own.stop]
+                for start in range(0, len(block), ENCODE_PART):
+                    part = block[start : start + ENCODE_PART]
+                    found = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
+                    vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+                    ids += [d.doc_id.encode() for d in part]
+                    bar.update(len(part))
+            parts = processes.collect_objects((np.concatenate(vectors), ids))
+            with processes.agree():
+                if store is not None:
+                    store.append(parts)
+            done += size
+            bar.update(done - bar.n)
+    return store.open() if store is not None else None
+
+
+class CorpusStore:
+    """The files that hold a corpus as an encoder embeds it: vectors.f32, doc_ids.bin, and done.json, what is whole.
+
+    Attributes:
+        done, count: documents that are on disk, and of the collection.
+    Raises: GradretError, see embed_corpus.
+    """
+
+    def __init__(self, encoder: Encoder, collection: Collection, cache: Path, precision: str):
+        self._name = collection.name
+        with explain_errors(self._name, cache):
+            content, self.count, self._id_width = _digest_documents(collection)
+            if not self.count:
+                raise GradretError(f"{collection.name}: no documents")
+            key = f"{encoder.fingerprint(queries=False)} {content} {precision}"
+            self._folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+            self._paths = self._folder / "vectors.f32", self._folder / "doc_ids.bin"
+            self._dimension = encoder.dimension
+            self._row_bytes = 4 * self._dimension, self._id_width
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self.done = self._read_done()
+
+    def _read_done(self) -> int:
+        """How many documents are whole on disk: what was recorded, if both files are that long, else 0."""
+        try:
+            done = json.loads((self._folder / "done.json").read_bytes())["documents"]
+            sizes = [path.stat().st_size for path in self._paths]
+        except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
+            return 0
+        whole = isinstance(done, int) and 0 <= done <= self.count
+        return done if whole and all(s >= done * r for s, r in zip(sizes, self._row_bytes, strict=True)) else 0
+
+    def append(self, parts: Sequence[tuple[np.ndarray, list[bytes]]]) -> None:
+        """Write (n, D) vectors and n ids of each part behind what is there, and record them once they are on disk."""
+        with explain_errors(self._name, self._folder):
+            # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
+            for path, size, column in zip(self._paths, self._row_bytes, range(2), strict=True):
+                with open(path, "r+b" if path.exists() else "w+b") as file:
+                    file.seek(self.done * size)
+                    for part in parts:
+                        rows = part[column] if column == 0 else np.array(part[column], f"S{self._id_width}")
+                        file.write(rows.tobytes())
+                    file.flush()
+                    os.fsync(file.fileno())
+            self.done += sum(len(ids) for _, ids in parts)
+            replace_json(self._folder / "done.json", {"documents": self.done})
+
+    def open(self) -> CorpusEmbeddings:
+        """Both arrays, mapped."""
+        shapes, types = ((self.count, self._dimension), (self.count,)), (np.dtype(np.float32), f"S{self._id_width}")
+        return CorpusEmbeddings(
+            *(np.memmap(p, t, "r", shape=s) for p, t, s in zip(self._paths, types, shapes, strict=True))
+        )
+
+
+@contextmanager
+def explain_errors(name: str, folder: Path) -> Iterator[None]:
+    """Say of an OSError whether the documents of the collection `name` or the files in `folder` are at fault."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        done = _read_done(folder, paths, row_bytes, count)
-        if done < count:
-            _write_blocks(encoder, collection, folder, paths, row_bytes, done, count, batch_size, precision, progress)
+        yield
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
-            raise GradretError(f"{collection.name}: documents could not be read ({error})") from error
+            raise GradretError(f"{name}: documents could not be read ({error})") from error
         raise GradretError(
             f"{folder}: corpus embeddings could not be written ({error.strerror}); free space or set GRADRET_CACHE "
             "to another disk, and run again: finished blocks are kept"
         ) from error
-    return CorpusEmbeddings(*(np.memmap(p, t, "r", shape=s) for p, t, s in zip(paths, types, shapes, strict=True)))
 
 
 def _digest_documents(collection: Collection) -> tuple[str, int, int]:
@@ -105,43 +184,6 @@ def _digest_documents(collection: Collection) -> tuple[str, int, int]:
         digest.update(doc_id + b"\0" + document.content.encode() + b"\0")
         count, id_width = count + 1, max(id_width, len(doc_id))
     return digest.hexdigest(), count, id_width
-
-
-def _read_done(folder: Path, paths: tuple[Path, Path], row_bytes: tuple[int, int], count: int) -> int:
-    """How many documents are whole on disk: what was recorded, if both files are that long, else 0."""
-    try:
-        done = json.loads((folder / "done.json").read_bytes())["documents"]
-        sizes = [path.stat().st_size for path in paths]
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
-        return 0
-    whole = isinstance(done, int) and 0 <= done <= count
-    return done if whole and all(s >= done * r for s, r in zip(sizes, row_bytes, strict=True)) else 0
-
-
-def _write_blocks(encoder, collection, folder, paths, row_bytes, done, count, batch_size, precision, progress) -> None:
-    # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
-    files = [open(path, "r+b" if path.exists() else "w+b") for path in paths]
-    documents = collection.documents(done)
-    bar = tqdm(total=count, initial=done, desc="embedding documents", unit="doc", disable=None if progress else True)
-    try:
-        for file, size in zip(files, row_bytes, strict=True):
-            file.seek(done * size)
-        while block := list(islice(documents, ENCODE_BLOCK)):
-            for start in range(0, len(block), ENCODE_PART):
-                part = block[start : start + ENCODE_PART]
-                vectors = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
-                files[0].write(encoder.search_vectors(torch.from_numpy(vectors)).numpy().tobytes())
-                files[1].write(np.array([d.doc_id.encode() for d in part], f"S{row_bytes[1]}").tobytes())
-                bar.update(len(part))
-            done += len(block)
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-            replace_json(folder / "done.json", {"documents": done})
-    finally:
-        bar.close()
-        for file in files:
-            file.close()
 
 
 def top_k(

@@ -135,7 +135,7 @@ class FitSettings:
 
     @property
     def encoder_options(self) -> dict:
-        """What encoder.load takes besides the name and the device."""
+        """What encoder_load.load takes besides the name and the device."""
         names = ("pooling", "normalize", "similarity", "query_prefix", "document_prefix")
         names += ("query_max_length", "document_max_length", "trust_remote_code")
         return {name: getattr(self, name) for name in names}

@@ -8,7 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from gradret import hub
-from gradret.encoder import Encoder, EncoderConfig, load, pool_tokens
+from gradret.encoder import Encoder, EncoderConfig, pool_tokens
+from gradret.encoder_load import load
 from gradret.errors import GradretError
 
 TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]

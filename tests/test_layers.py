@@ -12,12 +12,14 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli cli_fit cli_gen gen_options cli_loss cli_bench options
+    __main__ cli cli_fit cli_gen gen_options cli_loss cli_bench cli_bench_fit options
+    fit_speed fit_rivals fit_memory fit_report fit_lists
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
-    report bench speed memory timers workloads rivals train checkpoint batches
-    evaluation retrieve encoder encoder_config hub losses retrieval_loss tiles ops
-    reference pairs grades kernels
+    report bench speed memory timers workloads rivals
+    train trainer job card capacity mining mining_pool mining_spec checkpoint snapshot
+    contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub processes
+    losses retrieval_loss tiles ops reference pairs grades kernels
     mix sources collection lists console settings versions files errors
 """.split()
 CORE = [

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradret import retrieve
-from gradret.encoder import Encoder, load
+from gradret.encoder import Encoder
+from gradret.encoder_load import load
 from gradret.errors import GradretError
 from gradret.retrieve import embed_corpus, search, top_k, write_run
 from gradret.sources import Source, open_collection

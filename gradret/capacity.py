@@ -1,0 +1,138 @@
+"""How many passages fit into memory at once with their activations: measured on a few, carried on in proportion."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gradret.encoder import Encoder, autocast
+from gradret.errors import GradretError
+
+PROBES = (4, 12)  # passages; their difference is without what every chunk needs
+SHARE = 0.8  # of the free memory: allocators waste some, and others use the machine, too
+MIB = 1 << 20
+CLEAR_REFS = Path("/proc/self/clear_refs")
+CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Bytes that are free for a chunk, and bytes a passage of the longest length needs in it."""
+
+    free: int
+    per_passage: int
+
+    @property
+    def chunk(self) -> int:
+        """Passages that fit at once; 0 if not one does."""
+        return max(0, int(SHARE * self.free) // self.per_passage)
+
+
+def measure_capacity(
+    encoder: Encoder, length: int, precision: str, optimizer_bytes: int, local: int = 1
+) -> Capacity | None:
+    """Run some passages forward and backward and look at the peak of memory; None where the system does not show it.
+
+    Args:
+        encoder: on the device that is looked at; its gradients are dropped.
+        length: tokens of the longest passage.
+        precision: "float32" or "bfloat16" (autocast).
+        optimizer_bytes: that will be taken later on.
+        local: processes that share the memory of this machine.
+    """
+    on_cuda = encoder.device.type == "cuda"
+    if not on_cuda and not (encoder.device.type == "cpu" and os.access(CLEAR_REFS, os.W_OK)):
+        return None
+    measure = _measure_cuda_peak if on_cuda else _measure_cpu_peak
+
+    def run(passages: int) -> None:
+        tokens = [np.full(length, encoder.tokenizer.pad_token_id, np.int32)] * passages
+        with autocast(encoder.device, precision):
+            embedded = encoder.search_vectors(encoder.embed_tokens(tokens))
+        embedded.sum().backward()
+
+    was_training = encoder.training
+    encoder.train()
+    run(1)  # gradients and what libraries set up exist from now on
+    few, many = (measure(lambda n=n: run(n)) for n in PROBES)
+    free = _free_cuda(encoder.device) if on_cuda else _free_cpu() // local
+    encoder.zero_grad(set_to_none=True)
+    encoder.train(was_training)
+    per_passage = max(1, (many - few) // (PROBES[1] - PROBES[0]))
+    return Capacity(max(0, free - optimizer_bytes), per_passage)
+
+
+def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> None:
+    """Refuse before the work what would run out of memory in it.
+
+    Args:
+        capacity: None where it is not known.
+        passages: of a batch, its queries counted in.
+        chunk: of gradient caching; None keeps the activations of the whole batch.
+    Raises: GradretError with a chunk to try.
+    """
+    if capacity is None:
+        return
+    wanted = passages if chunk is None else min(chunk, passages)
+    need, free = wanted * capacity.per_passage / MIB, capacity.free / MIB
+    if need <= free:
+        return
+    what = f"--chunk {chunk}" if chunk else f"a batch of {passages} passages and queries without --chunk"
+    if not capacity.chunk:
+        raise GradretError(
+            f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free, and not one passage fits; "
+            "lower --document-max-length, or try --gradient-checkpointing"
+        )
+    raise GradretError(
+        f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free; try --chunk {capacity.chunk}"
+    )
+
+
+def _measure_cuda_peak(run: Callable[[], None]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def _measure_cpu_peak(run: Callable[[], None]) -> int:
+    with suppress(OSError, AttributeError):  # glibc: what is freed but kept would hide what is taken
+        ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")  # the peak starts again from what is resident now
+    run()
+    return _read_field("/proc/self/status", "VmHWM")
+
+
+def _free_cuda(device: torch.device) -> int:
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _free_cpu() -> int:
+    """Bytes this process may still take: of the machine, of its control group and of its own limit."""
+    import resource  # not on Windows, where this function is never called
+
+    free = [_read_field("/proc/meminfo", "MemAvailable")]
+    with suppress(OSError, ValueError):  # no limit says "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        cache = _read_field(str(CGROUP / "memory.stat"), "inactive_file", unit=1)  # given back when asked for
+        free.append(limit - used + cache)
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - _read_field("/proc/self/status", "VmSize"))
+    return min(free)
+
+
+def _read_field(path: str, name: str, unit: int = 1024) -> int:
+    """A number of bytes from a file of lines `name: number kB` or `name number`."""
+    for line in Path(path).read_text().splitlines():
+        words = line.replace(":", " ").split()
+        if words and words[0] == name:
+            return int(words[1]) * unit
+    raise ValueError(f"{path}: has no {name}")

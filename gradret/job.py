@@ -1,0 +1,114 @@
+"""What each process of a training run loads before the processes meet: lists, encoder, collections, memory."""
+
+import math
+from dataclasses import asdict
+
+import torch
+from torch import nn
+
+from gradret.adapters import adapt
+from gradret.capacity import check_chunk, measure_capacity
+from gradret.encoder_load import choose_precision, load
+from gradret.errors import GradretError
+from gradret.evaluation import parse_measures
+from gradret.lists import query_words
+from gradret.mining import Miner
+from gradret.mining_spec import parse_mining
+from gradret.mix import MixedLists, check_lists
+from gradret.processes import Processes
+from gradret.settings import AUTO, FitSettings, count_steps
+from gradret.sources import open_collection, parse_source
+
+PROBED_TEXTS = 256  # a batch of more is tried on a few texts first: where a CPU's memory ends, nothing says so
+ADAM_BYTES = 8  # a parameter, that the optimizer takes in its first step
+
+
+class Job:
+    """A run as one process sees it; loading makes no exchange with the other processes.
+
+    Attributes:
+        lists, summary: all lists, and which of them are trained on.
+        dev: the collection measured while training, or None.
+        miner: finds hard negatives, or None.
+        encoder: as it is trained, with adapters if there are any.
+        content: fingerprints of what the settings name.
+        steps, batch_lists, precision: as they come out of settings, lists and device.
+    Raises: GradretError.
+    """
+
+    def __init__(self, settings: FitSettings, processes: Processes, device: str | None):
+        self.settings, self.processes = settings, processes
+        if settings.batch_lists % processes.size:
+            even = math.ceil(settings.batch_lists / processes.size) * processes.size
+            raise GradretError(
+                f"--batch-lists {settings.batch_lists} is not a multiple of the {processes.size} processes that share "
+                f"it; try --batch-lists {even}"
+            )
+        parse_measures([settings.dev_measure])
+        mining = parse_mining(settings.mine) if settings.mine else None
+        self.lists = MixedLists([parse_source(s) for s in settings.data], seed=settings.seed)
+        self.dev = open_collection(parse_source(settings.dev)) if settings.dev else None
+        measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
+        queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+        self.summary = check_lists(self.lists, refuse_negative=settings.takes_gain, exclude=queries)
+        self.miner = Miner(mining, self.lists, self.summary.kept) if mining else None
+        self.encoder = load(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
+        self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
+        if self.miner is not None:
+            self.content["pool"] = self.miner.fingerprint
+        adapt(self.encoder, settings)
+        self.steps = count_steps(settings, len(self.summary.kept))
+        self.batch_lists = min(settings.batch_lists, len(self.summary.kept))
+        self.precision = choose_precision(settings.precision, self.encoder.device)
+
+    def describe(self) -> str:
+        """The data, for people."""
+        text = str(self.summary)
+        if self.lists.colliding_ids:
+            text += (
+                f"; {self.lists.colliding_ids} query ids stand for different queries in different sources: kept apart"
+            )
+        return text
+
+    def settings_json(self) -> dict:
+        """The settings as they are stored."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.settings).items()}
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after so many steps."""
+        return step * self.batch_lists * self.settings.accumulate / len(self.summary.kept)
+
+    def find_chunk(self) -> int:
+        """Texts to hold in memory at once; 0 for all of a batch. Looks at the memory where that is in question.
+
+        Raises: GradretError when a batch, or its chunks, do not fit, with a chunk to try.
+        """
+        chunk = self.settings.chunk
+        per_list = 1 + self.summary.passages / len(self.summary.kept)
+        per_list += self.miner.mining.k if self.miner is not None else 0
+        texts = math.ceil(self.batch_lists * per_list)
+        share = math.ceil(texts / self.processes.size)
+        if chunk is None and share <= PROBED_TEXTS:
+            return 0
+        length = len(self.encoder.tokenize([self.summary.longest], "document")[0])
+        trained = sum(p.numel() for p in self.encoder.parameters() if p.requires_grad)
+        capacity = measure_capacity(
+            self.encoder, length, self.precision, ADAM_BYTES * trained, self.processes.local_size
+        )
+        if chunk == AUTO:
+            if capacity is None:
+                raise GradretError("--chunk auto: this system does not show its memory; give a number, as --chunk 32")
+            check_chunk(capacity, 1, 1)
+            return 0 if capacity.chunk >= texts else capacity.chunk
+        check_chunk(capacity, share, chunk)
+        return chunk or 0
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone: biases and norm weights are vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0)

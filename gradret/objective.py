@@ -1,0 +1,84 @@
+"""The loss of a batch from its embeddings, in memory that does not grow with the number of lists."""
+
+from torch import Tensor
+
+from gradret.batches import Batch
+from gradret.losses import kl_loss, make_loss
+from gradret.pairs import prepare_pairs
+from gradret.processes import ALONE, Processes
+from gradret.retrieval_loss import wasserstein_retrieval_loss
+from gradret.settings import FitSettings
+
+BLOCK_ELEMENTS = 1 << 24  # of the scores that exist at once: 64 MiB in float32
+
+
+class Objective:
+    """A run's loss.
+
+    Args:
+        settings: loss, order, temperature, targets, in_batch and kl_share are used.
+        floor: grade of the other lists' documents; None: a list has its own documents alone.
+    """
+
+    def __init__(self, settings: FitSettings, floor: float | None):
+        self.settings, self.floor = settings, floor
+        bound = {"order": settings.order, "temperature": settings.temperature, "targets": settings.targets}
+        self._loss = make_loss(settings.loss, **bound)
+
+    def add_gradients(
+        self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0
+    ) -> float:
+        """Add the gradient of `scale` times the loss to the embeddings' .grad, and return that value.
+
+        With several processes: of this one's lists alone; the sum over the processes is that of the batch.
+
+        Args:
+            queries: (B, D) leaf that requires gradients; its dot products with documents are the scores.
+            documents: (N, D), likewise.
+        """
+        count = len(batch.queries)
+        if self.settings.loss == "gaussian":  # one value for the whole batch: everyone computes all of it
+            parts, shares = [slice(0, count)], [1 / processes.size]
+        else:
+            own = processes.split(count)
+            size = self._block_rows(batch)
+            parts = [slice(i, min(i + size, own.stop)) for i in range(own.start, own.stop, size)]
+            shares = [(part.stop - part.start) / count for part in parts]
+        total = 0.0
+        for part, share in zip(parts, shares, strict=True):
+            loss = self._loss_of(queries[part], documents, batch, part) * (share * scale)
+            loss.backward()
+            total += loss.item()  # waits for the device
+        return total
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether scores go straight into the loss, without a matrix of them."""
+        return self.settings.loss == "wasserstein" and self.floor is not None and not self.settings.kl_share
+
+    def _block_rows(self, batch: Batch) -> int:
+        """How many lists at once."""
+        if self.is_fused:
+            return len(batch.queries)
+        columns = batch.columns.shape[1] if self.floor is None else len(batch.documents)
+        per_list = columns**2 if self.settings.loss == "ranknet" else columns
+        return max(1, BLOCK_ELEMENTS // per_list)
+
+    def _loss_of(self, queries: Tensor, documents: Tensor, batch: Batch, part: slice) -> Tensor:
+        s, device = self.settings, queries.device
+        if self.is_fused:
+            shape = (len(queries), len(documents))
+            pairs = prepare_pairs(*batch.list_pairs(part), shape, default_grade=self.floor, targets=s.targets)
+            options = {"order": s.order, "temperature": s.temperature}
+            return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
+        if self.floor is None:
+            columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
+            scores = (documents[columns] @ queries[:, :, None]).squeeze(-1)  # (b, n, D) (b, D, 1): (b, n)
+        else:
+            grades, mask = batch.spread_grades(self.floor, part).to(device), None
+            scores = queries @ documents.T  # (b, N)
+        loss = self._loss(scores, grades, mask=mask)
+        if s.kl_share:
+            share = kl_loss(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask)
+            loss = (1 - s.kl_share) * loss + s.kl_share * share
+        return loss

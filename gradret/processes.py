@@ -1,0 +1,176 @@
+"""Several processes that share one piece of work, as torchrun starts them; alone, every exchange is with oneself."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gradret.errors import GradretError, ProcessLost, ToldElsewhere
+
+# Others wait so long while the first one writes or searches. A process that died is noticed at once: its sockets close.
+TIMEOUT = timedelta(hours=1)
+
+
+class Processes:
+    """The processes of a job. All of them must make the same exchanges in the same order.
+
+    Small things and Python objects go by gloo on the CPU, tensors by nccl on CUDA and by gloo elsewhere.
+
+    Attributes:
+        rank: this process, from 0.
+        size: how many there are.
+    Raises: every exchange raises ProcessLost when another process has ended.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    @property
+    def local_size(self) -> int:
+        """How many of them share this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1
+
+    def gather_objects(self, value) -> list:
+        """Everyone's value, in order of rank; it must be picklable."""
+        if self.size == 1:
+            return [value]
+        found: list = [None] * self.size
+        with self._exchange():
+            dist.all_gather_object(found, value)
+        return found
+
+    def collect_objects(self, value) -> list:
+        """Everyone's value, in order of rank, in the first process; [] in the others."""
+        if self.size == 1:
+            return [value]
+        found: list = [None] * self.size if self.is_first else []
+        with self._exchange():
+            dist.gather_object(value, found or None, dst=0)
+        return found
+
+    def broadcast(self, value):
+        """The first process's value; the others' is ignored."""
+        if self.size == 1:
+            return value
+        box = [value if self.is_first else None]
+        with self._exchange():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each tensor by the sum of everyone's, the same bits in every process."""
+        if self.size == 1:
+            return
+        with self._exchange():
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def add_number(self, value: float) -> float:
+        """The sum of everyone's number."""
+        total = torch.tensor(value, dtype=torch.float64)
+        self.add([total])
+        return total.item()
+
+    def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each parameter's gradient by the sum of everyone's; one that nobody has stays None."""
+        if self.size == 1:
+            return
+        has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        self.add([has_gradient])
+        wanted = [p for p, count in zip(parameters, has_gradient.tolist(), strict=True) if count]
+        for parameter in wanted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.add([p.grad for p in wanted])
+
+    def share_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite each tensor with the first process's."""
+        if self.size == 1:
+            return
+        with self._exchange():
+            for work in [dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors]:
+                work.wait()
+
+    def split(self, count: int) -> range:
+        """This process's share of `count` things: contiguous, of the same size as the others' or one more."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Every process runs the block; where one fails with a GradretError, all end, and one of them tells it.
+
+        The block must make no exchange.
+        """
+        failure = None
+        try:
+            yield
+        except GradretError as error:
+            failure = error
+            if self.size == 1:
+                raise
+        told = self.gather_objects(None if failure is None else str(failure))
+        first = next((rank for rank, message in enumerate(told) if message is not None), None)
+        if first is None:
+            return
+        if first == self.rank:
+            raise failure if self.is_first else GradretError(f"process {self.rank} of {self.size}: {failure}")
+        raise ToldElsewhere(told[first])
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # gloo and nccl raise nothing narrower
+            raise ProcessLost(
+                f"process {self.rank} of {self.size}: another process has ended ({str(error).splitlines()[0][:200]}); "
+                "its own message tells why"
+            ) from error
+
+
+ALONE = Processes()
+
+
+def count_processes() -> int:
+    """How many processes torchrun, or a launcher that sets the same variables, has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def require_one(what: str) -> None:
+    """Refuse what has no use for several processes. Raises: GradretError."""
+    if count_processes() > 1:
+        raise GradretError(f"{what} runs in one process; start it without torchrun")
+
+
+@contextmanager
+def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]:
+    """The processes started by torchrun, and this one's device: cuda becomes the GPU of this local rank.
+
+    Joins a group that the caller has made already, too. Started alone, nothing is done.
+    """
+    made_here = not (dist.is_available() and dist.is_initialized())
+    if made_here and count_processes() == 1:
+        yield ALONE, device
+        return
+    if device is None or device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = f"cuda:{local}" if torch.cuda.is_available() else (device or "cpu")
+    on_cuda = device.startswith("cuda")
+    if made_here:
+        if on_cuda and torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_device(device)
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise GradretError(f"the processes could not find each other ({str(error).splitlines()[0]})") from error
+    yield Processes(dist.get_rank(), dist.get_world_size()), device
+    if made_here:  # not after an error: with a process gone it may wait for ever
+        dist.destroy_process_group()
