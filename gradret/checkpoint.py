@@ -71,7 +71,8 @@ class Run:
             self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
             self._create()
         else:
-            self._check(found, settings, content, resume)
+            self._record = found
+            self._check(settings, content, resume)
             self._record = found | {"settings": settings}
         self._checkpoints = self.directory / "checkpoints"
         self._lock()
@@ -110,8 +111,8 @@ class Run:
         except OSError as error:
             raise GradretError(f"{self.directory}: can not be written ({error.strerror})") from error
 
-    def _check(self, found: dict, settings: dict, content: dict, resume: bool) -> None:
-        before = found["settings"]
+    def _check(self, settings: dict, content: dict, resume: bool) -> None:
+        found, before = self._record["content"], self._record["settings"]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
         if changed:
             name = changed[0]
@@ -120,7 +121,7 @@ class Run:
                 f"{_show(settings[name])} is asked for; choose another --out"
             )
         for name, fingerprint in content.items():
-            if fingerprint != found["content"][name]:
+            if fingerprint != found[name]:
                 what = {"data": "training data", "encoder": "encoder to start from", "pool": "documents to mine from"}[
                     name
                 ]

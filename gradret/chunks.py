@@ -6,26 +6,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Of a chunk's longest text. At 0.7 padding adds 17 % to passages of 12 to 200 words, and more chunks cost little.
+LIKE = 0.7
+
 
 def plan_chunks(lengths: Sequence[int], chunk: int) -> list[np.ndarray]:
     """Positions of texts, cut into chunks of like length, the longest texts first.
 
     A chunk, padded to its longest text, holds at most as many tokens as `chunk` texts of the longest length there is:
-    more texts where they are shorter.
+    more texts where they are shorter. It ends before a text much shorter than its longest.
 
     Args:
         lengths: tokens of each text, above 0.
         chunk: texts, above 0.
     """
-    lengths = np.asarray(lengths)
-    if not len(lengths):
-        return []
-    order = np.argsort(-lengths, kind="stable")
-    budget, start, plan = chunk * int(lengths.max()), 0, []
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    sorted_lengths = np.asarray(lengths)[order]
+    start, plan = 0, []
     while start < len(order):
-        size = budget // int(lengths[order[start]])
-        plan.append(order[start : start + size])
-        start += size
+        longest = int(sorted_lengths[start])
+        alike = int(np.searchsorted(-sorted_lengths, -LIKE * longest, side="right"))
+        end = min(start + chunk * int(sorted_lengths[0]) // longest, alike)
+        plan.append(order[start:end])
+        start = end
     return plan
 
 
@@ -40,12 +43,14 @@ def deal_chunks(plan: Sequence[np.ndarray], lengths: Sequence[int], processes: i
     return dealt
 
 
-def pad_tokens(tokens: Sequence[np.ndarray], padding: int, side: str) -> tuple[Tensor, Tensor]:
-    """(n, T) int64 token ids and attention mask of n texts; padding stands on the "left" or "right"."""
+def pad_tokens(tokens: Sequence[np.ndarray], padding: int) -> tuple[Tensor, Tensor]:
+    """(n, T) int64 token ids and attention mask of n texts.
+
+    Padding stands on the right whatever the tokenizer says: on the left it would shift absolute positions.
+    """
     longest = max(len(row) for row in tokens)
     ids = np.full((len(tokens), longest), padding, np.int64)
     mask = np.zeros((len(tokens), longest), np.int64)
     for i, row in enumerate(tokens):
-        place = slice(longest - len(row), None) if side == "left" else slice(len(row))
-        ids[i, place], mask[i, place] = row, 1
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
     return torch.from_numpy(ids), torch.from_numpy(mask)

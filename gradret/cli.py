@@ -1,5 +1,7 @@
 """The command line: parse, call one function, print. Heavy imports stay inside the commands."""
 
+import sys
+
 import click
 
 from gradret import __version__
@@ -13,6 +15,17 @@ from gradret.errors import GradretError, ToldElsewhere
 
 class Commands(click.Group):
     """A group whose commands end with one line and exit code 1 on a GradretError."""
+
+    def main(self, *arguments, **options):
+        try:
+            return super().main(*arguments, **options)
+        except SystemExit as end:
+            if "gradret.processes" in sys.modules:
+                from gradret.processes import count_processes, end_process
+
+                if count_processes() > 1:
+                    end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+            raise
 
     def invoke(self, ctx):
         try:

@@ -49,6 +49,7 @@ def fit(ctx, out, resume, device, as_json, **given):
     gradret fit --data lists.jsonl --out model
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
+    from gradret.processes import is_first_started
     from gradret.train import fit as train
 
     given["data"] = given["data"] or DEFAULTS.data
@@ -59,6 +60,8 @@ def fit(ctx, out, resume, device, as_json, **given):
         given |= {k: v for k, v in stored.items() if k in given and ctx.get_parameter_source(k).name != "COMMANDLINE"}
     settings = make_settings({**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
     result = train(settings, out, resume=resume, device=device)
+    if not is_first_started():
+        return
     document = {
         "out": str(result.out),
         "steps": result.steps,

@@ -1,9 +1,11 @@
 """Several processes that share one piece of work, as torchrun starts them; alone, every exchange is with oneself."""
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -142,6 +144,18 @@ ALONE = Processes()
 def count_processes() -> int:
     """How many processes torchrun, or a launcher that sets the same variables, has started."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def is_first_started() -> bool:
+    """Whether this is the first process that torchrun has started, or the only one."""
+    return count_processes() == 1 or int(os.environ["RANK"]) == 0
+
+
+def end_process(code: int) -> NoReturn:
+    """End at once: while Python shuts down, gloo's threads abort now and then, though all work is done (torch 2.13)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def require_one(what: str) -> None:

@@ -25,8 +25,8 @@ from gradret.settings import AUTO, learning_rate_at
 from gradret.snapshot import get_optimizer, named_tensors, put_optimizer
 from gradret.versions import versions
 
-# Texts encoded at once where all activations are kept: enough to be fast, few enough to be of like length.
-GROUPS = {"cpu": 16, "cuda": 64, "mps": 32}
+# Texts encoded at once where all activations are kept: enough to be fast.
+GROUPS = {"cpu": 8, "cuda": 64, "mps": 32}
 
 
 @dataclass(frozen=True)

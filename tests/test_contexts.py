@@ -111,12 +111,12 @@ def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
 
 @pytest.mark.parametrize("loss", ["infonce", "ranknet", "kl_share"])
 def test_blocks_of_rows_change_nothing(loss, tiny_encoder, monkeypatch):
-    encoder, batch = load(str(tiny_encoder)), make_batch()
+    encoder, batch = load(str(tiny_encoder)).double(), make_batch()  # sums in another order
     for floor in (0.0, None):
         whole = find_gradients(encoder, batch, floor=floor, **LOSSES[loss])
         with monkeypatch.context() as patch:
             patch.setattr(objective, "BLOCK_ELEMENTS", 50)
-            assert_same(find_gradients(encoder, batch, floor=floor, **LOSSES[loss]), whole, 1e-6)
+            assert_same(find_gradients(encoder, batch, floor=floor, **LOSSES[loss]), whole, 1e-9)
 
 
 def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):
@@ -139,17 +139,13 @@ def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):
 
 
 def test_chunks_by_hand():
-    plan = plan_chunks([3, 9, 1, 4, 8, 2], 1)
-    assert [rows.tolist() for rows in plan] == [[1], [4], [3, 0], [5, 2]]  # at most 9 padded tokens
-    assert deal_chunks(plan, [3, 9, 1, 4, 8, 2], 2) == [[0, 3], [1, 2]]  # 9 and 8, then 8 to the second, 4 to the first
+    lengths = [3, 10, 1, 7, 8, 2, 6, 6]
+    plan = plan_chunks(lengths, 2)  # at most 20 padded tokens, and none below 0.7 of the longest
+    assert [rows.tolist() for rows in plan] == [[1, 4], [3, 6], [7], [0], [5], [2]]
+    assert deal_chunks(plan, lengths, 2) == [[0, 3], [1, 2, 4, 5]]  # 20 + 3 and 14 + 6 + 2 + 1
     assert plan_chunks([], 4) == []
-    assert [rows.tolist() for rows in plan_chunks([2, 2, 2], 2)] == [[0, 1], [2]]
+    assert [rows.tolist() for rows in plan_chunks([2] * 7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
 
 
-@pytest.mark.parametrize(("side", "ids", "mask"), [
-    ("right", [[5, 6], [7, 0]], [[1, 1], [1, 0]]),
-    ("left", [[5, 6], [0, 7]], [[1, 1], [0, 1]]),
-])  # fmt: skip
-def test_padding_by_hand(side, ids, mask):
-    found = pad_tokens([[5, 6], [7]], 0, side)
-    assert [part.tolist() for part in found] == [ids, mask]
+def test_padding_by_hand():
+    assert [part.tolist() for part in pad_tokens([[5, 6], [7]], 0)] == [[[5, 6], [7, 0]], [[1, 1], [1, 0]]]

