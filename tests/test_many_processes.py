@@ -172,7 +172,8 @@ def test_bad_input_is_told_once(tiny_encoder, tmp_path, command):
 
 
 def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
-    command = ["-m", "gradret", "bench", "eval", "--model", str(tiny_encoder), "--dataset", "sample", "--json"]
+    # Behind "--", or torchrun takes --run for the start of one of its own options.
+    command = ["-m", "--", "gradret", "bench", "eval", "--model", str(tiny_encoder), "--dataset", "sample", "--json"]
     command += ["--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--device", "cpu"]
     result = run(2, *command)
     assert result.returncode == 0, result.stderr
@@ -180,7 +181,7 @@ def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
     assert json.loads(result.stdout)["measures"] == expected.measures
     assert len((tmp_path / "run").read_text().splitlines()) == sum(map(len, expected.run.values()))
     assert "96 queries, 384 documents, 2 processes" in result.stderr
-    result = run(2, *command[:-6], "--run", str(tmp_path / "no" / "run"))
+    result = run(2, *command, "--run", str(tmp_path / "no" / "run"))
     assert result.returncode == 1
     assert result.stderr.count(f"Error: {tmp_path}/no/run: can not be written (No such file or directory)") == 1
 
