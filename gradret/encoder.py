@@ -66,7 +66,8 @@ class Encoder(nn.Module):
 
     def embed_tokens(self, tokens: Sequence[np.ndarray]) -> Tensor:
         """(n, D) float32 embeddings of n tokenized texts, with gradients; float64 those of a float64 model."""
-        ids, mask = pad_tokens(tokens, self.tokenizer.pad_token_id)
+        most = max(self.config.query_max_length, self.config.document_max_length)
+        ids, mask = pad_tokens(tokens, self.tokenizer.pad_token_id, most)
         ids, mask = ids.to(self.device), mask.to(self.device)
         hidden = self.transformer(input_ids=ids, attention_mask=mask, **self._options).last_hidden_state  # (n, T, D)
         hidden = hidden.to(self.dtype)

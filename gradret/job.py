@@ -20,6 +20,7 @@ from gradret.settings import AUTO, FitSettings, count_steps
 from gradret.sources import open_collection, parse_source
 
 PROBED_TEXTS = 256  # a batch of more is tried on a few texts first: where a CPU's memory ends, nothing says so
+SAMPLED_LISTS = 64  # whose lengths stand for all
 ADAM_BYTES = 8  # a parameter, that the optimizer takes in its first step
 
 
@@ -84,13 +85,10 @@ class Job:
         Raises: GradretError when a batch, or its chunks, do not fit, with a chunk to try.
         """
         chunk = self.settings.chunk
-        per_list = 1 + self.summary.passages / len(self.summary.kept)
-        per_list += self.miner.mining.k if self.miner is not None else 0
-        texts = math.ceil(self.batch_lists * per_list)
-        share = math.ceil(texts / self.processes.size)
-        if chunk is None and share <= PROBED_TEXTS:
+        if chunk is None and self.batch_lists * self._texts_per_list() <= PROBED_TEXTS * self.processes.size:
             return 0
-        length = len(self.encoder.tokenize([self.summary.longest], "document")[0])
+        length, texts = self._measure_texts()
+        share = math.ceil(texts / self.processes.size)
         trained = sum(p.numel() for p in self.encoder.parameters() if p.requires_grad)
         capacity = measure_capacity(
             self.encoder, length, self.precision, ADAM_BYTES * trained, self.processes.local_size
@@ -99,9 +97,26 @@ class Job:
             if capacity is None:
                 raise GradretError("--chunk auto: this system does not show its memory; give a number, as --chunk 32")
             check_chunk(capacity, 1, 1)
-            return 0 if capacity.chunk >= texts else capacity.chunk
+            return 0 if capacity.chunk >= share else capacity.chunk
         check_chunk(capacity, share, chunk)
         return chunk or 0
+
+    def _texts_per_list(self) -> float:
+        mined = self.miner.mining.k if self.miner is not None else 0
+        return 1 + self.summary.passages / len(self.summary.kept) + mined
+
+    def _measure_texts(self) -> tuple[int, int]:
+        """Tokens of the longest text, and how many so long texts take as much memory as those of a batch do."""
+        every = math.ceil(len(self.summary.kept) / SAMPLED_LISTS)
+        sample = [self.lists[i] for i in self.summary.kept[::every].tolist()]
+        passages = [p.content for entry in sample for p in entry.passages]
+        counts = [len(t) for t in self.encoder.tokenize([*passages, self.summary.longest], "document")]
+        counts += [len(t) for t in self.encoder.tokenize([entry.query for entry in sample], "query")]
+        longest = max(counts)
+        if self.miner is not None and self.miner.mining.source is not None:  # other documents, perhaps longer ones
+            longest = self.encoder.config.document_max_length
+        mean = sum(counts) / len(counts)
+        return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:

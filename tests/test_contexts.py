@@ -139,13 +139,18 @@ def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):
 
 
 def test_chunks_by_hand():
-    lengths = [3, 10, 1, 7, 8, 2, 6, 6]
-    plan = plan_chunks(lengths, 2)  # at most 20 padded tokens, and none below 0.7 of the longest
+    lengths = [24, 80, 8, 55, 64, 16, 48, 41]
+    plan = plan_chunks(lengths, 2)  # at most 160 padded tokens, and none below 0.7 of the longest
     assert [rows.tolist() for rows in plan] == [[1, 4], [3, 6], [7], [0], [5], [2]]
-    assert deal_chunks(plan, lengths, 2) == [[0, 3], [1, 2, 4, 5]]  # 20 + 3 and 14 + 6 + 2 + 1
+    assert deal_chunks(plan, lengths, 2) == [[0, 4], [1, 2, 3, 5]]  # 160 + 16 and 110 + 41 + 24 + 8
     assert plan_chunks([], 4) == []
     assert [rows.tolist() for rows in plan_chunks([2] * 7, 3)] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [rows.tolist() for rows in plan_chunks([16, 11, 12], 2)] == [[0, 2], [1]]  # 12 takes 16 places, too
 
 
 def test_padding_by_hand():
-    assert [part.tolist() for part in pad_tokens([[5, 6], [7]], 0)] == [[[5, 6], [7, 0]], [[1, 1], [1, 0]]]
+    ids, mask = pad_tokens([[5, 6], [7]], 0, 512)
+    assert ids.tolist() == [[5, 6, 0, 0, 0, 0, 0, 0], [7, 0, 0, 0, 0, 0, 0, 0]]
+    assert mask.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0, 0]]
+    assert pad_tokens([[5] * 9], 0, 12)[0].shape == (1, 12)  # as much as the model takes
+    assert pad_tokens([[5] * 16, [5]], 0, 64)[0].shape == (2, 16)

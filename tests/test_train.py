@@ -147,6 +147,47 @@ def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path, monkeypatch):
     assert load(str(result.out)).fingerprint() == seen[1]
 
 
+def test_patience_ends_a_run_that_no_longer_gets_better(tiny_encoder, tmp_path, monkeypatch):
+    values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+    monkeypatch.setattr(trainer, "evaluate", lambda e, c, *, measures, **_: Evaluation({"m": next(values)}, {}, {}))
+    settings = FitSettings(
+        data=("sample?queries=odd",), model=str(tiny_encoder), batch_lists=6, max_steps=40, epochs=9, patience=2,
+        dev="sample?queries=even", dev_every=2, precision="float32",
+    )  # fmt: skip
+    result = fit(settings, tmp_path / "out")
+    assert (result.steps, result.dev, result.dev_step) == (6, 0.5, 2)  # an equal value is no new best
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 6 |" in card
+    assert "| **2 (best, saved)** | **0.5000** |" in card
+
+
+@pytest.mark.parametrize("every", ["", ",every=0.5"])
+def test_mined_passages_join_the_lists_and_a_resumed_run_keeps_them(tiny_encoder, tmp_path, monkeypatch, every):
+    settings = FitSettings(
+        data=("sample?queries=odd",), model=str(tiny_encoder), batch_lists=6, max_steps=12, epochs=9,
+        mine=f"k=2,grade=1{every}", in_batch=False, checkpoint_every=3, precision="float32", learning_rate=1e-3,
+    )  # fmt: skip
+    fit(settings, tmp_path / "whole", progress=False)
+    assert not list((tmp_path / "whole").glob("mined-*"))
+    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(24 < line["passages"] <= 36 for line in metrics)  # of 6 lists; some are mined twice, or are in the batch
+    step, out = trainer.Trainer.train_step, tmp_path / "cut"
+
+    def fail(self, bar):
+        if self.state.step == 8:
+            raise GradretError("cut")
+        step(self, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Trainer, "train_step", fail)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    rounds = ["mined-0.npy", "mined-1.npy"] if every else ["mined-0.npy"]  # 48 lists: half an epoch is 4 steps
+    assert sorted(p.name for p in out.glob("mined-*")) == [*rounds, *["mined-2.npy"] * bool(every)]
+    fit(settings, out, resume=True, progress=False)
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
 def test_queries_to_be_measured_are_not_trained_on(tiny_encoder, tmp_path, capsys):
     settings = FitSettings(model=str(tiny_encoder), max_steps=1, exclude=("sample?queries=even",), batch_lists=4)
     fit(settings, tmp_path / "out")
@@ -183,6 +224,14 @@ def test_wrong_settings():
         FitSettings(loss="hinge")
     with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
         FitSettings(epochs=0)
+    with pytest.raises(ValueError, match="chunk must be a number above 0 or 'auto', got 'all'"):
+        FitSettings(chunk="all")
+    with pytest.raises(ValueError, match="patience must be 1 or above and needs dev, got 3 and None"):
+        FitSettings(patience=3)
+    with pytest.raises(ValueError, match="kl_share must be 0 to 1, got 2"):
+        FitSettings(kl_share=2)
+    with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
+        FitSettings(weights="bfloat16")
 
 
 @pytest.mark.slow
