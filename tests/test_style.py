@@ -27,7 +27,9 @@ def test_the_readme_opens_with_its_two_commands():
     assert blocks[1].startswith("sh\n") and "pytest" in blocks[1]
 
 
-@pytest.mark.parametrize(("script", "results", "lines"), [("loss", "loss-cpu", 30), ("gen", "gen-cpu", 5), ("fit", "fit-cpu", 14)])
+@pytest.mark.parametrize(
+    ("script", "results", "lines"), [("loss", "loss-cpu", 30), ("gen", "gen-cpu", 5), ("fit", "fit-cpu", 14)]
+)
 def test_the_readmes_tables_of_speed_are_the_results(script, results, lines):
     benchmarks = REPOSITORY / "benchmarks"
     command = [sys.executable, benchmarks / f"{script}_table.py", benchmarks / "results" / f"{results}.json"]
