@@ -76,6 +76,8 @@ class Run:
             self._record = found | {"settings": settings}
         self._checkpoints = self.directory / "checkpoints"
         self._lock()
+        if found and settings != found["settings"] and not self.finished:
+            self._create()
         for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
             shutil.rmtree(torn)
 
@@ -105,6 +107,7 @@ class Run:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
     def _create(self) -> None:
+        """Write down what this run is."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             replace_json(self.directory / RUN_FILE, self._record)

@@ -62,18 +62,18 @@ class BeirCollection(Collection):
     def __init__(self, directory: Path, split: str):
         self.name = f"{directory}:{split}"
         self._corpus = directory / "corpus.jsonl"
-        self.drop_self = _is_self_retrieving(directory.resolve().name)
+        self.drop_self = is_self_retrieving(directory.resolve().name)
         self.qrels = _read_qrels(directory, split)
         queries = directory / "queries.jsonl"
         texts: dict[str, str] = {}
-        for record, _ in _read_records(queries, ("_id", "text")):
+        for record, _ in read_records(queries, ("_id", "text")):
             if texts.setdefault(record["_id"], record["text"]) != record["text"]:
                 raise GradretError(f"{queries}: query id '{record['_id']}' stands for two different queries")
         self._keep_judged_queries(texts)
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes a document, to find an id used twice
-        for record, offset in _read_records(self._corpus, ("_id", "text")):
+        for record, offset in read_records(self._corpus, ("_id", "text")):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
                 self._offsets[record["_id"]] = offset
@@ -84,7 +84,7 @@ class BeirCollection(Collection):
             )
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        for record, _ in islice(_read_records(self._corpus, ("_id", "text")), start, None):
+        for record, _ in islice(read_records(self._corpus, ("_id", "text")), start, None):
             yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
@@ -104,21 +104,13 @@ class IrDatasetsCollection(Collection):
     def __init__(self, dataset_id: str):
         import ir_datasets
 
-        ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
-        self.name = dataset_id
-        try:
-            self._dataset = ir_datasets.load(dataset_id)
-        except KeyError:
-            raise GradretError(
-                f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
-                "check the path, or pick an id from https://ir-datasets.com"
-            ) from None
+        self.name, self._dataset = dataset_id, load_dataset(dataset_id)
         if not (self._dataset.has_qrels() and self._dataset.has_queries() and self._dataset.has_docs()):
             splits = [i for i in ir_datasets.registry._registered if i.startswith(f"{dataset_id}/")]
             splits = [i for i in splits if ir_datasets.load(i).has_qrels()]
             hint = f"name one that has, such as {', '.join(splits[:3])}" if splits else "name a dataset that has"
             raise GradretError(f"{dataset_id}: this ir_datasets id has no qrels; {hint}")
-        self.drop_self = _is_self_retrieving(*dataset_id.split("/"))
+        self.drop_self = is_self_retrieving(*dataset_id.split("/"))
         self._store = None
         try:
             self.document_count = self._dataset.docs_count() or sum(1 for _ in self._dataset.docs_iter())
@@ -171,11 +163,26 @@ class ListCollection(Collection):
         return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
 
 
-def _is_self_retrieving(*names: str) -> bool:
+def load_dataset(dataset_id: str):
+    """The dataset of an ir_datasets id. Raises: GradretError when there is none."""
+    import ir_datasets
+
+    ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
+    try:
+        return ir_datasets.load(dataset_id)
+    except KeyError:
+        raise GradretError(
+            f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
+            "check the path, or pick an id from https://ir-datasets.com"
+        ) from None
+
+
+def is_self_retrieving(*names: str) -> bool:
+    """Whether one of these is a collection whose queries are among its documents: ArguAna or Quora."""
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
 
 
-def _read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict, int]]:
+def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict, int]]:
     """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
     offset = 0
     with open_file(path) as file:

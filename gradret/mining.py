@@ -172,10 +172,7 @@ def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
 
     A positive that `sample=` did not draw must not come back as a negative.
     """
-    if not isinstance(lists, MixedLists):
-        return lists[row].passages
-    parts = zip(lists._parts, lists._rows[row].tolist(), strict=True)
-    return [passage for part, place in parts if place >= 0 for passage in part[place].passages]
+    return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
 
 
 def import_bm25s():

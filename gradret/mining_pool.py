@@ -1,7 +1,6 @@
 """The documents that hard negatives are mined from: each content once, read by position."""
 
 import hashlib
-import logging
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gradret.collection import Collection, Document, _is_self_retrieving, _read_records
+from gradret.collection import Collection, Document, is_self_retrieving, load_dataset, read_records
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, decode_json, hash64, open_file, query_words
 from gradret.mix import MixedLists
@@ -119,7 +118,7 @@ class CorpusPool(Pool):
         super().__init__(str(directory), drop_self=drop_self)
 
     def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for record, offset in _read_records(self._path, CORPUS_KEYS):
+        for record, offset in read_records(self._path, CORPUS_KEYS):
             yield offset, record["_id"], _make_passage(record).content
 
     def read(self, position: int) -> Passage:
@@ -131,16 +130,7 @@ class IrDatasetsPool(Pool):
     """The documents of any ir_datasets id, with or without queries and qrels; memory grows by their ids."""
 
     def __init__(self, dataset_id: str, *, drop_self: bool = False):
-        import ir_datasets
-
-        ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
-        try:
-            self._dataset = ir_datasets.load(dataset_id)
-        except KeyError:
-            raise GradretError(
-                f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
-                "check the path, or pick an id from https://ir-datasets.com"
-            ) from None
+        self._dataset = load_dataset(dataset_id)
         if not self._dataset.has_docs():
             raise GradretError(f"{dataset_id}: this ir_datasets id has no documents; name one that has")
         self._store, self._id_blocks = None, [[]]
@@ -191,7 +181,7 @@ def open_pool(text: str) -> Pool:
             f"{source.name} are mined from; leave these options out"
         )
     names = source.name.split("/") if path is None else [path.resolve().name]
-    drop_self = _is_self_retrieving(*names) if source.drop_self is None else source.drop_self
+    drop_self = is_self_retrieving(*names) if source.drop_self is None else source.drop_self
     return IrDatasetsPool(source.name, drop_self=drop_self) if path is None else CorpusPool(path, drop_self=drop_self)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gradret.errors import GradretError
-from gradret.lists import GRADE_LIMIT, JUDGED, RankingList, grades_agree, query_words
+from gradret.lists import GRADE_LIMIT, JUDGED, Passage, RankingList, grades_agree, query_words
 from gradret.sources import Source, open_lists, query_selector
 
 
@@ -74,6 +74,11 @@ class MixedLists(Sequence):
                     seen.add((passage.title, passage.text))
                     merged.passages.append(passage)
         return merged
+
+    def read_all(self, index: int) -> list[Passage]:
+        """The passages that the sources have for a list's query, whatever their options select."""
+        parts = zip(self._parts, self._rows[index].tolist(), strict=True)
+        return [passage for part, row in parts if row >= 0 for passage in part[row].passages]
 
     def _choose(self, index: int, part: RankingList, source: Source, select) -> list:
         if select is not None and not select(part.query_id):

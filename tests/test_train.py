@@ -9,6 +9,7 @@ from conftest import SAMPLE_FILE, list_record, make_tiny_encoder
 
 from gradret import objective, trainer
 from gradret.batches import collate, draw_batches, draw_lists
+from gradret.contexts import Contexts
 from gradret.encoder_load import load
 from gradret.errors import GradretError
 from gradret.evaluation import Evaluation, evaluate
@@ -301,6 +302,29 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
 def test_settings_are_finite(field):
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
         FitSettings(**{field: math.nan})
+
+
+def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkeypatch):
+    """And the run goes on with it, from then on."""
+
+    def fail(self, batch, seed, scale):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Contexts, "add_gradients", fail)
+        with pytest.raises(GradretError) as error:
+            fit(small(tiny_encoder), out)
+        assert str(error.value) == (
+            f"step 1: out of memory with 20 passages at once; try half: gradret fit --out {out} --resume --chunk 10"
+        )
+        with pytest.raises(GradretError, match="step 1: out of memory with 10 passages at once; .* --chunk 5$"):
+            fit(small(tiny_encoder, chunk=10), out, resume=True)
+        assert json.loads((out / "gradret.json").read_text())["settings"]["chunk"] == 10
+        patch.setattr(Contexts, "add_gradients", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # other errors stay what they are
+            fit(small(tiny_encoder, chunk=10), out, resume=True)
+    assert fit(small(tiny_encoder, chunk=5), out, resume=True).steps == 1
 
 
 def test_dev_may_be_measured_under_another_name(tiny_encoder, tmp_path):
