@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 from gradret.cli import main
 
 COMMANDS = [(), ("gen",), ("fit",), ("export",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "gen")]
-COMMANDS.append(("bench", "eval"))
+COMMANDS += [("bench", "eval"), ("bench", "fit")]
 
 
 def invoke(*arguments):

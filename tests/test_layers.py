@@ -49,7 +49,7 @@ CORE += [
     "generate",
     "export",
 ]
-CORE += ["cli_fit", "cli_gen", "gen_options", "hub_gguf", "random_gguf"]
+CORE += ["cli_bench", "cli_bench_fit", "cli_gen", "gen_options", "hub_gguf", "random_gguf", "mining_spec"]
 
 
 def imported_modules(path: Path) -> set[str]:
