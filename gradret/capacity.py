@@ -58,13 +58,26 @@ def measure_capacity(
 
     was_training = encoder.training
     encoder.train()
-    run(1)  # gradients and what libraries set up exist from now on
-    few, many = (measure(lambda n=n: run(n)) for n in PROBES)
+    try:
+        run(1)  # gradients and what libraries set up exist from now on
+        few, many = (measure(lambda n=n: run(n)) for n in PROBES)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise GradretError(
+            f"out of memory with {PROBES[1]} passages of {length} tokens; lower --document-max-length, or try "
+            "--gradient-checkpointing or --lora"
+        ) from error
     free = _free_cuda(encoder.device) if on_cuda else _free_cpu() // local
     encoder.zero_grad(set_to_none=True)
     encoder.train(was_training)
     per_passage = max(1, (many - few) // (PROBES[1] - PROBES[0]))
     return Capacity(max(0, free - optimizer_bytes), per_passage)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether that is what PyTorch says; of CUDA there is a narrower error, of the CPU there is not."""
+    return any(words in str(error) for words in ("out of memory", "allocate memory", "bad_alloc"))
 
 
 def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> None:

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.files import read_json, replace_json
+from gradret.settings import FitSettings
 from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
 from gradret.versions import versions
 
@@ -116,6 +117,7 @@ class Run:
 
     def _check(self, settings: dict, content: dict, resume: bool) -> None:
         found, before = self._record["content"], self._record["settings"]
+        before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
         if changed:
             name = changed[0]

@@ -52,6 +52,11 @@ class Job:
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
         self.summary = check_lists(self.lists, refuse_negative=settings.takes_gain, exclude=queries)
+        if mining is not None and mining.grade < 0 and settings.takes_gain:
+            raise GradretError(
+                f"mine '{settings.mine}': gain targets (2^grade - 1) do not allow the negative grade {mining.grade:g}; "
+                "use --targets softmax, or a grade of 0 or above"
+            )
         self.miner = Miner(mining, self.lists, self.summary.kept) if mining else None
         self.encoder = load(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
         self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
@@ -79,9 +84,12 @@ class Job:
         """Epochs done after so many steps."""
         return step * self.batch_lists * self.settings.accumulate / len(self.summary.kept)
 
-    def find_chunk(self) -> int:
+    def find_chunk(self, found: int | None = None, *, has_optimizer: bool = False) -> int:
         """Texts to hold in memory at once; 0 for all of a batch. Looks at the memory where that is in question.
 
+        Args:
+            found: what "auto" was before: it stays, because dropout depends on it, where it still fits.
+            has_optimizer: whether the optimizer has taken its memory already.
         Raises: GradretError when a batch, or its chunks, do not fit, with a chunk to try.
         """
         chunk = self.settings.chunk
@@ -90,9 +98,11 @@ class Job:
         length, texts = self._measure_texts()
         share = math.ceil(texts / self.processes.size)
         trained = sum(p.numel() for p in self.encoder.parameters() if p.requires_grad)
-        capacity = measure_capacity(
-            self.encoder, length, self.precision, ADAM_BYTES * trained, self.processes.local_size
-        )
+        optimizer_bytes = 0 if has_optimizer else ADAM_BYTES * trained
+        capacity = measure_capacity(self.encoder, length, self.precision, optimizer_bytes, self.processes.local_size)
+        if found is not None:
+            check_chunk(capacity, share, found or None)
+            return found
         if chunk == AUTO:
             if capacity is None:
                 raise GradretError("--chunk auto: this system does not show its memory; give a number, as --chunk 32")

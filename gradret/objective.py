@@ -9,7 +9,7 @@ from gradret.processes import ALONE, Processes
 from gradret.retrieval_loss import wasserstein_retrieval_loss
 from gradret.settings import FitSettings
 
-BLOCK_ELEMENTS = 1 << 24  # of the scores that exist at once: 64 MiB in float32
+BLOCK_ELEMENTS = 1 << 22  # of the scores that exist at once: 16 MiB in float32, and as much for each step of a loss
 
 
 class Objective:

@@ -118,6 +118,9 @@ class FitSettings:
             raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
         if self.patience is not None and (self.patience < 1 or self.dev is None):
             raise ValueError(f"patience must be 1 or above and needs dev, got {self.patience!r} and {self.dev!r}")
+        for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):
+            if getattr(self, name) != default and not self.lora:
+                raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
         for name in (

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from gradret.adapters import merge_adapters
 from gradret.batches import Batch, draw_batches
+from gradret.capacity import is_out_of_memory
 from gradret.card import write_card
 from gradret.checkpoint import Run, RunState, step_name
 from gradret.console import StopRequest, say
@@ -81,18 +83,18 @@ class Trainer:
         return state
 
     def find_chunk(self) -> None:
-        """Settle how many texts are held at once; what "auto" found once stays, because dropout depends on it."""
-        if self.settings.chunk == AUTO and self.state.chunk is not None:
-            return
+        """Settle how many texts are held at once."""
+        found = self.state.chunk if self.settings.chunk == AUTO else None
         with self.processes.agree():
-            chunk = self.job.find_chunk()
+            chunk = self.job.find_chunk(found, has_optimizer=self.state.step > 0)
         self.state.chunk = min(filter(None, self.processes.gather_objects(chunk)), default=0)
 
     def make_contexts(self) -> Contexts:
         s, job, chunk = self.settings, self.job, self.state.chunk
         floor = None
         if s.in_batch:
-            floor = min(0.0, job.summary.lowest) if s.in_batch_grade is None else s.in_batch_grade
+            mined = job.miner.mining.grade if job.miner is not None else 0.0
+            floor = min(0.0, job.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
         group = chunk or GROUPS.get(self.encoder.device.type, GROUPS["cuda"])
         return Contexts(self.encoder, Objective(s, floor), job.precision, group, bool(chunk), self.processes)
 
@@ -113,7 +115,11 @@ class Trainer:
                             self.interrupt(stop.signal or signal.SIGTERM)
                     if state.step == steps or self.is_patience_over():
                         return
-                    self.mine()
+                    # Cut short in one of several processes, it would leave the others waiting.
+                    with stop.at_once() if self.processes.size == 1 else nullcontext():
+                        self.mine()
+                    if stop.signal is not None and self.processes.size == 1:
+                        continue
                     self.train_step(bar)
                     if state.step % self.settings.checkpoint_every == 0 and state.step < steps and not self.dev_due():
                         self.save()
@@ -193,10 +199,11 @@ class Trainer:
     def add_gradients(self, batch: Batch, seed: str) -> float:
         try:
             return self.contexts.add_gradients(batch, seed, 1 / self.settings.accumulate)
-        except RuntimeError as error:  # of CUDA there is a narrower one, of the CPU there is not
-            if not any(words in str(error) for words in ("out of memory", "allocate memory", "bad_alloc")):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
-            held = self.state.chunk or len(batch.queries) + len(batch.documents)
+            share = math.ceil((len(batch.queries) + len(batch.documents)) / self.processes.size)
+            held = min(self.state.chunk or share, share)
             raise GradretError(
                 f"step {self.state.step + 1}: out of memory with {held} passages at once; try half: "
                 f"{self.resume_command()} --chunk {max(1, held // 2)}"
@@ -234,11 +241,13 @@ class Trainer:
         found: dict = {}
         with self.processes.agree():
             if run is not None:
-                found["loss"] = run.read_lines("metrics.jsonl")[-1]["loss"] if state.step else None
+                steps = run.read_lines("metrics.jsonl")
+                found["loss"] = steps[-1]["loss"] if steps else None
                 run.restore_best(self.encoder, state)
                 merge_adapters(self.encoder)
                 facts = {"data": str(job.summary), "steps": state.step, "dev": run.read_lines("dev.jsonl")}
-                facts |= {"best_step": state.best_step, "encoder": self.encoder, "seconds": seconds}
+                facts |= {"best_step": state.best_step, "encoder": self.encoder}
+                facts["seconds"] = sum(line["step_ms"] for line in steps) / 1000  # also of what ran before a resume
                 facts |= {"where": self.describe_place(), "versions": versions()}
                 run.finish(self.encoder, lambda directory: write_card(directory, settings=s, **facts))
         loss = self.processes.broadcast(found.get("loss"))
@@ -262,7 +271,8 @@ class Trainer:
 
     def interrupt(self, number: int) -> None:
         """Checkpoint and end."""
-        self.save_step()
+        with self.processes.agree():  # the others wait: once one has ended, torchrun gives the rest half a minute
+            self.save_step()
         raise self.told_once(
             f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.job.steps}, all saved; "
             f"continue with: {self.resume_command()}",
@@ -283,6 +293,7 @@ class Trainer:
             self.save()
 
     def resume_command(self) -> str:
-        size = self.processes.size
-        program = f"torchrun --nproc-per-node {size} -m gradret" if size > 1 else "gradret"
+        size, local = self.processes.size, self.processes.local_size
+        nodes = f" --nnodes {size // local}" if size > local else ""
+        program = f"torchrun{nodes} --nproc-per-node {local} -m gradret" if size > 1 else "gradret"
         return f"{program} fit --out {self.out} --resume"

@@ -48,7 +48,12 @@ def start_pair(*command: str) -> list[subprocess.Popen]:
     """Two processes as a cluster's launcher starts them: nobody watches over both."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    shared = ENVIRONMENT | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    shared = ENVIRONMENT | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [
         subprocess.Popen(["python", *command], env=shared | {"RANK": str(rank)}, text=True, **pipes) for rank in (0, 1)

@@ -231,6 +231,8 @@ def test_wrong_settings():
         FitSettings(patience=3)
     with pytest.raises(ValueError, match="kl_share must be 0 to 1, got 2"):
         FitSettings(kl_share=2)
+    with pytest.raises(ValueError, match="lora_targets needs lora"):
+        FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
         FitSettings(weights="bfloat16")
 
@@ -302,6 +304,16 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
 def test_settings_are_finite(field):
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
         FitSettings(**{field: math.nan})
+
+
+def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
+    with pytest.raises(GradretError) as error:
+        fit(small(tiny_encoder, mine="k=1,grade=-1"), tmp_path / "out")
+    assert str(error.value) == (
+        "mine 'k=1,grade=-1': gain targets (2^grade - 1) do not allow the negative grade -1; "
+        "use --targets softmax, or a grade of 0 or above"
+    )
+    fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax"), tmp_path / "out")
 
 
 def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkeypatch):
