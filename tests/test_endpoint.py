@@ -370,9 +370,10 @@ def test_close_abandons_what_runs(open_endpoint):
 @pytest.mark.parametrize("closes", [True, False])
 def test_sigint_ends_collect_and_the_process(closes):
     code = f"""
-import sys
+import signal, sys
 from gradret.endpoint import Endpoint
 from gradret.llm import Request
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have been started without
 engine = Endpoint(sys.argv[1])
 for i in range(8):
     engine.submit(Request(i, ({{"role": "user", "content": "x"}},), 5))
