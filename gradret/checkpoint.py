@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
-from gradret.files import read_json, replace_json
+from gradret.files import link_file, read_json, replace_json, sync_file
+from gradret.lists import hash64
 from gradret.settings import FitSettings
 from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
 from gradret.versions import versions
@@ -76,6 +77,8 @@ class Run:
             self._check(settings, content, resume)
             self._record = found | {"settings": settings}
         self._checkpoints = self.directory / "checkpoints"
+        kept = {k: v for k, v in settings.items() if k not in FREE_SETTINGS}
+        self._identity = hash64(json.dumps([kept, content], sort_keys=True))
         self._lock()
         if found and settings != found["settings"] and not self.finished:
             self._create()
@@ -154,7 +157,13 @@ class Run:
         checkpoint = self.last_checkpoint
         state = RunState()
         if checkpoint is not None:
-            state = RunState(**read_json(checkpoint / "state.json"))
+            found = read_json(checkpoint / "state.json")
+            if found.pop("run", self._identity) != self._identity:
+                raise GradretError(
+                    f"{checkpoint}: belongs to a run with another model, loss, data or other settings; put this run's "
+                    "own checkpoint back, or remove it to start from the beginning"
+                )
+            state = RunState(**found)
             put_tensors(encoder, load_file(checkpoint / "model.safetensors"))
             put_optimizer(encoder, optimizer, load_file(checkpoint / "optimizer.safetensors"))
         _drop_after(self.directory / "metrics.jsonl", state.step)
@@ -201,9 +210,9 @@ class Run:
             save_file(get_optimizer(encoder, optimizer), part / "optimizer.safetensors")
             self._record_best(state, part, previous)
             for file in part.iterdir():
-                _sync(file)
+                sync_file(file)
             os.rename(part, target)
-            _sync(self._checkpoints)
+            sync_file(self._checkpoints)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise self._write_error(error) from error
@@ -217,8 +226,8 @@ class Run:
                 checkpoint / "model.safetensors" if state.best_step == state.step else previous / "best.safetensors"
             )
             if source != checkpoint / "best.safetensors":
-                _link(source, checkpoint / "best.safetensors")
-        replace_json(checkpoint / "state.json", vars(state))
+                link_file(source, checkpoint / "best.safetensors")
+        replace_json(checkpoint / "state.json", vars(state) | {"run": self._identity})
 
     def _write_error(self, error: Exception) -> GradretError:
         last = self.last_checkpoint
@@ -240,7 +249,7 @@ class Run:
             write_card(self.directory)
             for file in self.directory.rglob("*"):
                 if file.is_file():
-                    _sync(file)
+                    sync_file(file)
             self._record["finished"] = True
             replace_json(self.directory / RUN_FILE, self._record)
         except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
@@ -257,24 +266,6 @@ def step_name(step: int) -> str:
 
 def _show(value: object) -> str:
     return json.dumps(value)
-
-
-def _link(source: Path, target: Path) -> None:
-    part = target.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, part)
-    os.replace(part, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _drop_after(path: Path, step: int) -> None:

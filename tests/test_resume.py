@@ -11,11 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_encoder
 
 from gradret import checkpoint
 from gradret.errors import GradretError
 from gradret.settings import FitSettings
 from gradret.train import fit
+from gradret.trainer import Trainer
 
 STEPS = 12
 
@@ -197,6 +199,39 @@ def test_a_directory_that_is_taken(tiny_encoder, tmp_path):
     (tmp_path / "things" / "file").touch()
     with pytest.raises(GradretError, match="things: is not empty and holds no gradret run; choose another --out"):
         fit(settings, tmp_path / "things")
+
+
+def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_path, monkeypatch):
+    """Of another loss: its tensors would fit. The encoder to start from changed in place."""
+    model = make_tiny_encoder(tmp_path / "model")
+    step = Trainer.train_step
+
+    def cut(self, bar):
+        if self.state.step == 2:
+            raise GradretError("cut")
+        step(self, bar)
+
+    settings = {
+        loss: FitSettings(model=str(model), loss=loss, **SMALL | {"max_steps": 3, "checkpoint_every": 1})
+        for loss in ("wasserstein", "infonce")
+    }
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", cut)
+        for loss, chosen in settings.items():
+            with pytest.raises(GradretError, match="cut"):
+                fit(chosen, tmp_path / loss)
+    ours, theirs = (tmp_path / loss / "checkpoints" / "step-000000002" for loss in settings)
+    shutil.rmtree(ours)
+    shutil.copytree(theirs, ours)
+    with pytest.raises(GradretError) as error:
+        fit(settings["wasserstein"], tmp_path / "wasserstein", resume=True)
+    assert str(error.value) == (
+        f"{ours}: belongs to a run with another model, loss, data or other settings; put this run's own checkpoint "
+        "back, or remove it to start from the beginning"
+    )
+    shutil.copytree(make_tiny_encoder(tmp_path / "other", dropout=0.0), model, dirs_exist_ok=True)
+    with pytest.raises(GradretError, match="infonce: the encoder to start from has changed since this run began"):
+        fit(settings["infonce"], tmp_path / "infonce", resume=True)
 
 
 def test_changed_data_are_noticed(tiny_encoder, tmp_path):
