@@ -49,18 +49,24 @@ def fit(ctx, out, resume, device, as_json, **given):
     gradret fit --data lists.jsonl --out model
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
-    from gradret.processes import is_first_started
+    given["data"] = given["data"] or DEFAULTS.data
+    if not resume:
+        make_settings(_as_tuples(given))  # wrong ones are told before the wait for the imports
+    from gradret.processes import join_processes
     from gradret.train import fit as train
 
-    given["data"] = given["data"] or DEFAULTS.data
-    if resume:  # settings come from the run; what was spelled out must agree with it
-        stored = read_json(Path(out, "gradret.json")).get("settings")
-        if stored is None:
-            raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
-        given |= {k: v for k, v in stored.items() if k in given and ctx.get_parameter_source(k).name != "COMMANDLINE"}
-    settings = make_settings({**given, "data": tuple(given["data"]), "exclude": tuple(given["exclude"])})
-    result = train(settings, out, resume=resume, device=device)
-    if not is_first_started():
+    with join_processes(device) as (processes, device):
+        if resume:  # settings come from the run, which the first process alone need have
+            with processes.agree():
+                stored = _read_settings(out) if processes.is_first else None
+            stored = processes.broadcast(stored)
+            named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+            given |= {
+                k: v for k, v in stored.items() if k in given and k not in named
+            }  # what is spelled out must agree
+        settings = make_settings(_as_tuples(given))
+        result = train(settings, out, resume=resume, device=device)
+    if not processes.is_first:
         return
     document = {
         "out": str(result.out),
@@ -76,3 +82,14 @@ def fit(ctx, out, resume, device, as_json, **given):
     else:
         best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""
         click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
+
+
+def _as_tuples(given: dict) -> dict:
+    return given | {name: tuple(given[name]) for name in ("data", "exclude")}
+
+
+def _read_settings(out: str) -> dict:
+    stored = read_json(Path(out, "gradret.json")).get("settings")
+    if stored is None:
+        raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
+    return stored

@@ -146,11 +146,6 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
-def is_first_started() -> bool:
-    """Whether this is the first process that torchrun has started, or the only one."""
-    return count_processes() == 1 or int(os.environ["RANK"]) == 0
-
-
 def end_process(code: int) -> NoReturn:
     """End at once: while Python shuts down, gloo's threads abort now and then, though all work is done (torch 2.13)."""
     sys.stdout.flush()

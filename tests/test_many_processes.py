@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -44,8 +45,8 @@ def run(processes: int, *command: str) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
 
-def start_pair(*command: str) -> list[subprocess.Popen]:
-    """Two processes as a cluster's launcher starts them: nobody watches over both."""
+def start_pair(*command: str, folders: tuple = (None, None)) -> list[subprocess.Popen]:
+    """Two processes as a cluster's launcher starts them, each in a folder: nobody watches over both."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     shared = ENVIRONMENT | {
@@ -56,7 +57,8 @@ def start_pair(*command: str) -> list[subprocess.Popen]:
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return [
-        subprocess.Popen(["python", *command], env=shared | {"RANK": str(rank)}, text=True, **pipes) for rank in (0, 1)
+        subprocess.Popen([sys.executable, *command], env=shared | {"RANK": str(rank)}, text=True, cwd=folder, **pipes)
+        for rank, folder in enumerate(folders)
     ]
 
 
@@ -131,6 +133,24 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(uninterru
     assert result.returncode == 0, result.stderr
     assert same_bits(out, uninterrupted)
     assert read_losses(out) == read_losses(uninterrupted)
+
+
+def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    folders = tmp_path / "here", tmp_path / "there"
+    for resume in ([], ["--resume"]):
+        pair = start_pair(*arguments(tiny_encoder, Path("out")), *resume, folders=folders)
+        if not resume:
+            wait_for_step(pair, folders[0] / "out", 5)
+            for process in pair:
+                process.terminate()
+        for rank, process in enumerate(pair):
+            stdout, stderr = process.communicate(timeout=100)
+            assert process.returncode == (0 if resume else 1), stderr
+            assert bool(stdout) == bool(resume and rank == 0)
+    assert same_bits(folders[0] / "out", uninterrupted)
+    assert not list(folders[1].iterdir())
 
 
 def test_torchrun_ends_when_one_of_its_processes_is_killed(tiny_encoder, tmp_path):
