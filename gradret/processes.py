@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradret.errors import GradretError, ProcessLost, ToldElsewhere
 
 # Others wait so long while the first one writes or searches. A process that died is noticed at once: its sockets close.
-TIMEOUT = timedelta(hours=1)
+TIMEOUT = timedelta(hours=6)
 
 
 class Processes:
@@ -132,10 +132,11 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # gloo and nccl raise nothing narrower
-            raise ProcessLost(
-                f"process {self.rank} of {self.size}: another process has ended ({str(error).splitlines()[0][:200]}); "
-                "its own message tells why"
-            ) from error
+            reason = str(error).splitlines()[0][:200]
+            what = "another process has ended ({}); its own message tells why"
+            if "timed out" in reason.lower():
+                what = "the others did not answer in time ({})"
+            raise ProcessLost(f"process {self.rank} of {self.size}: {what.format(reason)}") from error
 
 
 ALONE = Processes()
@@ -172,6 +173,8 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
     if device is None or device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local}" if torch.cuda.is_available() else (device or "cpu")
+    elif ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise GradretError(f"--device {device} is one GPU, which several processes can not share; give --device cuda")
     on_cuda = device.startswith("cuda")
     if made_here:
         if on_cuda and torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_contexts import LOSSES
 
-from gradret.processes import Processes
+from gradret.errors import GradretError, ProcessLost
+from gradret.processes import Processes, join_processes
 
 SCRIPT = Path(__file__).with_name("share_batch.py")
 # One thread a process: two that share a core wait for each other.
@@ -72,3 +73,26 @@ def test_a_collection_is_embedded_once_and_measured_alike(alone, shared):
 def test_shares_are_contiguous_and_whole():
     shares = [list(Processes(rank, 3).split(8)) for rank in range(3)]
     assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_one_gpu_is_not_shared(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GradretError, match="^--device cuda:1 is one GPU, which several processes can not share; give"):
+        with join_processes("cuda:1"):
+            pass
+
+
+@pytest.mark.parametrize(("reason", "told"), [
+    ("Connection closed by peer [127.0.0.1]:9", "another process has ended (Connection closed by peer [127.0.0.1]:9); "
+     "its own message tells why"),
+    ("Timed out waiting 6000ms for recv", "the others did not answer in time (Timed out waiting 6000ms for recv)"),
+])  # fmt: skip
+def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told):
+    def fail(*_):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
+    with pytest.raises(ProcessLost) as error:
+        Processes(1, 2).gather_objects(0)
+    assert str(error.value) == f"process 1 of 2: {told}"
