@@ -186,7 +186,7 @@ def test_a_local_directory_that_looks_like_a_hub_repository(encoder, tmp_path, m
 
 def test_any_string_leaves_the_card_whole(tiny_encoder, tmp_path):
     encoder = load(str(tiny_encoder), query_prefix=STRANGE, document_prefix="--- | ---")
-    settings = FitSettings(model=STRANGE, data=(STRANGE,), dev=STRANGE, mine=STRANGE, lora_targets=(STRANGE,))
+    settings = FitSettings(model=STRANGE, data=(STRANGE,), dev=STRANGE, mine=STRANGE, lora=2, lora_targets=(STRANGE,))
     directory = tmp_path / 'a "b" | c: `d` #e $f'
     text = write(directory, encoder, settings, dev=[{"step": 1, "x|y": 1}], where="a | b\n# c", data="*x*\n## y")
     card = ModelCard.load(directory / "README.md")
