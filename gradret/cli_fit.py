@@ -61,9 +61,8 @@ def fit(ctx, out, resume, device, as_json, **given):
                 stored = _read_settings(out) if processes.is_first else None
             stored = processes.broadcast(stored)
             named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
-            given |= {
-                k: v for k, v in stored.items() if k in given and k not in named
-            }  # what is spelled out must agree
+            # What was spelled out must agree with the run.
+            given |= {k: v for k, v in stored.items() if k in given and k not in named}
         settings = make_settings(_as_tuples(given))
         result = train(settings, out, resume=resume, device=device)
     if not processes.is_first:

@@ -173,7 +173,7 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
     if device is None or device == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local}" if torch.cuda.is_available() else (device or "cpu")
-    elif ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+    elif made_here and ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise GradretError(f"--device {device} is one GPU, which several processes can not share; give --device cuda")
     on_cuda = device.startswith("cuda")
     if made_here:

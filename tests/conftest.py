@@ -110,6 +110,15 @@ def real_server(tmp_path_factory):
         process.wait(10)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices of 32 by 32 are multiplied before a second thread has woken."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def list_record(query_id: str, grades=(3, 2, 1, 0), **extra) -> dict:
     passages = [{"grade": g, "text": f"passage {i} about {query_id}"} for i, g in enumerate(grades)]
     return {"query_id": query_id, "query": f"what is {query_id}", "passages": passages, **extra}

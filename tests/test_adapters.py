@@ -42,13 +42,7 @@ QUERY = "encoder.layer.0.attention.self.query"
 LONG = EncoderConfig(query_max_length=64, document_max_length=64)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 32 by 32 are multiplied before a second thread has woken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def adapted(model: Path, *, weights: str = "float32", **settings) -> Encoder:

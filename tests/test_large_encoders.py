@@ -46,13 +46,7 @@ INSTRUCTION = "Instruct: find passages that answer it\nQuery: "
 END, PAD = 0, 1
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Matrices of 32 by 32 are multiplied before a second thread has woken."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_tiny_decoder(

@@ -81,6 +81,10 @@ def test_one_gpu_is_not_shared(monkeypatch):
     with pytest.raises(GradretError, match="^--device cuda:1 is one GPU, which several processes can not share; give"):
         with join_processes("cuda:1"):
             pass
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with join_processes("cuda:1") as (processes, device):  # as fit joins the group that its command has made
+        assert (processes.rank, processes.size, device) == (1, 2, "cuda:1")
 
 
 @pytest.mark.parametrize(("reason", "told"), [
