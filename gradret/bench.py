@@ -15,7 +15,6 @@ from gradret.encoder import Encoder
 from gradret.encoder_load import load
 from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measures
-from gradret.processes import require_one
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
 from gradret.sources import open_collection, parse_source
 from gradret.train import fit
@@ -55,7 +54,6 @@ def measure_quality(
         over these queries against infonce.
     Raises: GradretError.
     """
-    require_one("bench quality")
     began = time.monotonic()
     measures = list(parse_measures(measures))
     collections = {name: open_collection(parse_source(name)) for name in datasets}

@@ -1,8 +1,7 @@
 """How many passages fit into memory at once with their activations: measured on a few, carried on in proportion."""
 
 import ctypes
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ import torch
 
 from gradret.encoder import Encoder, autocast
 from gradret.errors import GradretError
+from gradret.resident import STATUS, can_restart_peak, peak_bytes, read_field, restart_peak
 
 PROBES = (1, 3)  # passages, few enough to fit where anything does; their difference is what each one needs
 SHARE = 0.8  # of the free memory: allocators waste some, and others use the machine, too
 MIB = 1 << 20
-CLEAR_REFS = Path("/proc/self/clear_refs")
-CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def measure_capacity(
         local: processes that share the memory of this machine.
     """
     on_cuda = encoder.device.type == "cuda"
-    if not on_cuda and not (encoder.device.type == "cpu" and os.access(CLEAR_REFS, os.W_OK)):
+    if not on_cuda and not (encoder.device.type == "cpu" and can_restart_peak()):
         return None
     measure = _measure_cuda_peak if on_cuda else _measure_cpu_peak
 
@@ -85,7 +85,7 @@ def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> 
 
     Args:
         capacity: None where it is not known.
-        passages: of a batch, its queries counted in.
+        passages: of the longest length, that take as much memory as the texts of a batch.
         chunk: of gradient caching; None keeps the activations of the whole batch.
     Raises: GradretError with a chunk to try.
     """
@@ -95,7 +95,7 @@ def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> 
     need, free = wanted * capacity.per_passage / MIB, capacity.free / MIB
     if need <= free:
         return
-    what = f"--chunk {chunk}" if chunk else f"a batch of {passages} passages and queries without --chunk"
+    what = f"--chunk {chunk}" if chunk else "a batch without --chunk"
     if not capacity.chunk:
         raise GradretError(
             f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free, and not one passage fits; "
@@ -117,9 +117,9 @@ def _measure_cuda_peak(run: Callable[[], None]) -> int:
 def _measure_cpu_peak(run: Callable[[], None]) -> int:
     with suppress(OSError, AttributeError):  # glibc: what is freed but kept would hide what is taken
         ctypes.CDLL(None).malloc_trim(0)
-    CLEAR_REFS.write_text("5")  # the peak starts again from what is resident now
+    restart_peak()
     run()
-    return _read_field("/proc/self/status", "VmHWM")
+    return peak_bytes()
 
 
 def _free_cuda(device: torch.device) -> int:
@@ -128,24 +128,31 @@ def _free_cuda(device: torch.device) -> int:
 
 
 def _free_cpu() -> int:
-    """Bytes this process may still take: of the machine, of its control group and of its own limit."""
+    """Bytes this process may still take: of the machine, of its control groups and of its own limit."""
     import resource  # not on Windows, where this function is never called
 
-    free = [_read_field("/proc/meminfo", "MemAvailable")]
-    with suppress(OSError, ValueError):  # no limit says "max"
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        cache = _read_field(str(CGROUP / "memory.stat"), "inactive_file", unit=1)  # given back when asked for
-        free.append(limit - used + cache)
+    free = [read_field("/proc/meminfo", "MemAvailable"), *_free_in_cgroups()]
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
-        free.append(limit - _read_field("/proc/self/status", "VmSize"))
+        free.append(limit - read_field(STATUS, "VmSize"))
     return min(free)
 
 
-def _read_field(path: str, name: str, unit: int = 1024) -> int:
-    """A number of bytes from a file of lines `name: number kB` or `name number`."""
-    for line in Path(path).read_text().splitlines():
-        words = line.replace(":", " ").split()
-        if words and words[0] == name:
-            return int(words[1]) * unit
-    raise ValueError(f"{path}: has no {name}")
+def _free_in_cgroups() -> Iterator[int]:
+    """Bytes that each memory limit over this process leaves: a limit of a group holds for the groups inside it."""
+    with suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":  # version 2
+                top, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                top = CGROUPS / "memory"
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else:
+                continue
+            # Inside a container the path may be the host's, of which only the container's own end is to be seen: `top`.
+            for group in (path := Path(path.lstrip("/")), *path.parents):
+                with suppress(OSError, ValueError):  # no limit says "max"; the outermost group has no such file
+                    limit, used = (int((top / group / name).read_text()) for name in names[:2])
+                    cache = read_field(top / group / "memory.stat", names[2], unit=1)  # given back when asked for
+                    yield limit - used + cache

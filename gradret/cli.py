@@ -11,6 +11,7 @@ from gradret.cli_fit import fit
 from gradret.cli_gen import bench_gen, export, gen
 from gradret.cli_loss import loss
 from gradret.errors import GradretError, ToldElsewhere
+from gradret.launch import count_processes
 
 
 class Commands(click.Group):
@@ -20,11 +21,10 @@ class Commands(click.Group):
         try:
             return super().main(*arguments, **options)
         except SystemExit as end:
-            if "gradret.processes" in sys.modules:
-                from gradret.processes import count_processes, end_process
+            if "gradret.processes" in sys.modules and count_processes() > 1:
+                from gradret.processes import end_process
 
-                if count_processes() > 1:
-                    end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+                end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
             raise
 
     def invoke(self, ctx):

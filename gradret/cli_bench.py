@@ -7,6 +7,7 @@ import click
 
 from gradret.console import command_line, say
 from gradret.files import check_writable, open_folder, write_json
+from gradret.launch import require_one
 from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, make_settings
 from gradret.settings import PRECISIONS
 
@@ -62,6 +63,7 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
     its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
     queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
     """
+    require_one("bench quality")
     from gradret.report import draw_quality, format_quality, require_bench_extra
 
     require_bench_extra()

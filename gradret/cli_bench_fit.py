@@ -7,6 +7,7 @@ import click
 
 from gradret.console import command_line
 from gradret.files import open_folder, write_json
+from gradret.launch import require_one
 from gradret.options import DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, make_settings, option
 from gradret.settings import PRECISIONS
 
@@ -63,6 +64,7 @@ def fit(data, max_length, chunk, steps, rounds, memory, out, device, as_json, **
     gradret bench fit
     gradret bench fit --data sample --batch-lists 8 --memory 16,1024
     """
+    require_one("bench fit")
     from gradret.fit_report import format_fit_speed
     from gradret.fit_speed import measure_fit
 

@@ -21,6 +21,7 @@ from gradret.gen_options import (
     Shard,
     check_engine_options,
 )
+from gradret.launch import require_one
 from gradret.options import JSON, POSITIVE
 from gradret.settings import SAMPLE, GenSettings
 from gradret.sources import find_path
@@ -55,6 +56,7 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     gradret gen queries.tsv --model qwen2.5-7b-instruct-q4_k_m.gguf --out lists.jsonl
     gradret gen beir/scifact/train --endpoint http://localhost:8000/v1 --shard 1/4 --out lists-1.jsonl
     """
+    require_one("gen", "; --shard i/n shares the queries out")
     from gradret.checks import Checks
     from gradret.generate import NO_REPLY, generate, request_kinds, settings_record
     from gradret.journal import Journal
@@ -164,6 +166,7 @@ def bench_gen(model, queries, out, as_json, **given):
 
     The same model, prompts, sampler and token cap, without a grammar and with one; rounds take turns.
     """
+    require_one("bench gen")
     from gradret.engine_speed import format_engine_speed, measure_engine
     from gradret.hub_gguf import locate_gguf
     from gradret.prompts import Prompts, read_examples
@@ -198,6 +201,7 @@ def export(lists, form, out, positive_from, as_json):
     \b
     gradret export lists.jsonl --format beir --out lists-beir
     """
+    require_one("export")
     from gradret.export import export_lists
 
     if positive_from is not None and form != "tevatron":

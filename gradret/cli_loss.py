@@ -8,6 +8,7 @@ import click
 
 from gradret.console import command_line
 from gradret.files import open_folder, write_json
+from gradret.launch import require_one
 from gradret.options import DEVICE, JSON, POSITIVE
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -91,6 +92,7 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     gradret bench loss
     gradret bench loss --shapes 512x4096 --order 2 --retrieval none --no-compile
     """
+    require_one("bench loss")
     from gradret.report import draw_speed, format_speed, require_bench_extra
 
     require_bench_extra()

@@ -4,7 +4,6 @@ On a CPU the peak of resident memory, Python, PyTorch and the weights included; 
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,20 +12,19 @@ from pathlib import Path
 
 import torch
 
-import gradret
 from gradret.console import say
 from gradret.errors import GradretError
 from gradret.memory import MIB
+from gradret.resident import fresh_environment, is_peak_known, peak_bytes
 from gradret.settings import FitSettings
 from gradret.train import fit
 
 LONGEST_S = 3600  # a run that takes longer is given up
-STATUS = Path("/proc/self/status")
 
 
 def check_memory(device: torch.device) -> None:
     """Refuse early what could not be measured. Raises: GradretError."""
-    if device.type == "mps" or (device.type == "cpu" and not STATUS.exists()):
+    if device.type == "mps" or (device.type == "cpu" and not is_peak_known()):
         raise GradretError(
             f"--memory: peak memory on {device.type} is not measured on this system: on a CPU it is read from Linux's "
             "/proc, on CUDA from PyTorch's allocator; leave --memory out"
@@ -57,8 +55,6 @@ def measure_memory(
 
 def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
     job = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
-    package = str(Path(gradret.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
             [sys.executable, "-m", "gradret.fit_memory"],
@@ -66,7 +62,7 @@ def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
             capture_output=True,
             text=True,
             timeout=LONGEST_S,
-            env={**os.environ, "PYTHONPATH": paths},
+            env=fresh_environment(),
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -86,9 +82,7 @@ def main() -> None:
     if torch.device(job["device"]).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        # Not ru_maxrss: that starts at what the process which started this one held.
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
-        peak = int(line.split()[1]) << 10
+        peak = peak_bytes()
     print(json.dumps(peak / MIB))
 
 

@@ -28,7 +28,7 @@ from gradret.fit_rivals import Rival, find_losses, merges_columns, require_train
 from gradret.job import Job
 from gradret.lists import RankingList, write_lists
 from gradret.objective import Objective
-from gradret.processes import ALONE, require_one
+from gradret.processes import ALONE
 from gradret.settings import FitSettings
 from gradret.timers import OtherLoad, find_percentiles, synchronize
 from gradret.trainer import Trainer
@@ -68,7 +68,6 @@ def measure_fit(
         "merges_columns" tells how the other trainer embeds, see fit_rivals.merges_columns.
     Raises: GradretError when something is missing, the lists do not suit both sides, or their losses differ.
     """
-    require_one("bench fit")
     began = time.monotonic()
     torch.set_num_threads(torch.get_num_threads())  # from here on fixed, whatever runs beside
     where = choose_device(device)

@@ -10,17 +10,15 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 
-import gradret
+from gradret.resident import can_restart_peak, fresh_environment, peak_bytes, resident_bytes, restart_peak
 from gradret.timers import run_once
 from gradret.workloads import COMPILED, Row, make_workload
 
 MIB = 1 << 20
 LONGEST_S = 300  # a row that takes longer is given up
-CLEAR_REFS = Path("/proc/self/clear_refs")
 NO_WAY = "peak memory off CUDA is read from Linux's /proc/self, which this system does not offer"
 
 
@@ -50,20 +48,18 @@ def measure_cpu_peaks(
     A process that has loaded gradret and run nothing is copied for every row. The copy makes the workload, runs the row
     once, so that code, threads and compiled loops are there, and measures the second time.
     """
-    if not (os.access(CLEAR_REFS, os.W_OK) and hasattr(os, "fork")):
+    if not (can_restart_peak() and hasattr(os, "fork")):
         yield from ((None, NO_WAY) for _ in names)
         return
     job = {"shape": shape, "dtype": dtype, "orders": orders, "names": names, "threads": torch.get_num_threads()}
-    package = str(Path(gradret.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     # glibc then returns every freed block of a page at once: none is left over for the measured call to reuse unseen.
-    environment = {"PYTHONPATH": paths, "MALLOC_MMAP_THRESHOLD_": "4096", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment = fresh_environment(MALLOC_MMAP_THRESHOLD_="4096", TORCHINDUCTOR_COMPILE_THREADS="1")
     with subprocess.Popen(
         [sys.executable, "-m", "gradret.memory"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
+        env=environment,
     ) as process:
         try:
             process.stdin.write(json.dumps(job))
@@ -106,16 +102,10 @@ def _measure_row(job: dict, name: str) -> float:
     row = next(row for row in rows if row.name == name)
     del rows
     run_once(row)
-    CLEAR_REFS.write_text("5")  # the peak starts again from what is resident now
-    before = _read_status("VmRSS")
+    restart_peak()
+    before = resident_bytes()
     run_once(row)
-    return (_read_status("VmHWM") - before) / 1024
-
-
-def _read_status(field: str) -> int:
-    """A number of KiB from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
+    return (peak_bytes() - before) / MIB
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradret.errors import GradretError, ProcessLost, ToldElsewhere
+from gradret.launch import count_processes
 
 # Others wait so long while the first one writes or searches. A process that died is noticed at once: its sockets close.
 TIMEOUT = timedelta(hours=6)
@@ -142,22 +143,11 @@ class Processes:
 ALONE = Processes()
 
 
-def count_processes() -> int:
-    """How many processes torchrun, or a launcher that sets the same variables, has started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
 def end_process(code: int) -> NoReturn:
     """End at once: while Python shuts down, gloo's threads abort now and then, though all work is done (torch 2.13)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def require_one(what: str) -> None:
-    """Refuse what has no use for several processes. Raises: GradretError."""
-    if count_processes() > 1:
-        raise GradretError(f"{what} runs in one process; start it without torchrun")
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from gradret.processes import Processes
+
 
 def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     """What a run changes: the parameters that are trained (a tied one once) and, unless some are frozen, buffers."""
@@ -40,3 +42,15 @@ def put_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: 
         parameter = parameters[name]
         # AdamW keeps its step count on the CPU.
         optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+
+
+def share_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Give the optimizers of all processes what the first one's knows, tensor by tensor."""
+    found = get_optimizer(module, optimizer)
+    forms = processes.broadcast({place: (value.shape, value.dtype) for place, value in found.items()})
+    if not processes.is_first:
+        put_optimizer(
+            module, optimizer, {place: torch.empty(shape, dtype=dtype) for place, (shape, dtype) in forms.items()}
+        )
+        found = get_optimizer(module, optimizer)
+    processes.share_tensors(list(found.values()))

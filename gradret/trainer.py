@@ -24,7 +24,7 @@ from gradret.kernels import describe_backend
 from gradret.mining import MinedLists
 from gradret.objective import Objective
 from gradret.settings import AUTO, learning_rate_at
-from gradret.snapshot import get_optimizer, named_tensors, put_optimizer
+from gradret.snapshot import named_tensors, share_optimizer
 from gradret.versions import versions
 
 # Texts encoded at once where all activations are kept: enough to be fast.
@@ -77,9 +77,7 @@ class Trainer:
         state = self.processes.broadcast(state)
         if self.processes.size > 1 and state.step:
             self.processes.share_tensors([tensor.data for _, tensor in named_tensors(self.encoder)])
-            adam = get_optimizer(self.encoder, self.optimizer) if self.run is not None else {}
-            adam = self.processes.broadcast({name: value.cpu() for name, value in adam.items()})
-            put_optimizer(self.encoder, self.optimizer, adam)
+            share_optimizer(self.encoder, self.optimizer, self.processes)
         return state
 
     def find_chunk(self) -> None:

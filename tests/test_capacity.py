@@ -34,8 +34,7 @@ def test_what_does_not_fit_is_refused_with_a_chunk_to_try():
     with pytest.raises(GradretError) as error:
         check_chunk(small, 80, None)
     assert str(error.value) == (
-        "a batch of 80 passages and queries without --chunk needs about 160 MiB of memory, 100 MiB are free; "
-        "try --chunk 40"
+        "a batch without --chunk needs about 160 MiB of memory, 100 MiB are free; try --chunk 40"
     )
     with pytest.raises(GradretError, match=r"not one passage fits; lower --document-max-length, or try --gradient-ch"):
         check_chunk(Capacity(free=MIB, per_passage=2 * MIB), 8, 4)
@@ -94,10 +93,31 @@ def test_auto_takes_what_fits_and_no_caching_where_all_does(free, chunk, tmp_pat
         found.find_chunk()
 
 
-def test_memory_of_a_control_group_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(capacity, "CGROUP", tmp_path)
-    for name, text in (("max", "1000\n"), ("current", "400\n"), ("stat", "anon 5\ninactive_file 100\n")):
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert capacity._free_cpu() == 700
-    (tmp_path / "memory.max").write_text("max\n")
-    assert capacity._free_cpu() > 700
+V1 = {"memory.limit_in_bytes": "2000\n", "memory.usage_in_bytes": "400\n", "memory.stat": "total_inactive_file 100\n"}
+V2 = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": "anon 5\ninactive_file 100\n"}
+
+
+@pytest.mark.parametrize(
+    ("membership", "limited", "files", "free"),
+    [
+        ("0::/\n", "", V2, 700),
+        ("0::/user/run.scope\n", "user/run.scope", V2, 700),
+        ("0::/user/run.scope\n", "user", V2, 700),  # of the group around it
+        ("0::/docker/of-the-host\n", "", V2, 700),
+        ("5:cpu:/\n4:hugetlb,memory:/user\n", "memory/user", V1, 1700),
+    ],
+)
+def test_memory_limits_of_all_control_groups_around_a_process_count(
+    membership, limited, files, free, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(capacity, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(capacity, "OWN_CGROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(membership)
+    group = tmp_path / "groups" / limited
+    group.mkdir(parents=True)
+    for name, text in files.items():
+        (group / name).write_text(text)
+    assert capacity._free_cpu() == free
+    limit = next(iter(files))
+    (group / limit).write_text("max\n")
+    assert capacity._free_cpu() > free

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from conftest import make_tiny_encoder
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from test_processes import ENVIRONMENT, torchrun
 from test_resume import steps_done
 
+from gradret.cli import main
 from gradret.encoder_load import load
 from gradret.evaluation import evaluate
 from gradret.settings import FitSettings
@@ -181,19 +183,30 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(uninterrupted, t
         assert read_losses(directory) == pytest.approx(read_losses(uninterrupted), rel=1e-3)
 
 
-@pytest.mark.parametrize("command", ["fit", "quality"])
-def test_bad_input_is_told_once(tiny_encoder, tmp_path, command):
+def test_bad_input_is_told_once(tiny_encoder, tmp_path):
     out = tmp_path / "out"
-    if command == "fit":
-        result = run(2, *arguments(tiny_encoder, out, "--batch-lists", "7"))
-        expected = "--batch-lists 7 is not a multiple of the 2 processes that share it; try --batch-lists 8"
-    else:
-        result = run(2, "-m", "gradret", "bench", "quality", "--model", str(tiny_encoder), "--out", str(out))
-        expected = "bench quality runs in one process; start it without torchrun"
+    result = run(2, *arguments(tiny_encoder, out, "--batch-lists", "7"))
+    expected = "Error: --batch-lists 7 is not a multiple of the 2 processes that share it; try --batch-lists 8"
     assert result.returncode == 1
-    assert f"Error: {expected}" in result.stderr
-    assert command == "quality" or result.stderr.count("Error: --batch") == 1
+    assert result.stderr.count(expected) == 1
     assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        ("gen queries.tsv", "; --shard i/n shares the queries out"),
+        ("export lists.jsonl --format beir --out beir", ""),
+        *((f"bench {name}", "") for name in ("quality", "loss", "gen", "fit")),
+    ],
+)
+def test_what_runs_in_one_process_says_so(command, instead, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(click.ClickException) as error:
+        main(command.split(), standalone_mode=False)
+    name = " ".join(word for word in command.split()[:2] if word.isalpha())
+    assert error.value.message == f"{name} runs in one process; start it without torchrun{instead}"
 
 
 def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):

@@ -280,7 +280,7 @@ def measure_small(shape, *, compiled=False, orders=(1, 2), dtype="float32"):
 def test_what_can_not_be_measured_says_why(monkeypatch):
     monkeypatch.setattr(workloads.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(workloads, "LARGEST_MATRIX", {"cpu": 15})
-    monkeypatch.setattr(memory, "CLEAR_REFS", memory.Path("/nowhere"))
+    monkeypatch.setattr(memory, "can_restart_peak", lambda: False)
     rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
     assert rows["POT W1"]["skipped"] == "POT is not installed; install it: pip install POT"
     assert rows["SyCL Gaussian"]["skipped"] == (
@@ -347,9 +347,7 @@ def test_half_types_pass_the_check(dtype, no_peaks):
         assert all(row["both_ms"] for row in rows if row["row"] not in SWITCHED_OFF)
 
 
-needs_clear_refs = pytest.mark.skipif(
-    not memory.os.access(memory.CLEAR_REFS, memory.os.W_OK), reason="needs Linux's /proc/self/clear_refs"
-)
+needs_clear_refs = pytest.mark.skipif(not memory.can_restart_peak(), reason="needs Linux's /proc/self/clear_refs")
 
 
 @needs_clear_refs
