@@ -20,7 +20,7 @@ LAYERS = """
     train trainer job card capacity mining mining_pool mining_spec checkpoint snapshot
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub processes
     losses retrieval_loss tiles ops reference pairs grades kernels
-    mix sources collection lists console settings versions files errors
+    mix sources collection lists console settings versions resident launch files errors
 """.split()
 CORE = [
     "errors",
@@ -49,7 +49,17 @@ CORE += [
     "generate",
     "export",
 ]
-CORE += ["cli_bench", "cli_bench_fit", "cli_gen", "gen_options", "hub_gguf", "random_gguf", "mining_spec"]
+CORE += [
+    "launch",
+    "resident",
+    "cli_bench",
+    "cli_bench_fit",
+    "cli_gen",
+    "gen_options",
+    "hub_gguf",
+    "random_gguf",
+    "mining_spec",
+]
 
 
 def imported_modules(path: Path) -> set[str]:
