@@ -57,6 +57,7 @@ setup(
             "llama-cpp-python[server]",
             "POT>=0.9.4",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "sentence-transformers[train]>=6.2",
             "setuptools>=77",

@@ -20,6 +20,7 @@ from gradret.settings import LOSS_NAMES
 )
 @click.option("--resume", is_flag=True, help="Continue the unfinished run in --out, with its settings.")
 @option("--loss", type=click.Choice(LOSS_NAMES), help="The loss over a list.")
+@option("--positive-from", type=float, help="Lowest grade positive to infonce. [default: each list's highest]")
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
 @click.option(

@@ -12,6 +12,7 @@ from transformers import (
     AutoModel,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    PretrainedConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +30,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     weights: str = "float32",
+    layers: int | None = None,
     trust_remote_code: bool = False,
     **overrides,
 ) -> Encoder:
@@ -38,6 +40,7 @@ def load(
         name: directory or OWNER/NAME.
         device: None picks cuda, mps or cpu, the first there is.
         weights: "float32" or "bfloat16", their type in memory.
+        layers: of the transformer that are kept, from the first on; None for all.
         trust_remote_code: run the repository's own model code.
         overrides: fields of EncoderConfig that replace what the directory says; None leaves it.
 
@@ -45,7 +48,7 @@ def load(
     """
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
     device = choose_device(device)
-    transformer, tokenizer = _load_parts(find_weights(directory), name, weights, trust_remote_code)
+    transformer, tokenizer = _load_parts(find_weights(directory), name, weights, layers, trust_remote_code)
     readable = _count_positions(transformer)
     config = read_config(directory, name, min(tokenizer.model_max_length, readable))
     config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
@@ -60,12 +63,17 @@ def load(
     return Encoder(transformer, tokenizer, config).to(device).eval()
 
 
-def _load_parts(directory: Path, name: str, weights: str, trust_remote_code: bool) -> tuple:
+def _load_parts(directory: Path, name: str, weights: str, layers: int | None, trust_remote_code: bool) -> tuple:
     """The transformer, all of whose weights were found, and its tokenizer."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    if layers is not None:  # it would list the weights of the others
+        transformers_logging.set_verbosity_error()
     try:
         model_config = AutoConfig.from_pretrained(directory, **options)
+        if layers is not None:
+            _keep_layers(model_config, layers, name)
         tokenizer = AutoTokenizer.from_pretrained(directory, **options)
         # Of an encoder-decoder such as T5 only the encoder is wanted.
         auto = AutoModelForTextEncoding if type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
@@ -83,6 +91,8 @@ def _load_parts(directory: Path, name: str, weights: str, trust_remote_code: boo
                 f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
             ) from error
         raise GradretError(f"{name}: can not be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     # A pooler is no part of an embedding here; anything else that is missing would be random.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
@@ -94,6 +104,16 @@ def _load_parts(directory: Path, name: str, weights: str, trust_remote_code: boo
     if any(tokenizer("a").get("token_type_ids", ())):
         raise GradretError(f"{name}: its tokenizer marks tokens by type, which is not supported here")
     return transformer, tokenizer
+
+
+def _keep_layers(model_config: PretrainedConfig, layers: int, name: str) -> None:
+    """Make the model as shallow as that; weights of later layers are then not read."""
+    there = getattr(model_config, "num_hidden_layers", None)
+    if there is None or layers > there:
+        raise GradretError(f"{name}: has {there or 'no countable'} layers, of which {layers} can not be kept")
+    model_config.num_hidden_layers = layers
+    if getattr(model_config, "layer_types", None):  # of decoders whose layers differ
+        model_config.layer_types = model_config.layer_types[:layers]
 
 
 def _count_positions(transformer: nn.Module) -> int:

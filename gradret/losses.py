@@ -104,20 +104,21 @@ def infonce_loss(
     *,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    positive_from: float | None = None,
 ) -> Tensor:
     """Mean of -log e_i / (e_i + sum of e over the negatives), e = exp(scores / temperature).
 
-    Positive are the documents of the row's highest grade, each against all documents of a lower one; several
-    positives are averaged. A row without negatives counts as 0.
+    Positive are the documents of the row's highest grade, or those of grade `positive_from` and above, each against all
+    documents of a lower one; several positives are averaged. A row without positives or negatives counts as 0.
 
     Args, Returns, Raises: as wasserstein_loss, without order and targets.
-    Source: van den Oord et al., arXiv 1807.03748.
+    Source: van den Oord et al., arXiv 1807.03748; SyCL, arXiv 2503.23239, compares with positive_from=2.
     """
     mask = _check_list(scores, grades, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
     grades = grades.to(logits.dtype)
     top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    positive = mask & (grades == top)
+    positive = mask & (grades >= (top if positive_from is None else positive_from))
     # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
     negatives = logits.masked_fill(positive | ~mask, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
     terms = nnf.softplus(negatives - logits.masked_fill(~positive, 0)) * positive
@@ -175,9 +176,8 @@ LOSSES = {
 }
 
 
-def make_loss(name: str, *, order: int, temperature: float, targets: str):
+def make_loss(name: str, **options):
     """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
-    options = {"order": order, "temperature": temperature, "targets": targets}
     taken = inspect.signature(LOSSES[name]).parameters
     return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
 

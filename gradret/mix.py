@@ -92,6 +92,13 @@ class MixedLists(Sequence):
             elif not grades_agree([p.grade for p in passages], judged):
                 self.disagreeing[index] = True
                 return []
+        if source.shuffle:
+            draw = random.Random(f"shuffle/{self._seed}/{source.name}/{part.query_id}")
+            if draw.random() < source.shuffle:
+                grades = [p.grade for p in passages]
+                draw.shuffle(grades)
+                for passage, grade in zip(passages, grades, strict=True):
+                    passage.grade = grade
         if source.grades is not None:
             mapping = dict(source.grades)
             passages = [p for p in passages if p.grade in mapping]

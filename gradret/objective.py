@@ -22,8 +22,8 @@ class Objective:
 
     def __init__(self, settings: FitSettings, floor: float | None):
         self.settings, self.floor = settings, floor
-        bound = {"order": settings.order, "temperature": settings.temperature, "targets": settings.targets}
-        self._loss = make_loss(settings.loss, **bound)
+        names = ("order", "temperature", "targets", "positive_from")
+        self._loss = make_loss(settings.loss, **{name: getattr(settings, name) for name in names})
 
     def add_gradients(
         self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0

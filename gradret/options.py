@@ -68,6 +68,7 @@ ENCODER_OPTIONS = options(
         metavar="ENCODER",
         help="Directory or hub repository of a transformers or sentence-transformers encoder.",
     ),
+    option("--layers", type=POSITIVE, help="Keep the encoder's first layers alone, so many: weaker, and faster."),
     option("--pooling", type=click.Choice(POOLINGS), help="Instead of the encoder's own."),
     option("--normalize/--no-normalize", help="Whether embeddings have length 1; by default as the encoder says."),
     option("--similarity", type=click.Choice(SIMILARITIES), help="Instead of the encoder's own."),

@@ -28,6 +28,7 @@ class FitSettings:
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
         loss: a name in losses.LOSSES; order is wasserstein's, targets those of wasserstein, gaussian and kl.
+        positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
             or the lowest grade of the data if that is lower).
@@ -49,6 +50,7 @@ class FitSettings:
         lora_targets: names of the linear layers that get adapters, as they end; () for all.
         weights: type in which weights that are not trained are held.
         gradient_checkpointing: compute activations again in backward, layer by layer.
+        layers: of the encoder that are kept, from the first on; None for all.
     """
 
     data: tuple[str, ...] = (SAMPLE,)
@@ -58,6 +60,7 @@ class FitSettings:
     order: int = 2
     temperature: float = 0.05
     targets: str = "gain"
+    positive_from: float | None = None
     in_batch: bool = True
     in_batch_grade: float | None = None
     epochs: float = 2.0
@@ -85,6 +88,7 @@ class FitSettings:
     weights: str = "float32"
     gradient_checkpointing: bool = False
     checkpoint_every: int = 50
+    layers: int | None = None
     pooling: str | None = None
     normalize: bool | None = None
     similarity: str | None = None
@@ -121,6 +125,8 @@ class FitSettings:
         for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):
             if getattr(self, name) != default and not self.lora:
                 raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
+        if self.positive_from is not None and self.loss != "infonce":
+            raise ValueError(f"positive_from is infonce's, not {self.loss}'s")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
         for name in (
@@ -139,7 +145,7 @@ class FitSettings:
     @property
     def encoder_options(self) -> dict:
         """What encoder_load.load takes besides the name and the device."""
-        names = ("pooling", "normalize", "similarity", "query_prefix", "document_prefix")
+        names = ("layers", "pooling", "normalize", "similarity", "query_prefix", "document_prefix")
         names += ("query_max_length", "document_max_length", "trust_remote_code")
         return {name: getattr(self, name) for name in names}
 

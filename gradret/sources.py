@@ -4,6 +4,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from gradret.collection import BeirCollection, Collection, IrDatasetsCollection, ListCollection
 from gradret.errors import GradretError
-from gradret.lists import ListFile, RankingList, hash64, open_file, query_key
+from gradret.lists import ListFile, RankingList, decode_json, hash64, open_file, query_key
 from gradret.settings import SAMPLE
 
 LABELS = ("intended", "judged", "agreed")
@@ -27,7 +28,10 @@ class Source:
         grades: pairs (old, new): as training data only these grades are used, each under its new value;
             as a collection to evaluate on, the others keep theirs. None uses all as they are.
         sample: as training data, at most this many passages a query, drawn with the run's seed.
-        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line.
+        shuffle: as training data, the share of lists whose grades change places among their passages, drawn with the
+            run's seed: label noise, to see what a loss makes of it.
+        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line; or of ranking
+            lists or BEIR queries, for theirs.
         drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
         labels: which of the grades of generated lists to train on: `intended`, those asked for; `judged`, those the
             model gave afterwards, real numbers; `agreed`, those asked for, of lists where both are in one order.
@@ -36,6 +40,7 @@ class Source:
     name: str
     grades: tuple[tuple[float, float], ...] | None = None
     sample: int | None = None
+    shuffle: float = 0.0
     queries: str | None = None
     drop_self: bool | None = None
     labels: str = "intended"
@@ -55,6 +60,8 @@ def parse_source(text: str) -> Source:
             if not value.isdecimal() or int(value) == 0:
                 raise GradretError(f"{text}: sample '{value}' is not a whole number above 0")
             options[key] = int(value)
+        elif key == "shuffle":
+            options[key] = _parse_share(value, text)
         elif key == "queries" and value:
             options[key] = value
         elif key == "drop_self" and value in ("yes", "no"):
@@ -64,7 +71,7 @@ def parse_source(text: str) -> Source:
         else:
             raise GradretError(
                 f"{text}: option '{option}' is not known; "
-                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, labels=intended|judged|agreed "
+                "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, labels=intended|judged|agreed "
                 "or drop_self=yes|no"
             )
     if options.get("labels") == "judged" and "grades" in options:
@@ -73,6 +80,13 @@ def parse_source(text: str) -> Source:
             "leave out one of the two, or use labels=agreed"
         )
     return Source(name, **options)
+
+
+def _parse_share(value: str, text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(value) <= 1:
+            return float(value)
+    raise GradretError(f"{text}: shuffle '{value}' is not a number from 0 to 1")
 
 
 def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
@@ -113,14 +127,9 @@ def _split_directory(name: str) -> tuple[Path, str]:
 
 def open_collection(source: Source) -> Collection:
     """The collection to evaluate on, its queries selected and its grades mapped. Raises: GradretError."""
-    if source.sample is not None:
-        raise GradretError(
-            f"{source.name}: sample={source.sample} is for training lists, not for a collection to measure"
-        )
-    if source.labels != "intended":
-        raise GradretError(
-            f"{source.name}: labels={source.labels} is for training lists, not for a collection to measure"
-        )
+    for name, default in (("sample", None), ("shuffle", 0.0), ("labels", "intended")):
+        if (value := getattr(source, name)) != default:
+            raise GradretError(f"{source.name}: {name}={value} is for training lists, not for a collection to measure")
     path = find_path(source.name)
     if path is None:
         collection = IrDatasetsCollection(source.name)
@@ -143,10 +152,10 @@ def open_collection(source: Source) -> Collection:
 
 
 def query_selector(selection: str):
-    """A function of a query id: whether `even`, `odd` or the ids listed in a file hold it. Raises: GradretError."""
+    """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
         with open_file(selection) as file:
-            chosen = {line.decode("utf-8", "replace").strip() for line in file}
+            chosen = {_read_id(line, f"{selection}:{number}") for number, line in enumerate(file, 1)}
         return chosen.__contains__
 
     def has_parity(query_id: str) -> bool:
@@ -158,6 +167,17 @@ def query_selector(selection: str):
         return int(number.group()) % 2 == (selection == "odd")
 
     return has_parity
+
+
+def _read_id(line: bytes, where: str) -> str:
+    """The query id in a line of a file that selects queries: the line, or what its JSON object says."""
+    if not line.startswith(b"{"):
+        return line.decode("utf-8", "replace").strip()
+    record = decode_json(line, where)
+    query_id = record.get("query_id", record.get("_id"))
+    if query_id is None:
+        raise GradretError(f"{where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries")
+    return str(query_id)
 
 
 def open_lists(source: Source) -> Sequence[RankingList]:

@@ -12,7 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the processors; PyTorch reads this when it is loaded
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    )
+
+import torch  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

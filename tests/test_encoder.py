@@ -260,8 +260,20 @@ def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_s
         ({"query_max_length": 2}, "maximum length 2 is not between 3 and 64 tokens"),
         ({"device": "nonsense"}, "device 'nonsense' is not there"),
         ({"pooling": "max"}, "pooling 'max' is not one of mean, cls, last"),
+        ({"layers": 9}, "has 2 layers, of which 9 can not be kept"),
     ],
 )
 def test_options_that_do_not_fit_the_encoder(tiny_encoder, options, message):
     with pytest.raises(GradretError, match=message):
         load(str(tiny_encoder), **options)
+
+
+def test_the_first_layers_alone(tiny_encoder, tmp_path):
+    whole, shallow = load(str(tiny_encoder)), load(str(tiny_encoder), layers=1)
+    assert shallow.transformer.config.num_hidden_layers == 1
+    kept = shallow.state_dict()
+    assert 0 < len(kept) < len(whole.state_dict())
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in kept.items())
+    assert not np.allclose(shallow.encode(TEXTS), whole.encode(TEXTS))
+    shallow.save(tmp_path)
+    np.testing.assert_array_equal(load(str(tmp_path)).encode(TEXTS), shallow.encode(TEXTS))

@@ -284,6 +284,20 @@ def test_wrong_arguments(arguments, message):
         wasserstein_loss(**{"scores": torch.zeros(2, 3), "grades": torch.zeros(2, 3), **arguments})
 
 
+def test_infonce_with_positives_from_a_grade_on():
+    # Grades 3, 2, 1, 0 with masses .4, .3, .2, .1: positives .4 and .3, each against the .3 below: .4 / .7 and .3 / .6.
+    scores, grades = logits(0.4, 0.3, 0.2, 0.1), torch.tensor([[3, 2, 1, 0]])
+    expected = -(math.log(4 / 7) + math.log(1 / 2)) / 2
+    assert infonce_loss(scores, grades, positive_from=2).item() == pytest.approx(expected)
+    assert infonce_loss(scores, grades, positive_from=3).item() == infonce_loss(scores, grades).item()
+    for lowest in (4, -1):  # no positive, no negative
+        scores.requires_grad_(True).grad = None
+        value = infonce_loss(scores, grades, positive_from=lowest)
+        value.backward()
+        assert value.item() == 0
+        assert not scores.grad.any()
+
+
 def test_infonce_and_ranknet_take_real_grades_and_no_targets():
     scores, grades = torch.zeros(1, 3), torch.tensor([[2.5, 2.4, 0.0]])
     assert infonce_loss(scores, grades).item() == pytest.approx(math.log(3))

@@ -13,8 +13,9 @@ def grades_by_text(ranking_list):
 
 def test_spelling():
     assert parse_source("beir/scifact/train?grades=1:3,0&sample=2&queries=even&drop_self=no") == Source(
-        "beir/scifact/train", ((1, 3), (0, 0)), 2, "even", False
+        "beir/scifact/train", ((1, 3), (0, 0)), 2, queries="even", drop_self=False
     )
+    assert parse_source("a?shuffle=0.25").shuffle == 0.25
     assert parse_grade_map("-1=4,1=4,2=3") == ((-1, 4), (1, 4), (2, 3))
 
 
@@ -22,10 +23,12 @@ def test_spelling():
     ("text", "message"),
     [
         ("a?sample=0", "a?sample=0: sample '0' is not a whole number above 0"),
+        ("a?shuffle=1.5", "a?shuffle=1.5: shuffle '1.5' is not a number from 0 to 1"),
+        ("a?shuffle=some", "a?shuffle=some: shuffle 'some' is not a number from 0 to 1"),
         (
             "a?size=3",
             "a?size=3: option 'size=3' is not known; "
-            "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, labels=intended|judged|agreed "
+            "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, labels=intended|judged|agreed "
             "or drop_self=yes|no",
         ),
         (
@@ -84,6 +87,11 @@ def test_queries_and_grades_of_a_collection(beir_directory):
 def test_queries_from_a_file(beir_directory, tmp_path):
     (tmp_path / "ids").write_text("q2\n")
     assert list(open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids"))).queries) == ["q2"]
+    (tmp_path / "ids").write_text('{"query_id": "q2", "query": "w", "passages": []}\n{"_id": "q7", "text": "x"}\n')
+    assert list(open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids"))).queries) == ["q2"]
+    (tmp_path / "ids").write_text('{"id": "q2"}\n')
+    with pytest.raises(GradretError, match=r"ids:1: has neither query_id nor _id; expected a query id a line, lists o"):
+        open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids")))
     (tmp_path / "ids").write_text("zzz\n")
     with pytest.raises(GradretError, match="selects none of its queries"):
         open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids")))
@@ -153,6 +161,27 @@ def test_sampling_is_seeded_and_differs_by_query(write_jsonl):
     assert draw(0) == draw(0) != draw(1)
     assert {len(d) for d in draw(0)} == {3}
     assert len({tuple(d) for d in draw(0)}) > 10
+
+
+def test_a_share_of_the_lists_has_its_grades_shuffled(write_jsonl):
+    path = write_jsonl("f.jsonl", [list_record(f"q{i}", range(8)) for i in range(200)])
+    plain = [grades_by_text(r) for r in MixedLists([parse_source(str(path))])]
+
+    def draw(share, seed=0):
+        return [grades_by_text(r) for r in MixedLists([parse_source(f"{path}?shuffle={share}")], seed=seed)]
+
+    def changed(lists):
+        return sum(a != b for a, b in zip(lists, plain, strict=True))
+
+    assert draw(0) == plain
+    assert draw(0.3) == draw(0.3) != draw(0.3, seed=1)
+    assert 40 <= changed(draw(0.3)) <= 80
+    assert changed(draw(1)) == 200
+    assert all(sorted(r.values()) == list(range(8)) for r in draw(1))
+    less, more = draw(0.2), draw(0.4)  # what is noisy at 0.2 is as noisy at 0.4
+    assert all(b == a for a, b, p in zip(less, more, plain, strict=True) if a != p)
+    with pytest.raises(GradretError, match=r"shuffle=0\.5 is for training lists, not for a collection to measure"):
+        open_collection(parse_source(f"{path}?shuffle=0.5"))
 
 
 def test_check_counts_and_keeps_lists_of_one_grade_and_drops_empty_ones(write_jsonl):
