@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the processor
         "OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
     )
 
-import torch  # noqa: E402
+import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
