@@ -54,7 +54,8 @@ class Objective:
     @property
     def is_fused(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        return self.settings.loss == "wasserstein" and self.floor is not None and not self.settings.kl_share
+        s, floor = self.settings, self.floor
+        return s.loss == "wasserstein" and floor is not None and not (s.kl_share and (s.targets != "gain" or floor > 0))
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
@@ -69,7 +70,7 @@ class Objective:
         if self.is_fused:
             shape = (len(queries), len(documents))
             pairs = prepare_pairs(*batch.list_pairs(part), shape, default_grade=self.floor, targets=s.targets)
-            options = {"order": s.order, "temperature": s.temperature}
+            options = {"order": s.order, "temperature": s.temperature, "kl_share": s.kl_share}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))

@@ -7,22 +7,30 @@ import torch
 from torch import Tensor
 
 from gradret.grades import PreparedGrades, Tables, prepare_grades, target_weights
+from gradret.reference import accumulation_dtype, normalize_mass
 
 
 class ShortLists(NamedTuple):
     """R queries of a batch, each as a list of its graded documents and one document for all others.
 
     rows: (R,) which queries. members: (m,) which pairs. slots: (m,) their places in the lists (R, K + 1), flat; the
-    last place of a list is that of all other documents. Then Tables of the lists.
+    last place of a list is that of all other documents. targets: (R, K + 1) float64, the target mass of each place.
+    Then Tables of the lists.
     """
 
     rows: Tensor
     members: Tensor
     slots: Tensor
+    targets: Tensor
     index: Tensor
     values: Tensor
     mass: Tensor
     counts: Tensor
+
+    @property
+    def tables(self) -> Tables:
+        """The last fields."""
+        return Tables(*self[4:])
 
 
 @dataclass(frozen=True)
@@ -30,22 +38,26 @@ class PreparedPairs:
     """Graded pairs of a batch, ready for wasserstein_retrieval_loss; made by prepare_pairs.
 
     shape: (B, N). offsets (B + 1,), columns (M,): the pairs by row. lists: the same by query, queries with about as
-    many pairs together, so that all of it grows with B + M.
+    many pairs together, so that all of it grows with B + M. others_weigh: whether documents of the default grade have
+    target mass.
     """
 
     shape: tuple[int, int]
     offsets: Tensor
     columns: Tensor
     lists: tuple[ShortLists, ...]
+    others_weigh: bool
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedPairs":
         """The same on another device."""
         move = {"device": device, "non_blocking": non_blocking}
         lists = []
         for part in self.lists:
-            tables = PreparedGrades(Tables(*part[3:])).to(device, non_blocking=non_blocking).tables
-            lists.append(ShortLists(*(t.to(**move) for t in part[:3]), *tables))
-        return PreparedPairs(self.shape, self.offsets.to(**move), self.columns.to(**move), tuple(lists))
+            tables = PreparedGrades(part.tables).to(device, non_blocking=non_blocking).tables
+            targets = part.targets.to(accumulation_dtype(torch.device(device))).to(**move)
+            lists.append(ShortLists(*(t.to(**move) for t in part[:3]), targets, *tables))
+        where = self.offsets.to(**move), self.columns.to(**move)
+        return PreparedPairs(self.shape, *where, tuple(lists), self.others_weigh)
 
 
 def prepare_pairs(
@@ -102,7 +114,8 @@ def prepare_pairs(
             chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights
         )
         lists.append(group)
-    return PreparedPairs((count, documents), offsets, columns.int(), tuple(lists))
+    others_weigh = any(bool(group.targets[:, -1].any()) for group in lists)
+    return PreparedPairs((count, documents), offsets, columns.int(), tuple(lists), others_weigh)
 
 
 def _make_lists(
@@ -133,5 +146,6 @@ def _make_lists(
         top = short.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
         weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
         weights[:, -1] *= others
-    prepared = prepare_grades(short, targets=weights.masked_fill(~present, 0), mask=present)
-    return ShortLists(chosen, members, slots, *prepared.tables)
+    weights = weights.masked_fill(~present, 0)
+    prepared = prepare_grades(short, targets=weights, mask=present)
+    return ShortLists(chosen, members, slots, normalize_mass(weights), *prepared.tables)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradret.grades import FLOATS, Tables, check_temperature
+from gradret.grades import FLOATS, check_temperature
 from gradret.ops import check_options, first_derivatives_only, transport
 from gradret.pairs import PreparedPairs, ShortLists, prepare_pairs
-from gradret.reference import accumulation_dtype, result_dtype
+from gradret.reference import accumulation_dtype, masked_softmax, result_dtype
 from gradret.tiles import Folded, Pairs, fold_tile, unfold_tile
 
 TILE_ROWS = 2048
@@ -29,6 +29,7 @@ def wasserstein_retrieval_loss(
     order: int = 1,
     temperature: float = 1.0,
     targets: str | Tensor = "gain",
+    kl_share: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """wasserstein_loss(query_embeddings @ document_embeddings.T, ...), in memory that grows with B + N, not with B x N.
@@ -41,9 +42,11 @@ def wasserstein_retrieval_loss(
         default_grade: of every other document.
         order, temperature, reduction: see gradret.losses.wasserstein_loss.
         targets: "gain", "softmax", or weights (M,) of the pairs.
+        kl_share: from 0 to 1, of gradret.losses.kl_loss in the result; it keeps pulling where the softmax has collapsed
+            on a wrong document. Documents of the default grade must then have no target mass.
 
     Returns: scalar, or (B,) for "none"; float64 for float64 embeddings, else float32, as are the scores in it.
-    Raises: ValueError as wasserstein_loss and prepare_pairs.
+    Raises: ValueError as wasserstein_loss and prepare_pairs, and where kl_share can not be computed.
     Source: the tiling after Inf-CL, arXiv 2410.17243, and Cut Cross-Entropy, arXiv 2411.09009; the loss as
         wasserstein_loss.
     """
@@ -57,6 +60,8 @@ def wasserstein_retrieval_loss(
         )
     check_options(order, reduction)
     check_temperature(temperature)
+    if not 0 <= kl_share <= 1:
+        raise ValueError(f"kl_share must be from 0 to 1, got {kl_share!r}")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
         grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets)
@@ -66,7 +71,10 @@ def wasserstein_retrieval_loss(
         raise ValueError(f"the prepared pairs are of {grades.shape} queries and documents, the embeddings of {shape}")
     if grades.offsets.device != queries.device:
         raise ValueError(f"grades must be on the embeddings' device, {queries.device}; got {grades.offsets.device}")
-    return _RetrievalTransport.apply(queries, documents, grades, int(order), float(temperature), reduction)
+    if kl_share and grades.others_weigh:
+        raise ValueError("kl_share needs targets that give documents of the default grade no mass, such as gain and 0")
+    options = (int(order), float(temperature), float(kl_share), reduction)
+    return _RetrievalTransport.apply(queries, documents, grades, *options)
 
 
 def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype):
@@ -91,6 +99,7 @@ def _transport(
     lists: Sequence[Tensor],
     order: int,
     temperature: float,
+    kl_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The reduced loss; its gradients in the scores of pairs (M,) and in the log-sum-exp of others (B,); top and sum.
@@ -110,16 +119,29 @@ def _transport(
     others = (folded.top + temperature * folded.sum.log()).to(new["dtype"])
     loss, of_pairs, of_others = torch.zeros(rows, **new), torch.zeros_like(pairs.values), torch.zeros(rows, **new)
     for group in _regroup(lists):
-        short = torch.zeros(group.index.shape, **new)  # (R, K + 1)
+        short = torch.full(group.targets.shape, -torch.inf, **new)  # (R, K + 1)
         short.view(-1)[group.slots] = pairs.values[group.members]
         short[:, -1] = others[group.rows]
-        value, gradient = transport(short, Tables(*group[3:]), order, temperature, "none", True)
+        value, gradient = transport(short, group.tables, order, temperature, "none", True)
+        if kl_share:
+            divergence, slope = _diverge(short, group.targets, temperature)
+            value, gradient = value.lerp(divergence, kl_share), gradient.lerp(slope, kl_share)
         loss[group.rows] = value
         of_pairs[group.members] = gradient.view(-1)[group.slots]
         of_others[group.rows] = gradient[:, -1]
     if reduction == "mean":
         return loss.mean(), of_pairs / max(rows, 1), of_others / max(rows, 1), *folded
     return loss if reduction == "none" else loss.sum(), of_pairs, of_others, *folded
+
+
+def _diverge(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL(q || p) of each list, (R,), and its gradient (R, K + 1), where a score of -inf stands for no document."""
+    logits = scores.to(q.dtype) / temperature
+    p = masked_softmax(logits, logits != -torch.inf)
+    log_p = torch.where(q > 0, logits - logits.logsumexp(-1, keepdim=True), 0)
+    value = (torch.xlogy(q, q) - q * log_p).sum(-1)
+    slope = (p - q) * (q.sum(-1, keepdim=True) > 0) / temperature
+    return value.to(scores.dtype), slope.to(scores.dtype)
 
 
 def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:
@@ -171,13 +193,14 @@ def retrieval_transport_op(
     lists: Sequence[Tensor],
     order: int,
     temperature: float,
+    kl_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _transport(queries, documents, offsets, columns, lists, order, temperature, reduction)
+    return _transport(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction)
 
 
 @retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, lists, order, temperature, reduction):
+def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction):
     new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
     total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
     loss = torch.empty(rows if reduction == "none" else (), **new)
@@ -208,11 +231,11 @@ def _(queries, documents, offsets, columns, of_pairs, of_others, top, total, gra
 
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, documents, prepared, order, temperature, reduction):
+    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, reduction):
         run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
         lists = [tensor for group in prepared.lists for tensor in group]
         where = (prepared.offsets, prepared.columns)
-        loss, *saved = run(queries, documents, *where, lists, order, temperature, reduction)
+        loss, *saved = run(queries, documents, *where, lists, order, temperature, kl_share, reduction)
         ctx.save_for_backward(queries, documents, *where, *saved)
         ctx.temperature = temperature
         return loss
@@ -224,4 +247,4 @@ class _RetrievalTransport(torch.autograd.Function):
             found = retrieval_transport_backward_op(*ctx.saved_tensors, grad_loss, ctx.temperature)
         else:
             found = _transport_backward(*ctx.saved_tensors, grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
-        return *found, None, None, None, None
+        return *found, *(None,) * 5

@@ -23,6 +23,7 @@ LOSSES = {
     "kl": {"loss": "kl"},
     "ranknet": {"loss": "ranknet"},
     "kl_share": {"kl_share": 0.3},
+    "kl_share softmax": {"kl_share": 0.3, "targets": "softmax"},
     "softmax": {"targets": "softmax"},
 }
 
@@ -70,8 +71,9 @@ def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
         scores, grades, mask = scores.gather(1, batch.columns), batch.grades, batch.mask
     settings = {"order": 1, "temperature": 1.0, "targets": "gain", "loss": "wasserstein", "kl_share": 0.0, **options}
     share = settings.pop("kl_share")
+    targets = settings["targets"]
     value = make_loss(settings.pop("loss"), **settings)(scores, grades, mask=mask)
-    value = (1 - share) * value + share * kl_loss(scores, grades, mask=mask, temperature=1.0)
+    value = (1 - share) * value + share * kl_loss(scores, grades, mask=mask, targets=targets)
     value.backward()
     expected = value.item(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     assert_same(found, expected, 1e-5)
