@@ -19,7 +19,7 @@ LAYERS = """
     report bench speed memory timers workloads rivals
     train trainer job card capacity mining mining_pool mining_spec checkpoint snapshot
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub processes
-    losses retrieval_loss tiles ops reference pairs grades kernels
+    losses retrieval_loss tiles ops pairs reference grades kernels
     mix sources collection lists console settings versions resident launch files errors
 """.split()
 CORE = [
