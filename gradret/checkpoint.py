@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
-from gradret.files import link_file, read_json, replace_json, sync_file
+from gradret.files import drop_after, link_file, read_json, replace_json, sync_file
 from gradret.lists import hash64
 from gradret.settings import FitSettings
 from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
@@ -65,6 +65,7 @@ class Run:
 
     def __init__(self, directory: str | os.PathLike, settings: dict, content: dict[str, str], *, resume: bool):
         self.directory = Path(directory)
+        self._checkpoints = self.directory / "checkpoints"
         found = read_json(self.directory / RUN_FILE)
         if not found:
             # A run killed while it claimed the directory leaves no more than its half-written claim.
@@ -75,12 +76,13 @@ class Run:
         else:
             self._record = found
             self._check(settings, content, resume)
-            self._record = found | {"settings": settings}
-        self._checkpoints = self.directory / "checkpoints"
+            self._record = found | {"settings": settings, "content": content}
         kept = {k: v for k, v in settings.items() if k not in FREE_SETTINGS}
         self._identity = hash64(json.dumps([kept, content], sort_keys=True))
         self._lock()
-        if found and settings != found["settings"] and not self.finished:
+        if found and found != self._record and not self.finished:
+            for stale in self.directory.glob("mined-*.npy*") if content != found["content"] else ():
+                stale.unlink()
             self._create()
         for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
             shutil.rmtree(torn)
@@ -119,7 +121,12 @@ class Run:
             raise GradretError(f"{self.directory}: can not be written ({error.strerror})") from error
 
     def _check(self, settings: dict, content: dict, resume: bool) -> None:
-        found, before = self._record["content"], self._record["settings"]
+        try:
+            found, before = self._record["content"], self._record["settings"]
+        except KeyError as error:
+            raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
+        if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
+            return  # it ended before its first step: there is nothing to lose
         before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
         if changed:
@@ -138,9 +145,9 @@ class Run:
                     "restore it, or start again in another --out"
                 )
         if not resume:
-            how = "finished" if self.finished else "unfinished"
+            how = "a finished" if self.finished else "an unfinished"
             advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
-            raise GradretError(f"{self.directory}: holds a {how} run with these settings; {advice}")
+            raise GradretError(f"{self.directory}: holds {how} run with these settings; {advice}")
 
     @property
     def finished(self) -> bool:
@@ -158,17 +165,31 @@ class Run:
         state = RunState()
         if checkpoint is not None:
             found = read_json(checkpoint / "state.json")
-            if found.pop("run", self._identity) != self._identity:
+            self._check_owner(checkpoint / "state.json", found.pop("run", None))
+            try:
+                state = RunState(**found)
+                put_tensors(encoder, self._read_tensors(checkpoint / "model.safetensors"))
+                put_optimizer(encoder, optimizer, self._read_tensors(checkpoint / "optimizer.safetensors"))
+            except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
                 raise GradretError(
-                    f"{checkpoint}: belongs to a run with another model, loss, data or other settings; put this run's "
-                    "own checkpoint back, or remove it to start from the beginning"
-                )
-            state = RunState(**found)
-            put_tensors(encoder, load_file(checkpoint / "model.safetensors"))
-            put_optimizer(encoder, optimizer, load_file(checkpoint / "optimizer.safetensors"))
-        _drop_after(self.directory / "metrics.jsonl", state.step)
-        _drop_after(self.directory / "dev.jsonl", -1 if state.dev_step is None else state.dev_step)
+                    f"{checkpoint}: is damaged ({type(error).__name__}: {error}); put it back from a copy, or remove "
+                    "it to start from the beginning"
+                ) from error
+        drop_after(self.directory / "metrics.jsonl", state.step)
+        drop_after(self.directory / "dev.jsonl", -1 if state.dev_step is None else state.dev_step)
         return state
+
+    def _read_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        with safe_open(path, "pt") as file:
+            self._check_owner(path, (file.metadata() or {}).get("run"))
+            return {name: file.get_tensor(name) for name in file.keys()}
+
+    def _check_owner(self, path: Path, run: str | None) -> None:
+        if run != f"{self._identity:016x}":
+            raise GradretError(
+                f"{path}: is missing, or belongs to a run with another model, loss, data or other settings; put this "
+                "run's own checkpoint back, or remove its directory to start from the beginning"
+            )
 
     def append(self, name: str, record: dict) -> None:
         """Append one JSON line to a file of the run."""
@@ -179,9 +200,11 @@ class Run:
             raise self._write_error(error) from error
 
     def read_array(self, name: str) -> np.ndarray | None:
-        """An array of the run, None if it is not there."""
-        path = self.directory / name
-        return np.load(path) if path.is_file() else None
+        """An array of the run, None if it is not there whole."""
+        try:
+            return np.load(self.directory / name)
+        except (OSError, EOFError, ValueError):
+            return None
 
     def write_array(self, name: str, array: np.ndarray) -> None:
         """Keep an array until the run has finished."""
@@ -189,6 +212,7 @@ class Run:
         try:
             with open(part, "wb") as file:
                 np.save(file, array)
+            sync_file(part)
             os.replace(part, self.directory / name)
         except OSError as error:
             raise self._write_error(error) from error
@@ -206,8 +230,9 @@ class Run:
                 self._record_best(state, target, target)
                 return
             part.mkdir(parents=True)
-            save_file(get_tensors(encoder), part / "model.safetensors")
-            save_file(get_optimizer(encoder, optimizer), part / "optimizer.safetensors")
+            owner = {"run": f"{self._identity:016x}"}
+            save_file(get_tensors(encoder), part / "model.safetensors", owner)
+            save_file(get_optimizer(encoder, optimizer), part / "optimizer.safetensors", owner)
             self._record_best(state, part, previous)
             for file in part.iterdir():
                 sync_file(file)
@@ -227,7 +252,7 @@ class Run:
             )
             if source != checkpoint / "best.safetensors":
                 link_file(source, checkpoint / "best.safetensors")
-        replace_json(checkpoint / "state.json", vars(state) | {"run": self._identity})
+        replace_json(checkpoint / "state.json", vars(state) | {"run": f"{self._identity:016x}"})
 
     def _write_error(self, error: Exception) -> GradretError:
         last = self.last_checkpoint
@@ -240,7 +265,7 @@ class Run:
     def restore_best(self, encoder: Encoder, state: RunState) -> None:
         """Put the weights that were best on dev into the encoder, if dev was measured."""
         if state.best_step is not None and state.best_step != state.step:
-            put_tensors(encoder, load_file(self.last_checkpoint / "best.safetensors"))
+            put_tensors(encoder, self._read_tensors(self.last_checkpoint / "best.safetensors"))
 
     def finish(self, encoder: Encoder, write_card: Callable[[Path], None]) -> None:
         """Save the encoder and its card, and drop the checkpoints."""
@@ -266,19 +291,3 @@ def step_name(step: int) -> str:
 
 def _show(value: object) -> str:
     return json.dumps(value)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Rewrite a file of JSON lines without those of later steps and without a torn last line."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)

@@ -33,6 +33,11 @@ class StopRequest:
         self._heard_s = 0.0
         self._previous: dict = {}
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds since the first signal; 0 while there was none."""
+        return 0.0 if self.signal is None else time.monotonic() - self._heard_s
+
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
             self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -8,7 +8,7 @@ batch, the seed and the step alone, so that neither the caching nor the number o
 Source: gradient caching, Gao et al., arXiv 2101.06983.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,7 @@ class Contexts:
         chunk: texts encoded at once, see chunks.plan_chunks.
         cached: whether chunks are encoded twice instead of keeping their activations.
         processes: who share each batch.
+        check: called before each chunk; what it raises ends the batch.
     """
 
     encoder: Encoder
@@ -42,6 +43,7 @@ class Contexts:
     chunk: int
     cached: bool
     processes: Processes = ALONE
+    check: Callable[[], None] = lambda: None
 
     def add_gradients(self, batch: Batch, seed: str, scale: float = 1.0) -> float:
         """Add this process's part of the gradient of `scale` times the batch's loss to the parameters, return the loss.
@@ -56,15 +58,17 @@ class Contexts:
         lengths = [len(text) for text in tokens]
         plan = plan_chunks(lengths, self.chunk)
         mine = deal_chunks(plan, lengths, self.processes.size)[self.processes.rank]
+        cached = self.cached and len(mine) > 1  # the activations of one chunk fit
         kept: list[Tensor] = []
         encoder = self.encoder
         shape = len(tokens), encoder.dimension  # (B + N, D)
         embeddings = torch.zeros(shape, dtype=encoder.dtype, device=encoder.device)
-        with self._autocast(), torch.set_grad_enabled(not self.cached):
+        with self._autocast(), torch.set_grad_enabled(not cached):
             for number in mine:
+                self.check()
                 embedded = self._embed(tokens, plan[number], seed, number)
                 embeddings[plan[number]] = embedded.detach()
-                if not self.cached:
+                if not cached:
                     kept.append(embedded)
         self.processes.add([embeddings])  # the others' rows were 0 here
         gradients = torch.zeros_like(embeddings)
@@ -75,7 +79,8 @@ class Contexts:
         self.processes.add([gradients])
         with self._autocast():
             for number in mine:
-                embedded = self._embed(tokens, plan[number], seed, number) if self.cached else kept.pop(0)
+                self.check()
+                embedded = self._embed(tokens, plan[number], seed, number) if cached else kept.pop(0)
                 with torch.autocast(self.encoder.device.type, enabled=False):
                     embedded.backward(gradients[plan[number]])
                 del embedded

@@ -68,3 +68,19 @@ def open_folder(out: str, *names: str) -> None:
         raise GradretError(f"{out}: can not be written ({error.strerror})") from error
     for name in names:
         check_writable(Path(out, name))
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Rewrite a file of JSON lines without those of later steps and without a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            break
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)

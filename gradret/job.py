@@ -57,6 +57,11 @@ class Job:
                 f"mine '{settings.mine}': gain targets (2^grade - 1) do not allow the negative grade {mining.grade:g}; "
                 "use --targets softmax, or a grade of 0 or above"
             )
+        if mining is not None and mining.grade >= self.summary.highest:
+            raise GradretError(
+                f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
+                f"the best of the lists, {self.summary.highest:g}; give a lower grade"
+            )
         self.miner = Miner(mining, self.lists, self.summary.kept) if mining else None
         self.encoder = load(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
         self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
@@ -112,7 +117,7 @@ class Job:
         return chunk or 0
 
     def _texts_per_list(self) -> float:
-        mined = self.miner.mining.k if self.miner is not None else 0
+        mined = min(self.miner.mining.k, self.miner.pool.document_count) if self.miner is not None else 0
         return 1 + self.summary.passages / len(self.summary.kept) + mined
 
     def _measure_texts(self) -> tuple[int, int]:

@@ -33,7 +33,11 @@ class ChunkType(click.ParamType):
     name = f"passages|{AUTO}"
 
     def convert(self, value, param, ctx):
-        return value if value == AUTO else POSITIVE.convert(value, param, ctx)
+        if value == AUTO or isinstance(value, int):
+            return value
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f"'{value}' is neither a whole number above 0 nor {AUTO}", param, ctx)
+        return int(value)
 
 
 class NamesType(click.ParamType):
@@ -42,7 +46,12 @@ class NamesType(click.ParamType):
     name = "names"
 
     def convert(self, value, param, ctx):
-        return value if isinstance(value, tuple) else tuple(filter(None, map(str.strip, value.split(","))))
+        if isinstance(value, tuple):
+            return value
+        names = tuple(filter(None, map(str.strip, value.split(","))))
+        if not names:
+            self.fail(f"'{value}' holds no name", param, ctx)
+        return names
 
 
 def options(*decorators):

@@ -1,6 +1,7 @@
 """Several processes that share one piece of work, as torchrun starts them; alone, every exchange is with oneself."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from gradret.errors import GradretError, ProcessLost, ToldElsewhere
 from gradret.launch import count_processes
+from gradret.peers import Peers
 
 # Others wait so long while the first one writes or searches. A process that died is noticed at once: its sockets close.
 TIMEOUT = timedelta(hours=6)
@@ -31,6 +33,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
+        self._peers = Peers(rank, size, self.broadcast) if size > 1 else None
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +44,25 @@ class Processes:
     def local_size(self) -> int:
         """How many of them share this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.size > 1 else 1
+
+    @property
+    def launcher(self) -> str:
+        """How a command of gradret is started by as many processes."""
+        nodes = f" --nnodes {self.size // self.local_size}" if self.size > self.local_size else ""
+        return f"torchrun{nodes} --nproc-per-node {self.local_size} -m gradret" if self.size > 1 else "gradret"
+
+    def check(self) -> None:
+        """Look, without an exchange, whether the others are there: the first process at all, the others at the first.
+
+        Raises: ProcessLost.
+        """
+        if self._peers is not None and self._peers.is_one_gone():
+            raise self._lost("another process has ended")
+
+    def close(self) -> None:
+        """This process has no more to share."""
+        if self._peers is not None:
+            self._peers.close()
 
     def gather_objects(self, value) -> list:
         """Everyone's value, in order of rank; it must be picklable."""
@@ -133,11 +155,13 @@ class Processes:
         try:
             yield
         except RuntimeError as error:  # gloo and nccl raise nothing narrower
-            reason = str(error).splitlines()[0][:200]
-            what = "another process has ended ({}); its own message tells why"
-            if "timed out" in reason.lower():
-                what = "the others did not answer in time ({})"
-            raise ProcessLost(f"process {self.rank} of {self.size}: {what.format(reason)}") from error
+            reason = re.sub(r"^\[\S*\] ", "", str(error).splitlines()[0]).split(". ")[0]
+            slow = "timed out" in reason.lower()
+            what = "the others did not answer in time" if slow else "another process has ended"
+            raise self._lost(f"{what} ({reason[:120]})") from error
+
+    def _lost(self, what: str) -> ProcessLost:
+        return ProcessLost(f"process {self.rank} of {self.size}: {what}; look for its own message, if it left one")
 
 
 ALONE = Processes()
@@ -166,13 +190,17 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
     elif made_here and ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
         raise GradretError(f"--device {device} is one GPU, which several processes can not share; give --device cuda")
     on_cuda = device.startswith("cuda")
+    if on_cuda and not torch.cuda.is_available():
+        raise GradretError(f"--device {device}: no CUDA device is there, or PyTorch was built without CUDA")
     if made_here:
-        if on_cuda and torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
+        if on_cuda and torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_device(device)
         try:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise GradretError(f"the processes could not find each other ({str(error).splitlines()[0]})") from error
-    yield Processes(dist.get_rank(), dist.get_world_size()), device
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    yield processes, device
+    processes.close()
     if made_here:  # not after an error: with a process gone it may wait for ever
         dist.destroy_process_group()

@@ -93,6 +93,7 @@ def embed_corpus(
             with processes.agree(), explain_errors(collection.name, cache):
                 block = list(islice(documents, size))[own.start : own.stop]
                 for start in range(0, len(block), ENCODE_PART):
+                    processes.check()
                     part = block[start : start + ENCODE_PART]
                     found = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
                     vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())

@@ -115,11 +115,16 @@ class FitSettings:
         for name in ("seed", "lora"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name in ("kl_share", "lora_dropout"):
+        for name in ("clip", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
+        for name in ("kl_share", "lora_dropout", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
         if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
             raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be 1 or above, got {self.max_steps!r}")
         if self.patience is not None and (self.patience < 1 or self.dev is None):
             raise ValueError(f"patience must be 1 or above and needs dev, got {self.patience!r} and {self.dev!r}")
         for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):

@@ -14,10 +14,11 @@ from gradret.adapters import merge_adapters
 from gradret.batches import Batch, draw_batches
 from gradret.capacity import is_out_of_memory
 from gradret.card import write_card
-from gradret.checkpoint import Run, RunState, step_name
+from gradret.checkpoint import Run, RunState
 from gradret.console import StopRequest, say
 from gradret.contexts import Contexts
-from gradret.errors import GradretError, Interrupted, ProcessLost, ToldElsewhere
+from gradret.endings import Endings, StepGivenUp
+from gradret.errors import GradretError, ProcessLost
 from gradret.evaluation import evaluate
 from gradret.job import Job, make_optimizer
 from gradret.kernels import describe_backend
@@ -47,7 +48,7 @@ class FitResult:
     was_finished: bool = False
 
 
-class Trainer:
+class Trainer(Endings):
     """One process of a run. `run` is the run's directory in the first process, None in the others.
 
     Raises: GradretError, see train.fit.
@@ -57,23 +58,27 @@ class Trainer:
         self.job, self.run, self.out, self.progress = job, run, out, progress
         self.settings, self.encoder, self.processes = job.settings, job.encoder, job.processes
         self.lists, self.mined_round = job.lists, None
+        self.stop = StopRequest()
         self.optimizer = make_optimizer(job.encoder, self.settings.weight_decay)
         self.state = self.restore()
         self.find_chunk()
         self.contexts = self.make_contexts()
         if run is not None:
-            s, loss = self.settings, self.settings.loss
+            loss = self.settings.loss
             if loss == "wasserstein":
                 loss += f" on {describe_backend(self.encoder.device)}"
             chunk = f", {self.state.chunk} passages at once" if self.state.chunk else ""
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""
             done = f"{self.state.step} of {job.steps} steps done"
             say(f"data: {job.describe()}")
-            say(f"fit: {loss}, {done}, {s.batch_lists} lists a batch{chunk}{shared}, {out}")
+            say(f"fit: {loss}, {done}, {job.batch_lists} lists a batch{chunk}{shared}, {out}")
 
     def restore(self) -> RunState:
         """The last checkpoint, from the first process to all."""
-        state = self.run.restore(self.encoder, self.optimizer) if self.run is not None else None
+        state = None
+        with self.processes.agree():
+            if self.run is not None:
+                state = self.run.restore(self.encoder, self.optimizer)
         state = self.processes.broadcast(state)
         if self.processes.size > 1 and state.step:
             self.processes.share_tensors([tensor.data for _, tensor in named_tensors(self.encoder)])
@@ -94,14 +99,15 @@ class Trainer:
             mined = job.miner.mining.grade if job.miner is not None else 0.0
             floor = min(0.0, job.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
         group = chunk or GROUPS.get(self.encoder.device.type, GROUPS["cuda"])
-        return Contexts(self.encoder, Objective(s, floor), job.precision, group, bool(chunk), self.processes)
+        objective = Objective(s, floor)
+        return Contexts(self.encoder, objective, job.precision, group, bool(chunk), self.processes, self.check)
 
     def loop(self) -> None:
         """Steps until the end."""
         state, steps = self.state, self.job.steps
         quiet = None if self.progress else True
         with (
-            StopRequest() as stop,
+            self.stop as stop,
             tqdm(total=steps, initial=state.step, desc="fit", unit="step", disable=quiet) as bar,
         ):
             try:
@@ -121,6 +127,9 @@ class Trainer:
                     self.train_step(bar)
                     if state.step % self.settings.checkpoint_every == 0 and state.step < steps and not self.dev_due():
                         self.save()
+            except StepGivenUp:
+                with stop.uninterrupted():
+                    self.end_by_signal()
             except ProcessLost as error:
                 with stop.uninterrupted():
                     self.end_without(error)
@@ -143,12 +152,16 @@ class Trainer:
         name = f"mined-{number}.npy"
         found = self.processes.broadcast(self.run.read_array(name) if self.run is not None else None)
         if found is None:
+            if self.processes.size > 1 and state.step:  # it may take long, and is not given up for a signal
+                self.save_step()
             found = miner.mine(
                 self.encoder, precision=self.job.precision, processes=self.processes, progress=self.progress
             )
             if self.run is not None:
                 self.run.write_array(name, found)
-                say(f"step {state.step}: {int((found >= 0).sum())} passages mined, as grade {miner.mining.grade:g}")
+                mined = int((found >= 0).sum())
+                few = "" if mined else "; lower skip, or mine from more documents"
+                say(f"step {state.step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
         self.lists = MinedLists(self.job.lists, self.job.summary.kept, miner.pool, found, miner.mining.grade)
         self.mined_round = number
 
@@ -229,10 +242,6 @@ class Trainer:
             say(f"step {state.step}: dev {s.dev_measure} {value:.4f}, best {state.best:.4f} at step {state.best_step}")
         self.save()
 
-    def save(self) -> None:
-        if self.run is not None:
-            self.run.save_checkpoint(self.encoder, self.optimizer, self.state)
-
     def finish(self, seconds: float) -> FitResult:
         """Save the encoder; `seconds` is what the run has taken."""
         s, state, job, run = self.settings, self.state, self.job, self.run
@@ -252,46 +261,5 @@ class Trainer:
         return FitResult(self.out, state.step, loss, state.best, state.best_step, seconds)
 
     def describe_place(self) -> str:
-        size, device = self.processes.size, self.encoder.device.type
-        return device if size == 1 else f"{size} processes, {device}"
-
-    def not_finite(self, what: str, value: float, query_ids: list[str]) -> GradretError:
-        shown = ", ".join(query_ids[:64]) + (", ..." if len(query_ids) > 64 else "")
-        last = self.run.last_checkpoint if self.run is not None else None
-        return self.told_once(
-            f"step {self.state.step + 1}: {what} is {value}; lists: {shown}; last good checkpoint: "
-            f"{last or 'none'}; look at these lists, or lower --learning-rate"
-        )
-
-    def told_once(self, message: str, kind: type[GradretError] = GradretError) -> GradretError:
-        """What all processes raise at once, and only the first one tells."""
-        return kind(message) if self.processes.is_first else ToldElsewhere(message)
-
-    def interrupt(self, number: int) -> None:
-        """Checkpoint and end."""
-        with self.processes.agree():  # the others wait: once one has ended, torchrun gives the rest half a minute
-            self.save_step()
-        raise self.told_once(
-            f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.job.steps}, all saved; "
-            f"continue with: {self.resume_command()}",
-            Interrupted,
-        )
-
-    def end_without(self, error: ProcessLost) -> None:
-        """Another process has ended: save what all had done by then, if this is the process that can."""
-        kept = "its last checkpoint holds what was saved"
-        if self.run is not None:
-            self.save_step()
-            kept = f"all saved after step {self.state.step} of {self.job.steps}"
-        raise GradretError(f"{error}; {kept}; continue with: {self.resume_command()}") from error
-
-    def save_step(self) -> None:
-        last = self.run.last_checkpoint if self.run is not None else None
-        if last is None or last.name != step_name(self.state.step):
-            self.save()
-
-    def resume_command(self) -> str:
-        size, local = self.processes.size, self.processes.local_size
-        nodes = f" --nnodes {size // local}" if size > local else ""
-        program = f"torchrun{nodes} --nproc-per-node {local} -m gradret" if size > 1 else "gradret"
-        return f"{program} fit --out {self.out} --resume"
+        size, where = self.processes.size, f"{self.encoder.device.type}, {self.job.precision}"
+        return where if size == 1 else f"{size} processes, {where}"

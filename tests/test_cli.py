@@ -43,6 +43,13 @@ def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
     result = invoke("fit", "--temperature", "nan")
     assert (result.exit_code, "temperature must be a finite number, got nan" in result.stderr) == (2, True)
+    for option, value, message in (
+        ("--chunk", "x", "'x' is neither a whole number above 0 nor auto"),
+        ("--chunk", "0", "'0' is neither a whole number above 0 nor auto"),
+        ("--lora-targets", ",", "',' holds no name"),
+    ):
+        result = invoke("fit", option, value)
+        assert (result.exit_code, message in result.stderr) == (2, True)
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
     assert (

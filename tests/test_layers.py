@@ -17,8 +17,9 @@ LAYERS = """
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
     report bench speed memory timers workloads rivals
-    train trainer job card capacity mining mining_pool mining_spec checkpoint snapshot
-    contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub processes
+    train trainer endings job card capacity mining mining_pool mining_spec checkpoint snapshot
+    contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub
+    processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
     mix sources collection lists console settings versions resident launch files errors
 """.split()

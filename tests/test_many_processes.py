@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_does(uninterrupted, tiny_encoder, tmp_path):
         for out in (uninterrupted, tmp_path / "one")
     )
     assert [line["step"] for line in dev] == [line["step"] for line in alone] == [0, 4, 8]
-    assert "2 processes, cpu" in (uninterrupted / "README.md").read_text()
+    assert "2 processes, cpu, float32" in (uninterrupted / "README.md").read_text()
 
 
 @pytest.mark.parametrize("survivor", [0, 1])
@@ -122,19 +122,64 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(uninterru
     assert pair[survivor].returncode == 1
     pair[1 - survivor].communicate()
     (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
-    assert line.startswith(f"Error: process {survivor} of 2: another process has ended (")
+    assert line.startswith(f"Error: process {survivor} of 2: another process has ended")
+    assert "; look for its own message, if it left one; " in line
     step = steps_done(out)
     if survivor == 0:
         assert f"; all saved after step {step} of {STEPS}; " in line
         assert (out / "checkpoints" / f"step-{step:09d}").is_dir()
     else:
-        assert "; its last checkpoint holds what was saved; " in line
+        assert "; the last checkpoint, if there is one yet, holds what was saved; " in line
     command = line.split("continue with: ")[1]
     assert command == f"torchrun --nproc-per-node 2 -m gradret fit --out {out} --resume"
     result = run(2, *arguments(tiny_encoder, out), "--resume")
     assert result.returncode == 0, result.stderr
     assert same_bits(out, uninterrupted)
     assert read_losses(out) == read_losses(uninterrupted)
+
+
+def start_long_steps(model: Path, folder: Path) -> tuple[list[subprocess.Popen], Path]:
+    """Two processes in the first of their steps, which take two minutes each."""
+    out, reached = folder / "out", folder / "reached"
+    script = [str(Path(__file__).with_name("slow_fit.py")), str(reached)]
+    pair = start_pair(*script, *arguments(model, out, "--chunk", "1")[2:])
+    deadline = time.monotonic() + 100
+    while not reached.exists() and all(p.poll() is None for p in pair) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reached.exists(), [p.communicate()[1] for p in pair if p.poll() is not None]
+    return pair, out
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_within_a_long_step_a_lost_process_is_noticed_at_once(tiny_encoder, tmp_path, survivor):
+    pair, out = start_long_steps(tiny_encoder, tmp_path)
+    began = time.monotonic()
+    pair[1 - survivor].kill()
+    _, stderr = pair[survivor].communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert pair[survivor].returncode == 1
+    pair[1 - survivor].communicate()
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith(f"Error: process {survivor} of 2: another process has ended; look for its own message")
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+    assert (f"; all saved after step 0 of {STEPS}; " in line) == (survivor == 0)
+
+
+def test_a_long_step_is_given_up_for_a_signal(tiny_encoder, tmp_path):
+    """Whoever stops all processes, as torchrun does, kills them half a minute later."""
+    pair, out = start_long_steps(tiny_encoder, tmp_path)
+    began = time.monotonic()
+    for process in pair:
+        process.terminate()
+    lines = []
+    for process in pair:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        lines += [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert 5 < time.monotonic() - began < 25
+    assert len(lines) == 1
+    assert lines[0].startswith(f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun")
+    assert (out / "checkpoints" / "step-000000000").is_dir()
 
 
 def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder, tmp_path):

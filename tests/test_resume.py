@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_tiny_encoder
 
@@ -139,12 +141,12 @@ def full_disk(monkeypatch):
     """From the second checkpoint on there is no space left, halfway through the file."""
     save, calls = checkpoint.save_file, []
 
-    def fail(tensors, path):
+    def fail(tensors, path, metadata):
         calls.append(path)
         if len(calls) > 2:
             Path(path).write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        save(tensors, path)
+        save(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
     yield
@@ -201,6 +203,31 @@ def test_a_directory_that_is_taken(tiny_encoder, tmp_path):
         fit(settings, tmp_path / "things")
 
 
+def test_what_ended_before_its_first_step_is_claimed_anew(tiny_encoder, tmp_path, monkeypatch):
+    """As after a chunk that does not fit: the same command with another one, or another loss, simply runs."""
+    out, settings = tmp_path / "out", {**SMALL, "max_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "find_chunk", lambda self: (_ for _ in ()).throw(GradretError("too large")))
+        with pytest.raises(GradretError, match="too large"):
+            fit(FitSettings(model=str(tiny_encoder), chunk=4, mine="k=1,grade=1", **settings), out)
+    (out / "mined-0.npy").write_bytes(b"")
+    assert fit(FitSettings(model=str(tiny_encoder), loss="infonce", **settings), out).steps == 1
+    assert json.loads((out / "gradret.json").read_text())["settings"]["loss"] == "infonce"
+    assert not list(out.glob("mined*"))
+
+
+def test_mined_passages_that_were_cut_off_are_mined_again(tiny_encoder, tmp_path):
+    run = checkpoint.Run(tmp_path / "out", {}, {"data": "x"}, resume=False)
+    run.write_array("mined-0.npy", np.arange(6).reshape(3, 2))
+    assert run.read_array("mined-0.npy").tolist() == [[0, 1], [2, 3], [4, 5]]
+    whole = (tmp_path / "out" / "mined-0.npy").read_bytes()
+    for size in (0, 50, len(whole) - 1):
+        (tmp_path / "out" / "mined-0.npy").write_bytes(whole[:size])
+        assert run.read_array("mined-0.npy") is None
+    assert run.read_array("mined-1.npy") is None
+    run.close()
+
+
 def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_path, monkeypatch):
     """Of another loss: its tensors would fit. The encoder to start from changed in place."""
     model = make_tiny_encoder(tmp_path / "model")
@@ -221,14 +248,26 @@ def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_
             with pytest.raises(GradretError, match="cut"):
                 fit(chosen, tmp_path / loss)
     ours, theirs = (tmp_path / loss / "checkpoints" / "step-000000002" for loss in settings)
-    shutil.rmtree(ours)
-    shutil.copytree(theirs, ours)
-    with pytest.raises(GradretError) as error:
-        fit(settings["wasserstein"], tmp_path / "wasserstein", resume=True)
-    assert str(error.value) == (
-        f"{ours}: belongs to a run with another model, loss, data or other settings; put this run's own checkpoint "
-        "back, or remove it to start from the beginning"
-    )
+    shutil.copytree(ours, tmp_path / "kept")
+
+    def refused() -> str:
+        with pytest.raises(GradretError) as error:
+            fit(settings["wasserstein"], tmp_path / "wasserstein", resume=True)
+        shutil.rmtree(ours)
+        shutil.copytree(tmp_path / "kept", ours)
+        return str(error.value)
+
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        shutil.copy(theirs / name, ours / name)
+        assert refused() == (
+            f"{ours / name}: is missing, or belongs to a run with another model, loss, data or other settings; put "
+            "this run's own checkpoint back, or remove its directory to start from the beginning"
+        )
+        (ours / name).write_bytes((ours / name).read_bytes()[:100])
+        assert re.match(rf"{ours}(: is damaged \(|/state.json: not valid JSON)", refused())
+        (ours / name).unlink()
+        assert re.match(rf"{ours}(: is damaged \(|/state.json: is missing, or bel)", refused())
+    assert fit(settings["wasserstein"], tmp_path / "wasserstein", resume=True).steps == 3
     shutil.copytree(make_tiny_encoder(tmp_path / "other", dropout=0.0), model, dirs_exist_ok=True)
     with pytest.raises(GradretError, match="infonce: the encoder to start from has changed since this run began"):
         fit(settings["infonce"], tmp_path / "infonce", resume=True)

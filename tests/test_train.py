@@ -314,6 +314,18 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
         "use --targets softmax, or a grade of 0 or above"
     )
     fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax"), tmp_path / "out")
+    with pytest.raises(GradretError, match=r"grade 3 is no lower than the best of the lists, 3; give a lower grade"):
+        fit(small(tiny_encoder, mine="k=1,grade=3"), tmp_path / "best")
+
+
+def test_settings_have_their_ranges():
+    for field in ("clip", "weight_decay", "warmup"):
+        with pytest.raises(ValueError, match=f"{field} must be 0"):
+            FitSettings(**{field: -0.5})
+    with pytest.raises(ValueError, match="max_steps must be 1 or above, got 0"):
+        FitSettings(max_steps=0)
+    with pytest.raises(ValueError, match="positive_from is infonce's, not kl's"):
+        FitSettings(loss="kl", positive_from=2)
 
 
 def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkeypatch):
