@@ -37,6 +37,7 @@ setup(
         "ir-measures>=0.3.7",
         "numpy>=1.26",
         "safetensors>=0.5",
+        'tomli>=2; python_version < "3.11"',
         "torch>=2.4",
         "tqdm>=4.66",
         "transformers>=4.56",

@@ -1,122 +1,256 @@
-"""Retrieval quality of losses side by side: the same lists, seeds and budget for each."""
+"""Retrieval quality: the runs of a grid, each trained and measured once and kept as a row."""
 
-import math
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from gradret.bm25 import search_bm25
 from gradret.collection import Collection
-from gradret.console import say
+from gradret.console import StopRequest, say
 from gradret.encoder import Encoder
 from gradret.encoder_load import load
 from gradret.errors import GradretError, Interrupted
-from gradret.evaluation import Evaluation, evaluate, paired_t_test, parse_measures
-from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
+from gradret.evaluation import DEFAULT_DEPTH, Evaluation, evaluate, measure_run
+from gradret.grid import BM25, FIT, Cell, Grid, Run
+from gradret.grid_inputs import GridInputs
+from gradret.grid_rows import GridRows, list_defaults
 from gradret.sources import open_collection, parse_source
 from gradret.train import fit
 from gradret.versions import versions
 
-UNTRAINED = "untrained"
-BASELINE = "infonce"
+ROWS_FILE = "rows.jsonl"
+PER_QUERY_DIGITS = 4
+NOT_TRAINED = {"fit_seconds": None, "steps": None, "lists": None}
 
 
-def parse_loss(name: str) -> dict:
-    """Settings of a row: `wasserstein`, or `wasserstein:2` for its order 2. Raises: ValueError."""
-    loss, _, order = name.partition(":")
-    if loss not in LOSS_NAMES or order not in ("", "1", "2") or (order and loss != "wasserstein"):
-        raise ValueError(f"'{name}' is not one of {', '.join(LOSS_NAMES)}, wasserstein:1, wasserstein:2")
-    return {"loss": loss, **({"order": int(order)} if order else {})}
+@dataclass(frozen=True)
+class Outcome:
+    """What is there after a call of run_grid.
+
+    Attributes:
+        rows: key of a run -> its row, of all runs of the grid that are done, by whomever.
+        collections: name shown -> source, queries, documents.
+        planned: runs of the grid.
+        error: why it ended before its last run: a signal, or a run that failed; None where it did not.
+    """
+
+    rows: dict[str, dict]
+    collections: dict[str, dict]
+    planned: int
+    error: str | None = None
 
 
-def measure_quality(
-    base: FitSettings,
+def run_grid(
+    grid: Grid,
+    out: str | Path,
     *,
-    losses: Sequence[str],
-    seeds: int,
-    datasets: Sequence[str],
-    measures: Sequence[str] = DEFAULT_MEASURES,
     device: str | None = None,
+    shard: tuple[int, int] = (1, 1),
+    max_runs: int | None = None,
+    fresh: bool = False,
     progress: bool = True,
-) -> dict:
-    """Train each loss with each seed and measure it, and the untrained encoder, on each dataset.
+) -> Outcome:
+    """Do the runs of a grid that have no row in `out`/rows.jsonl yet, and add one for each as it ends.
 
     Args:
-        base: settings shared by all runs; loss, order where a row names it, seed and exclude are replaced.
-        losses: rows, see parse_loss.
-        seeds: runs a loss, with seeds 0 to seeds - 1.
-        datasets: collections, see sources.parse_source.
-    Returns: a JSON-serialisable document. Its "rows" hold for each system and dataset the mean over seeds, the
-        standard deviation, each seed's value, each query's mean over seeds, and the p-value of the paired t-test
-        over these queries against infonce.
-    Raises: GradretError.
+        out: a folder; several processes may share it.
+        device: as of fit.
+        shard: (i, n): only every n-th run, from the i-th.
+        max_runs: end after so many runs; with 0 nothing is opened but the rows, which are taken as they are.
+        fresh: remove the rows of these runs first.
+        progress: show bars on a terminal.
+    Returns: all rows there are; also when a signal or an error ended a run, see Outcome.error.
+    Raises: GradretError, before the first run, when anything that a run needs is not there.
     """
-    began = time.monotonic()
-    measures = list(parse_measures(measures))
-    collections = {name: open_collection(parse_source(name)) for name in datasets}
-    base = replace(base, exclude=tuple(datasets))
-    rows = [replace(base, **parse_loss(name)) for name in losses]
-    if len(set(rows)) < len(rows):
-        raise GradretError(f"--losses {','.join(losses)}: the same loss stands there twice")
-    plan = [(name, replace(base, seed=seed, **parse_loss(name))) for name in losses for seed in range(seeds)]
-    found: dict[tuple[str, str], list[Evaluation]] = {}
-    fit_seconds: dict[str, list[float]] = {}
-
-    # Half precision moves a measure by about .001: only when asked for by name.
-    precision = "bfloat16" if base.precision == "bfloat16" else "float32"
-
-    def measure(system: str, encoder: Encoder) -> None:
-        for dataset, collection in collections.items():
-            result = evaluate(encoder, collection, measures=measures, precision=precision, progress=progress)
-            found.setdefault((system, dataset), []).append(result)
-            say(f"{system} on {dataset}: " + ", ".join(f"{m} {v:.4f}" for m, v in result.measures.items()))
-
-    encoder = load(base.model, device=device, **base.encoder_options)
-    measure(UNTRAINED, encoder)
-    for number, (system, settings) in enumerate(plan, 1):
-        say(f"run {number} of {len(plan)}: {system}, seed {settings.seed}")
-        with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
+    rows, wanted = GridRows(Path(out, ROWS_FILE)), grid.wanted()
+    own = list(wanted)[shard[0] - 1 :: shard[1]]
+    stopped, failure, inputs = False, None, None
+    if max_runs != 0:
+        with StopRequest() as stop:
+            with stop.at_once():
+                inputs = GridInputs(grid, wanted)
+            if inputs is None:
+                raise GradretError("stopped before the first run; the same command starts again")
+            if fresh:
+                rows.drop({run.key for run in own})
+            found = choose_rows(rows.read(), wanted, grid.measures, inputs, tell=True)
+            todo = [run for run in own if run.key not in found]
+            if len(todo) < len(own):
+                part = f" of shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
+                done = f"{len(own) - len(todo)} of {len(own)} runs{part} are done already in {rows.path}"
+                say(f"{done}; --fresh measures again")
+            worker = Worker(grid, inputs, device, progress)
             try:
-                result = fit(settings, Path(temporary) / "run", device=device, progress=progress)
-            except Interrupted:
-                raise GradretError(
-                    f"stopped in run {number} of {len(plan)}; no result is written: start again"
-                ) from None
-            fit_seconds.setdefault(system, []).append(round(result.seconds, 1))
-            measure(system, load(str(result.out), device=device, trust_remote_code=base.trust_remote_code))
-    return {
-        "versions": versions(),
-        "settings": {k: v for k, v in asdict(base).items() if k not in ("loss", "seed")},
-        "seeds": seeds,
-        "datasets": {name: _describe(collection) for name, collection in collections.items()},
-        "rows": [_make_row(system, dataset, found, measures) for system, dataset in found],
-        "fit_seconds": fit_seconds,
-        "seconds": round(time.monotonic() - began, 1),
-    }
+                stopped = worker.work(todo[:max_runs], own, wanted, rows, stop)
+            except GradretError as error:
+                failure = str(error)
+    found = choose_rows(rows.read(tell=max_runs == 0), wanted, grid.measures, inputs)
+    if stopped:
+        again = "the same command without --fresh" if fresh else "the same command"
+        failure = f"stopped when {len(found)} of {len(wanted)} runs were done; {again} does the rest"
+    return Outcome(found, describe_collections(grid, found, inputs), len(wanted), failure)
 
 
-def _describe(collection: Collection) -> dict:
+class Worker:
+    """Does runs, one after the other."""
+
+    def __init__(self, grid: Grid, inputs: GridInputs, device: str | None, progress: bool):
+        self._grid, self._inputs, self._device, self._progress = grid, inputs, device, progress
+        self._names = {source: name for name, source in reversed(grid.collections.items())}
+        self._titles: dict[str, str] = {}
+        for cell in grid.cells():
+            for run in cell.runs:
+                self._titles.setdefault(run.key, _describe_run(grid, cell, run))
+
+    def work(
+        self,
+        todo: Sequence[Run],
+        plan: Sequence[Run],
+        wanted: Mapping[Run, Sequence[str]],
+        rows: GridRows,
+        stop: StopRequest,
+    ) -> bool:
+        """Do the runs in `todo`, a part of `plan`.
+
+        Returns: whether a signal ended it.
+        Raises: GradretError when a run fails, with its name.
+        """
+        numbers = {run: number for number, run in enumerate(plan, 1)}
+        began = time.monotonic()
+        for done, run in enumerate(todo, 1):
+            if stop.signal is not None:
+                return True
+            title, row = f"run {numbers[run]} of {len(plan)}: {self._titles[run.key]}", None
+            say(title)
+            try:
+                with stop.at_once():
+                    row = self.measure(run, wanted[run])
+            except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
+                return True
+            except GradretError as error:
+                raise GradretError(f"{title}: {error}") from error
+            if row is None:
+                return True
+            with stop.uninterrupted():
+                rows.append(row)
+            if left := len(todo) - done:
+                mean_s = (time.monotonic() - began) / done
+                say(f"{left} run{'s' if left > 1 else ''} to go, about {_show_time(left * mean_s)}")
+        return False
+
+    def measure(self, run: Run, sources: Sequence[str]) -> dict:
+        """The row of a run. Raises: GradretError; Interrupted."""
+        collections = {source: self._inputs.collections[source] for source in sources}
+        if run.ranker == BM25:
+            facts, where = NOT_TRAINED, "cpu"
+            found = {
+                s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, self._grid.measures)
+                for s, c in collections.items()
+            }
+        else:
+            # Half precision moves a measure by about .001: only when asked for by name.
+            precision = "bfloat16" if run.settings.precision == "bfloat16" else "float32"
+            options = {"measures": self._grid.measures, "precision": precision, "progress": self._progress}
+            with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
+                encoder, facts = self._make_encoder(run, Path(temporary))
+                found = {s: evaluate(encoder, c, **options) for s, c in collections.items()}
+            where = encoder.device.type
+        return {
+            "run": run.record(),
+            "defaults": list_defaults() if run.ranker == FIT else {},
+            "content": self._inputs.find_content(run),
+            "collections": {source: self._keep(source, result) for source, result in found.items()},
+            **facts,
+            "versions": versions(),
+            "device": where,
+        }
+
+    def _make_encoder(self, run: Run, folder: Path) -> tuple[Encoder, dict]:
+        """The encoder to measure, trained in a folder below `folder`, and what a row says of the training."""
+        settings = run.settings
+        if run.ranker != FIT:
+            encoder = load(settings.model, device=self._device, **settings.encoder_options)
+            return encoder, NOT_TRAINED
+        result = fit(settings, folder / "run", device=self._device, progress=self._progress)
+        facts = {"fit_seconds": round(result.seconds, 1), "steps": result.steps, "lists": self._inputs.count_lists(run)}
+        return load(str(result.out), device=self._device, trust_remote_code=settings.trust_remote_code), facts
+
+    def _keep(self, source: str, result: Evaluation) -> dict:
+        """What a row keeps of a measurement, which is shown."""
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
+        say(f"{self._names[source]}: {shown}")
+        first, collection = self._grid.measures[0], self._inputs.collections[source]
+        per_query = {query: round(value, PER_QUERY_DIGITS) for query, value in result.per_query[first].items()}
+        return {"measures": result.measures, "per_query": {first: per_query}, **_count(collection)}
+
+
+def choose_rows(
+    stored: Mapping[str, Sequence[dict]],
+    wanted: Mapping[Run, Sequence[str]],
+    measures: Sequence[str],
+    inputs: GridInputs | None = None,
+    *,
+    tell: bool = False,
+) -> dict[str, dict]:
+    """Key of a run -> its latest row that has all collections and measures wanted, for the runs that have one.
+
+    Args:
+        stored: see GridRows.read.
+        wanted: see Grid.wanted.
+        inputs: rows of other data or encoders than these are left out; None takes them as they are.
+        tell: say how many these are.
+    """
+    found, changed = {}, 0
+    for run, sources in wanted.items():
+        rows = [row for row in stored.get(run.key, ()) if _is_whole(row, sources, measures)]
+        same = [row for row in rows if inputs is None or row.get("content") == inputs.find_content(run)]
+        if same:
+            found[run.key] = same[0]
+        changed += bool(rows and not same)
+    if changed and tell:
+        say(
+            f"{changed} run{'s were' if changed > 1 else ' was'} done with data or an encoder that changed since: again"
+        )
+    return found
+
+
+def describe_collections(grid: Grid, rows: Mapping[str, dict], inputs: GridInputs | None) -> dict[str, dict]:
+    """Name shown -> source, queries and documents, without opening what a row tells."""
+    told = {s: c for row in rows.values() for s, c in row["collections"].items() if "documents" in c}
+    sizes = {}
+    for name, source in grid.collections.items():
+        if inputs is not None:
+            size = _count(inputs.collections[source])
+        elif source in told:
+            size = {key: told[source][key] for key in ("queries", "documents")}
+        else:
+            size = _count(open_collection(parse_source(source)))
+        sizes[name] = {"source": source, **size}
+    return sizes
+
+
+def _count(collection: Collection) -> dict:
     return {"queries": len(collection.queries), "documents": collection.document_count}
 
 
-def _make_row(system: str, dataset: str, found: dict, measures: Sequence[str]) -> dict:
-    runs = found[system, dataset]
-    row: dict = {"system": system, "dataset": dataset, "mean": {}, "sd": {}, "values": {}, "p": {}, "per_query": {}}
-    for measure in measures:
-        values = [run.measures[measure] for run in runs]
-        row["mean"][measure] = float(np.mean(values))
-        row["sd"][measure] = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        row["values"][measure] = values
-        row["per_query"][measure] = _mean_per_query(runs, measure)
-        baseline = found.get((BASELINE, dataset))
-        if baseline is not None and system != BASELINE:
-            p = paired_t_test(row["per_query"][measure], _mean_per_query(baseline, measure))
-            row["p"][measure] = None if math.isnan(p) else p
-    return row
+def _is_whole(row: dict, sources: Sequence[str], measures: Sequence[str]) -> bool:
+    there = [row["collections"].get(source, {}) for source in sources]
+    return all(set(measures) <= c.get("measures", {}).keys() and measures[0] in c.get("per_query", {}) for c in there)
 
 
-def _mean_per_query(runs: list[Evaluation], measure: str) -> dict[str, float]:
-    return {q: float(np.mean([run.per_query[measure][q] for run in runs])) for q in runs[0].per_query[measure]}
+def _describe_run(grid: Grid, cell: Cell, run: Run) -> str:
+    experiment = next(e for e in grid.experiments if e.name == cell.experiment)
+    if run.ranker == BM25:
+        return cell.system
+    if run.ranker != FIT:
+        return f"{cell.system} ({cell.encoder})"
+    varied = f", {experiment.vary} {cell.value}" if experiment.vary else ""
+    return f"{cell.system}, seed {run.settings.seed} ({cell.encoder}, {cell.data}{varied})"
+
+
+def _show_time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,10 +6,14 @@ from pathlib import Path
 import click
 
 from gradret.console import command_line, say
-from gradret.files import check_writable, open_folder, write_json
+from gradret.errors import GradretError
+from gradret.files import check_writable, open_folder, replace_json
+from gradret.gen_options import Shard
 from gradret.launch import require_one
 from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, make_settings
 from gradret.settings import PRECISIONS
+
+BESIDE_CONFIG = ("config", "out", "report", "shard", "max_runs", "fresh", "device", "as_json")
 
 
 class Bench(click.Group):
@@ -27,6 +31,7 @@ def bench():
 
 
 @bench.command()
+@click.option("--config", type=click.Path(), help="A TOML file that says what to run, instead of the options here.")
 @click.option(
     "--data", multiple=True, metavar="SOURCE", help="Training lists, as of fit. [default: sample?queries=odd]"
 )
@@ -50,25 +55,41 @@ def bench():
     default="gradret-bench",
     show_default=True,
     type=click.Path(),
-    help="Where quality.json and quality.png go.",
+    help="Where rows.jsonl, quality.json and quality.png go.",
 )
+@click.option("--report", type=click.Path(), metavar="DIR", help="Write a page with all tables and charts, too.")
+@click.option("--shard", type=Shard(), metavar="i/n", help="Only every n-th run, from the i-th.")
+@click.option(
+    "--max-runs", type=click.IntRange(min=0), help="End after so many runs; 0 only shows what is in --out, as it is."
+)
+@click.option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
 @DEVICE
 @JSON
-def quality(data, datasets, losses, seeds, measures, out, device, as_json, **given):
+@click.pass_context
+def quality(
+    ctx, config, data, datasets, losses, seeds, measures, out, report, shard, max_runs, fresh, device, as_json, **given
+):
     """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
 
     By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
     its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
     queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
+
+    With --config a file names encoders, data, collections, systems and the experiments that join them. Every finished
+    run is a line of rows.jsonl in --out: stopped at any moment, the same command does the rest.
+
+    \b
+    gradret bench quality --config benchmarks/quality.toml --out results --report page
     """
     require_one("bench quality")
-    from gradret.report import draw_quality, format_quality, require_bench_extra
-
-    require_bench_extra()
-    from gradret.bench import measure_quality, parse_loss
-    from gradret.evaluation import split_measures
+    if fresh and max_runs == 0:
+        raise click.UsageError("--fresh does runs again, and --max-runs 0 does none; leave one out")
+    if config is not None:
+        _refuse_options(ctx)
+    from gradret.grid_file import make_grid, parse_loss, read_grid
+    from gradret.report import require_bench_extra
 
     names = losses.split(",")
     try:
@@ -76,20 +97,46 @@ def quality(data, datasets, losses, seeds, measures, out, device, as_json, **giv
             parse_loss(name)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--losses") from None
-    given["data"] = data or ("sample?queries=odd",)
+    require_bench_extra()
+    if config is not None:
+        grid = read_grid(config)
+    else:
+        given["data"] = data or ("sample?queries=odd",)
+        chosen = {"losses": names, "seeds": seeds, "measures": _split_measures(measures)}
+        grid = make_grid(make_settings(given), datasets=datasets or ("sample?queries=even",), **chosen)
     open_folder(out, "quality.json", "quality.png")
-    result = {"command": command_line()} | measure_quality(
-        make_settings(given),
-        losses=names,
-        seeds=seeds,
-        datasets=datasets or ("sample?queries=even",),
-        measures=split_measures(measures),
-        device=device,
-    )
-    write_json(Path(out, "quality.json"), result)
-    draw_quality(result, Path(out, "quality.png"))
-    click.echo(json.dumps(result) if as_json else format_quality(result))
-    click.echo(f"written: {out}/quality.json, {out}/quality.png", err=True)
+    if report is not None:
+        open_folder(report, "index.html")
+    from gradret.bench import run_grid
+    from gradret.quality_page import write_page
+    from gradret.quality_report import draw_quality, format_quality, make_document
+
+    outcome = run_grid(grid, out, device=device, shard=shard or (1, 1), max_runs=max_runs, fresh=fresh)
+    facts = {"command": command_line(), "collections": outcome.collections}
+    document = make_document(grid, outcome.rows, facts)
+    replace_json(Path(out, "quality.json"), document)
+    draw_quality(document, Path(out, "quality.png"))
+    if report is not None:
+        write_page(document, Path(report))
+    click.echo(json.dumps(document) if as_json else format_quality(document))
+    page = f", {report}/index.html" if report is not None else ""
+    click.echo(f"written: {out}/quality.json, {out}/quality.png{page}", err=True)
+    if outcome.error is not None:
+        raise GradretError(outcome.error)
+
+
+def _refuse_options(ctx: click.Context) -> None:
+    """--config stands alone but for options that say how and where to run."""
+    for parameter in ctx.command.params:
+        named = ctx.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
+        if named and parameter.name not in BESIDE_CONFIG:
+            raise click.UsageError(f"{parameter.opts[0]} is for a run without --config; set it in the file instead")
+
+
+def _split_measures(text: str) -> list[str]:
+    from gradret.evaluation import split_measures
+
+    return split_measures(text)
 
 
 @bench.command("eval")

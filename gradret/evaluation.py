@@ -1,4 +1,4 @@
-"""Retrieval quality: measures by ir_measures, and paired tests between systems."""
+"""Retrieval quality of one encoder: measures by ir_measures."""
 
 import math
 import re
@@ -6,8 +6,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from gradret.collection import Collection
 from gradret.console import say
@@ -142,22 +140,3 @@ def measure_run(run: dict, collection: Collection, measures: Sequence[str] = DEF
 
 def _number(numbers: dict[str, str], doc_id: str) -> str:
     return numbers.setdefault(doc_id, str(len(numbers) + 1))
-
-
-def paired_t_test(ours: dict[str, float], theirs: dict[str, float]) -> float:
-    """Two-sided p-value of the paired t-test over queries; 1 where no query differs, nan below two queries.
-
-    Raises: ValueError when the queries differ; GradretError when SciPy is not installed.
-    """
-    try:
-        from scipy.stats import ttest_rel
-    except ImportError:
-        raise GradretError("significance tests need SciPy; install it: pip install 'gradret[bench]'") from None
-    if ours.keys() != theirs.keys():
-        raise ValueError("both systems must be measured on the same queries")
-    difference = np.array([ours[q] - theirs[q] for q in ours])
-    if len(difference) < 2:
-        return float("nan")
-    if not difference.any():
-        return 1.0
-    return float(ttest_rel(list(ours.values()), [theirs[q] for q in ours]).pvalue)

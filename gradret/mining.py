@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from gradret.bm25 import import_bm25s, index_bm25
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, hash64, query_words
@@ -21,6 +22,7 @@ from gradret.processes import ALONE, Processes
 from gradret.retrieve import default_cache, embed_corpus, top_k
 
 QUERY_BLOCK = 1024  # lists read, encoded and searched at once
+BM25_SPELLING = f"mine by={BM25}"  # in messages
 
 # A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`.
 Ranker = Callable[[list[str], int], Sequence[np.ndarray]]
@@ -50,7 +52,7 @@ class Miner:
     def __init__(self, mining: Mining, lists: Sequence[RankingList], kept: np.ndarray):
         self.mining, self._lists, self._kept = mining, lists, kept
         if mining.by == BM25:
-            import_bm25s()  # before the work
+            import_bm25s(BM25_SPELLING)  # before the work
         self.pool: Pool = (
             ListPool("the training lists", lists, kept) if mining.source is None else open_pool(mining.source)
         )
@@ -175,43 +177,10 @@ def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
     return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
 
 
-def import_bm25s():
-    """The package bm25s. Raises: GradretError when it is not installed."""
-    try:
-        import bm25s
-    except ModuleNotFoundError as error:
-        if error.name != "bm25s":
-            raise
-        raise GradretError("mine by=bm25 needs the package bm25s: pip install 'gradret[bm25]'") from None
-    return bm25s
-
-
 def rank_by_bm25(pool: Pool) -> Ranker:
-    """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
-    stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
-
-    Documents that share no word with the query are not ranked.
-    """
-    bm25s = import_bm25s()
-    tokenizer = bm25s.tokenization.Tokenizer()
-    contents = (document.content for document in pool.documents())
-    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(contents, allow_empty=False)]
-    vocabulary = tokenizer.get_vocab_dict()
-    index = bm25s.BM25(backend="numpy")
-    if vocabulary:
-        index.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
-
-    def rank(queries: list[str], depth: int) -> list[np.ndarray]:
-        rankings = []
-        for words in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
-            scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
-            found = np.flatnonzero(scores)
-            if len(found) > depth:  # those that are as good as the last of the best, too: the earlier ones win
-                found = found[scores[found] >= np.partition(scores[found], -depth)[-depth]]
-            rankings.append(found[np.argsort(-scores[found], kind="stable")][:depth])
-        return rankings
-
-    return rank
+    """A ranker by BM25, see bm25.index_bm25: documents that share no word with the query are not ranked."""
+    rank = index_bm25(pool, BM25_SPELLING)
+    return lambda queries, depth: [positions for positions, _ in rank(queries, depth)]
 
 
 @contextmanager

@@ -1,11 +1,10 @@
 import math
 
-import numpy as np
 import pytest
 from conftest import list_record
 
 from gradret.errors import GradretError
-from gradret.evaluation import measure_run, paired_t_test, parse_measures, split_measures
+from gradret.evaluation import measure_run, parse_measures, split_measures
 from gradret.sources import Source, open_collection
 
 
@@ -38,19 +37,6 @@ def test_measure_names_may_hold_commas():
     names = split_measures("nDCG@10, P(rel=2,judged_only=True)@5,RR")
     assert names == ["nDCG@10", "P(rel=2,judged_only=True)@5", "RR"]
     assert len(parse_measures(names)) == 3
-
-
-def test_paired_t_test():
-    # Student's sleep data: t = -4.0621 on 9 degrees of freedom, p = .002833.
-    drug_1 = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
-    drug_2 = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-    ours, theirs = ({str(i): v for i, v in enumerate(values)} for values in (drug_1, drug_2))
-    assert paired_t_test(ours, theirs) == pytest.approx(0.002833, abs=1e-6)
-    assert paired_t_test(ours, dict(reversed(theirs.items()))) == paired_t_test(ours, theirs)  # paired by id
-    assert paired_t_test(ours, ours) == 1.0
-    assert np.isnan(paired_t_test({"a": 1.0}, {"a": 0.0}))
-    with pytest.raises(ValueError, match="same queries"):
-        paired_t_test(ours, {"a": 1.0})
 
 
 def test_canonical_names_and_ids_that_a_provider_can_not_read(collection):

@@ -12,12 +12,13 @@ import gradret
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
-    __main__ cli cli_fit cli_gen gen_options cli_loss cli_bench cli_bench_fit options
+    __main__ cli cli_fit cli_gen cli_loss cli_bench cli_bench_fit gen_options options
     fit_speed fit_rivals fit_memory fit_report fit_lists
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
-    report bench speed memory timers workloads rivals
-    train trainer endings job card capacity mining mining_pool mining_spec checkpoint snapshot
+    quality_page quality_report quality_charts quality_tables significance report
+    bench grid_inputs grid_rows grid_file grid_place grid speed memory timers workloads rivals
+    train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint snapshot
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub
     processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
@@ -60,6 +61,12 @@ CORE += [
     "hub_gguf",
     "random_gguf",
     "mining_spec",
+    "bm25",
+    "grid",
+    "grid_file",
+    "grid_place",
+    "grid_rows",
+    "quality_tables",
 ]
 
 

@@ -1,0 +1,112 @@
+"""What the runs of a grid read, opened and checked before the first of them."""
+
+import hashlib
+from collections.abc import Iterable
+from importlib.util import find_spec
+
+import torch
+
+from gradret.bm25 import import_bm25s
+from gradret.collection import Collection
+from gradret.encoder import Encoder
+from gradret.encoder_load import load
+from gradret.errors import GradretError
+from gradret.evaluation import parse_measures
+from gradret.grid import BM25, FIT, Grid, Run
+from gradret.lists import query_words
+from gradret.mining import BM25_SPELLING
+from gradret.mining_pool import open_pool
+from gradret.mining_spec import BM25 as BY_BM25
+from gradret.mining_spec import parse_mining
+from gradret.mix import MixedLists, check_lists
+from gradret.settings import FitSettings
+from gradret.sources import open_collection, parse_source
+
+
+class GridInputs:
+    """Everything that the runs of a grid read, each thing opened once.
+
+    Args:
+        grid: its collections are opened, also those that no run is measured on: their queries are not trained on.
+        runs: whose data and encoders are looked at.
+    Attributes:
+        collections: source -> collection.
+    Raises: GradretError when anything can not be read, or a package is not installed, that a run would need.
+    """
+
+    def __init__(self, grid: Grid, runs: Iterable[Run]):
+        self.collections: dict[str, Collection] = {}
+        self._lists: dict[tuple, tuple[str, int]] = {}
+        self._others: dict[object, str] = {}  # fingerprints of encoders and of what is mined from
+        self._content: dict[str, dict] = {}
+        for source in grid.collections.values():
+            self._open(source)
+        for run in runs:
+            self._content[run.key] = self._check(run)
+
+    def find_content(self, run: Run) -> dict:
+        """Fingerprints of what the run's settings name: a row of other content is not this run's."""
+        return self._content[run.key]
+
+    def count_lists(self, run: Run) -> int | None:
+        """The lists a run is trained on; None for what is not trained."""
+        return self._lists[_name_lists(run.settings)][1] if run.ranker == FIT else None
+
+    def _open(self, source: str) -> Collection:
+        if source not in self.collections:
+            self.collections[source] = open_collection(parse_source(source))
+        return self.collections[source]
+
+    def _check(self, run: Run) -> dict:
+        if run.ranker == BM25:
+            import_bm25s("a system with ranker = 'bm25'")
+            return {}
+        content = {"encoder": self._fingerprint_encoder(run.settings)}
+        if run.ranker == FIT:
+            content["data"] = self._check_lists(run.settings)
+            if run.settings.mine:
+                content["pool"] = self._check_mining(run.settings.mine)
+            parse_measures([run.settings.dev_measure])
+            if run.settings.lora and find_spec("peft") is None:
+                raise GradretError("lora needs the package peft: pip install 'gradret[lora]'")
+        return content
+
+    def _fingerprint_encoder(self, settings: FitSettings) -> str:
+        options = settings.encoder_options
+        name = (settings.model, *options.values())
+        if name not in self._others:
+            self._others[name] = _digest_weights(load(settings.model, device="cpu", **options))
+        return self._others[name]
+
+    def _check_lists(self, settings: FitSettings) -> str:
+        name = _name_lists(settings)
+        if name not in self._lists:
+            lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
+            measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
+            queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+            summary = check_lists(lists, refuse_negative=settings.takes_gain, exclude=queries)
+            self._lists[name] = lists.fingerprint, len(summary.kept)
+        return self._lists[name][0]
+
+    def _check_mining(self, text: str) -> str:
+        mining = parse_mining(text)
+        if mining.by == BY_BM25:
+            import_bm25s(BM25_SPELLING)
+        if mining.source is None:
+            return ""
+        if mining.source not in self._others:
+            self._others[mining.source] = open_pool(mining.source).fingerprint
+        return self._others[mining.source]
+
+
+def _digest_weights(encoder: Encoder) -> str:
+    # Not Encoder.fingerprint: its configuration differs between versions of transformers, and rows may be joined.
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _name_lists(settings: FitSettings) -> tuple:
+    return settings.data, settings.exclude, settings.dev, settings.takes_gain

@@ -1,0 +1,245 @@
+"""The document of a quality benchmark, made of the rows of its runs: means, spreads and p-values of every table.
+
+It is plain JSON (None for what could not be computed) and all that the tables, the charts and the page are made of.
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from gradret.errors import GradretError
+from gradret.grid import Cell, Grid
+from gradret.quality_charts import draw_experiment
+from gradret.quality_tables import MEAN, Table, is_curve, make_measure_tables, make_tables
+from gradret.report import format_table
+from gradret.significance import correct_holm, find_differences, randomisation_tests, t_test
+
+RUN_FIELDS = ("data", "exclude", "seed")  # of FitSettings; each run has its own
+LINE, NAME, COLUMN = 110, 28, 15  # characters of a line, of a row's name and of a column's
+
+
+@dataclass
+class _Found:
+    """A row of a table: its cell, the rows of its runs that are done, and what the document says of it."""
+
+    cell: Cell
+    runs: list[dict]
+    entry: dict
+    per_query: dict[str, dict[str, float]] = field(default_factory=dict)  # collection -> query -> mean over seeds
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.runs) == len(self.cell.runs)
+
+
+def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -> dict:
+    """Everything measured so far, table by table.
+
+    The p-values of a table's column compare, of the first measure, each query's mean over seeds with the baseline's.
+    They are given where all runs of both systems are done, and corrected (Holm) for the systems of the table that were
+    compared with this baseline in this column.
+
+    Args:
+        grid: what is to be run; its cells are the rows of the tables.
+        rows_by_run: the key of a run -> its row of rows.jsonl; a key that is missing is a run that is not done.
+        facts: "command": the command line; "collections": shown name -> source, queries, documents.
+    Returns: a JSON-serialisable document. A row's "columns" hold the mean over seeds of every measure, the standard
+        deviation (None for a single run), each seed's value and the p-values; "mean", the mean over the collections,
+        is there if there are two or more. Without a finished run they are empty.
+    Raises: GradretError when two runs were measured on other queries of the same collection.
+    """
+    found: dict[str, list[_Found]] = {experiment.name: [] for experiment in grid.experiments}
+    wanted: dict[str, set[str]] = {}
+    for cell in grid.cells():
+        sources = {grid.collections[name] for name in cell.collections}
+        runs = [r for run in cell.runs if (r := rows_by_run.get(run.key)) and r["collections"].keys() >= sources]
+        found[cell.experiment].append(_Found(cell, runs, _make_row(grid, cell, runs)))
+        for run in cell.runs:
+            wanted.setdefault(run.key, set()).update(sources)
+    _compare(grid, found)
+    used = {id(row): row for rows in found.values() for one in rows for row in one.runs}
+    versions: list[dict] = []
+    for row in used.values():
+        if row["versions"] not in versions:
+            versions.append(row["versions"])
+    done = sum(key in rows_by_run and rows_by_run[key]["collections"].keys() >= wanted[key] for key in wanted)
+    own = {*RUN_FIELDS, *(name for encoder in grid.encoders.values() for name in encoder)}
+    return _to_json(
+        {
+            "command": facts["command"],
+            "title": grid.title,
+            "measures": grid.measures,
+            "baselines": grid.baselines,
+            "primary": grid.primary,
+            "done": done,
+            "planned": len(wanted),
+            "settings": {name: value for name, value in asdict(grid.settings).items() if name not in own},
+            "encoders": grid.encoders,
+            "systems": {
+                name: {"label": s.label, "ranker": s.ranker, "settings": s.settings, "data": s.data}
+                for name, s in grid.systems.items()
+            },
+            "data": grid.data,
+            "collections": facts["collections"],
+            "versions": versions,
+            "fit_seconds": _collect_seconds(found),
+            "experiments": [
+                {
+                    "name": experiment.name,
+                    "title": experiment.title,
+                    "vary": experiment.vary,
+                    "values": experiment.values,
+                    "rows": [one.entry for one in found[experiment.name]],
+                }
+                for experiment in grid.experiments
+            ],
+        }
+    )
+
+
+def format_quality(document: dict) -> str:
+    """Tables for a terminal: one for each experiment and encoder; of a single experiment all measures, too."""
+    experiments = document["experiments"]
+    tables = [table for experiment in experiments for table in make_tables(document, experiment)]
+    if len(experiments) == 1:
+        details = make_measure_tables(document, experiments[0])
+        # On one collection the table of the first measure says nothing that the other one does not.
+        repeated = len(document["collections"]) == 1 and details and not is_curve(experiments[0])
+        tables = details if repeated else tables + details
+    notes = [table.note for table in tables]
+    blocks = []
+    for table, following in zip(tables, [*notes[1:], ""], strict=True):
+        blocks.append(f"{table.title}\n{_format_rows(table)}")
+        if table.note and table.note != following:  # once under tables that share it
+            blocks[-1] += f"\n\n{textwrap.fill(table.note, LINE)}"
+    if document["done"] < document["planned"]:
+        blocks.append(f"{document['done']} of {document['planned']} runs are done")
+    return "\n\n".join(blocks)
+
+
+def draw_quality(document: dict, path: Path) -> None:
+    """A PNG of the first experiment, see quality_charts.draw_experiment. Raises: GradretError."""
+    draw_experiment(document, document["experiments"][0], path)
+
+
+def _format_rows(table: Table) -> str:
+    """Long names in several lines; without the spreads where the table would be too wide."""
+    header = ["\n".join(textwrap.wrap(name, COLUMN)) for name in table.header]
+    for spreads in (True, False):
+        rows = []
+        for name, *cells in table.rows:
+            first, *others = textwrap.wrap(name, NAME) or [""]
+            rows.append([first, *(cell if spreads else cell.split(" ± ")[0] for cell in cells)])
+            rows += [[f"  {other}", *("" for _ in cells)] for other in others]
+        text = format_table(header, rows)
+        if max(map(len, text.splitlines())) <= LINE:
+            break
+    return text
+
+
+def _make_row(grid: Grid, cell: Cell, runs: list[dict]) -> dict:
+    columns = {}
+    if runs:
+        by_seed = {
+            name: [run["collections"][grid.collections[name]]["measures"] for run in runs] for name in cell.collections
+        }
+        if len(cell.collections) > 1:
+            seeds = list(zip(*by_seed.values(), strict=True))
+            by_seed[MEAN] = [{m: float(np.mean([v[m] for v in seed])) for m in grid.measures} for seed in seeds]
+        columns = {name: _summarise(grid.measures, seeds) for name, seeds in by_seed.items()}
+    return {
+        "encoder": cell.encoder,
+        "system": cell.system,
+        "label": grid.systems[cell.system].label,
+        "data": cell.data,
+        "value": cell.value,
+        "runs": len(runs),
+        "wanted": len(cell.runs),
+        "columns": columns,
+    }
+
+
+def _summarise(measures: Sequence[str], seeds: list[dict]) -> dict:
+    values = {m: [seed[m] for seed in seeds] for m in measures}
+    return {
+        "mean": {m: float(np.mean(v)) for m, v in values.items()},
+        "sd": {m: float(np.std(v, ddof=1)) if len(v) > 1 else None for m, v in values.items()},
+        "values": values,
+        "p": {},
+    }
+
+
+def _compare(grid: Grid, found: Mapping[str, list[_Found]]) -> None:
+    """Fill in the p-values of all tables; the randomisation tests are made together, which is much faster."""
+    tables: dict[tuple, list[_Found]] = {}
+    for name, rows in found.items():
+        for one in rows:
+            if one.is_complete:
+                tables.setdefault((name, one.cell.encoder, repr(one.cell.value)), []).append(one)
+    families, tests = [], []
+    for table in tables.values():
+        for baseline in grid.baselines:
+            theirs = next((one for one in table if one.cell.system == baseline), None)
+            others = [one for one in table if one is not theirs]
+            if theirs is None or not others:
+                continue
+            samples = [
+                {name: _find_differences(grid, name, one, theirs) for name in one.cell.collections} for one in others
+            ]
+            for column in theirs.entry["columns"]:
+                family = []
+                for one, sample in zip(others, samples, strict=True):
+                    family.append({})
+                    one.entry["columns"][column]["p"][baseline] = family[-1]
+                    tests.append((family[-1], list(sample.values()) if column == MEAN else [sample[column]]))
+                families.append(family)
+    random_p = randomisation_tests([sample for _, sample in tests])
+    for (p, sample), randomisation in zip(tests, random_p, strict=True):
+        p.update(t=t_test(sample), randomisation=randomisation)
+    for family in families:
+        for kind in ("t", "randomisation"):
+            for p, corrected in zip(family, correct_holm([p[kind] for p in family]), strict=True):
+                p[f"{kind}_holm"] = corrected
+
+
+def _find_differences(grid: Grid, name: str, ours: _Found, theirs: _Found) -> np.ndarray:
+    try:
+        return find_differences(_mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs))
+    except ValueError:
+        raise GradretError(
+            f"rows of {ours.cell.system} and {theirs.cell.system} on {grid.collections[name]}: "
+            "the queries differ, so the collection has changed since; measure again with --fresh"
+        ) from None
+
+
+def _mean_per_query(grid: Grid, name: str, one: _Found) -> dict[str, float]:
+    if name not in one.per_query:
+        runs = [run["collections"][grid.collections[name]]["per_query"][grid.measures[0]] for run in one.runs]
+        if any(run.keys() != runs[0].keys() for run in runs):
+            raise ValueError("the queries of two seeds differ")
+        one.per_query[name] = {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
+    return one.per_query[name]
+
+
+def _collect_seconds(found: Mapping[str, list[_Found]]) -> dict[str, list[float]]:
+    """Seconds of each training by its system, every run once, though several tables show it."""
+    seconds: dict[str, dict[int, float]] = {}
+    for rows in found.values():
+        for one in rows:
+            for run in one.runs:
+                if run["run"]["ranker"] == "fit":
+                    seconds.setdefault(one.cell.system, {})[id(run)] = run["fit_seconds"]
+    return {system: list(runs.values()) for system, runs in seconds.items()}
+
+
+def _to_json(content):
+    """The same as it would come back from a JSON file: lists for tuples, None for nan."""
+    if isinstance(content, Mapping):
+        return {str(key): _to_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_to_json(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
