@@ -217,7 +217,7 @@ BAD = [
     (
         "document_max_length = 512",
         "temperature = 2",
-        "[encoders.long]: 'temperature' is not known; use model, pooling, ...",
+        "[encoders.long]: 'temperature' is not known; use model, layers, ...",
     ),
     (
         "document_max_length = 512",
