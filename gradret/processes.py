@@ -33,7 +33,12 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self._peers = Peers(rank, size, self.broadcast) if size > 1 else None
+        self._peers: Peers | None = None
+
+    def watch(self) -> None:
+        """Connect to the others, so that check() can look. An exchange: every process calls it, once."""
+        if self.size > 1:
+            self._peers = Peers(self.rank, self.size, self.broadcast)
 
     @property
     def is_first(self) -> bool:
@@ -54,6 +59,7 @@ class Processes:
     def check(self) -> None:
         """Look, without an exchange, whether the others are there: the first process at all, the others at the first.
 
+        Before watch() it sees nothing.
         Raises: ProcessLost.
         """
         if self._peers is not None and self._peers.is_one_gone():
@@ -200,6 +206,7 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
         except (RuntimeError, ValueError) as error:
             raise GradretError(f"the processes could not find each other ({str(error).splitlines()[0]})") from error
     processes = Processes(dist.get_rank(), dist.get_world_size())
+    processes.watch()
     yield processes, device
     processes.close()
     if made_here:  # not after an error: with a process gone it may wait for ever
