@@ -22,6 +22,7 @@ SHOWN = (
     "order",
     "temperature",
     "targets",
+    "ground",
     "batch_lists",
     "learning_rate",
     "epochs",
@@ -34,6 +35,7 @@ UNSHOWN = ("data", "exclude", "model", "dev", "dev_measure", "pooling", "normali
 UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max_length")
 NOT_TAKEN = {
     "order": lambda s: s.loss != "wasserstein",
+    "ground": lambda s: s.loss != "wasserstein",
     "targets": lambda s: s.loss not in TARGET_LOSSES and not s.kl_share,
 }
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}

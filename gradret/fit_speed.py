@@ -94,7 +94,7 @@ def measure_fit(
             warmup=0.0,  # the other trainer's default; the schedule is linear on both sides
             checkpoint_every=10**9,
             precision=choose_precision(settings.precision, where),
-            **{name: getattr(settings, name) for name in (*SHARED, "order", "targets", "trust_remote_code")},
+            **{name: getattr(settings, name) for name in (*SHARED, "order", "targets", "ground", "trust_remote_code")},
         )
         rival = Rival(folder / "model", encoder.config, base, where, batches)
         say("checking that both sides compute the same loss")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradret.kernels import backend, compiled, current_stream
+from gradret.settings import GROUNDS, TARGETS
 
 MAX_LEVELS = 32
 ABSENT = 255
@@ -68,7 +69,9 @@ class PreparedGrades:
         return PreparedGrades(tables)
 
 
-def prepare_grades(grades: Tensor, *, targets: str | Tensor = "gain", mask: Tensor | None = None) -> PreparedGrades:
+def prepare_grades(
+    grades: Tensor, *, targets: str | Tensor = "gain", ground: str = "grade", mask: Tensor | None = None
+) -> PreparedGrades:
     """Everything of wasserstein_loss that does not depend on the scores, for grades that serve several steps.
 
     On CUDA this waits for the device, to see whether grades are few enough to go without a sort; prepare on the CPU and
@@ -76,13 +79,16 @@ def prepare_grades(grades: Tensor, *, targets: str | Tensor = "gain", mask: Tens
 
     Args:
         grades: (B, N) real.
-        targets: "gain", "softmax", or weights (B, N), >= 0; see gradret.losses.
+        targets: "gain", "softmax", "sqrt", or weights (B, N), >= 0; see gradret.losses.
+        ground: "grade", "gain" or "sqrt"; see gradret.losses.
         mask: (B, N) bool, True where a document exists; None for all.
 
-    Returns: what wasserstein_loss takes in place of grades, targets and mask, in float64 on the CPU, else float32.
-    Raises: ValueError when shapes differ or targets are unknown.
+    Returns: what wasserstein_loss takes in place of grades, targets, ground and mask, in float64 on the CPU, else
+        float32.
+    Raises: ValueError when shapes differ, or targets or ground are unknown.
     """
     mask, weights, name = check_grades(grades, targets, mask)
+    grades, weights, name = place_targets(grades, mask, weights, name, ground)
     if backend(grades.device) != "cpu":
         tables = _find_levels(grades, mask, weights, name)
         if tables is not None:
@@ -105,9 +111,49 @@ def check_grades(
         if targets.shape != grades.shape:
             raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
         return mask, targets, None
-    if targets not in ("gain", "softmax"):
-        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
+    check_targets(targets)
     return mask, None, targets
+
+
+def check_targets(targets: str) -> None:
+    """Raises: ValueError unless it is one of TARGETS."""
+    if targets not in TARGETS:
+        raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r}")
+
+
+def place_targets(
+    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, ground: str
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """Places on the axis that mass moves along, and targets as make_tables takes them, from what check_grades gave.
+
+    Kernels know an axis of grades and the targets that stand in _TARGET_CODES: all others become weights here.
+    Raises: ValueError when the ground distance is unknown.
+    """
+    if targets not in _TARGET_CODES or (ground != "grade" and targets is not None):
+        weights, targets = weigh_grades(grades, mask, targets, table_dtype(grades.device)), None
+    return place_grades(grades, ground), weights, targets
+
+
+def place_grades(grades: Tensor, ground: str) -> Tensor:
+    """Where grades stand on the axis of the ground distance: at y, 2^y - 1, or the root of |y| with y's sign.
+
+    Raises: ValueError when it is unknown.
+    """
+    if ground not in GROUNDS:
+        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
+    if ground == "grade":
+        return grades
+    real = grades.detach().to(table_dtype(grades.device))
+    return torch.exp2(real) - 1 if ground == "gain" else real.abs().sqrt().copysign(real)
+
+
+def weigh_grades(grades: Tensor, mask: Tensor | None, targets: str, dtype: torch.dtype) -> Tensor:
+    """Unnormalised target mass (B, N) of each document; what stands at masked positions means nothing."""
+    real = grades.detach().to(dtype)
+    present = real if mask is None else real.masked_fill(~mask, -torch.inf)
+    top = present.amax(-1, keepdim=True) if real.shape[-1] else real.new_zeros(len(real), 1)
+    shown = real if mask is None else real.masked_fill(~mask, 0)
+    return target_weights(shown, targets, torch.where(top == -torch.inf, 0, top))
 
 
 def check_temperature(temperature: float) -> None:
@@ -137,9 +183,14 @@ def make_tables(
 
 
 def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
-    """Unnormalised target mass at each grade: 2^y - 1 ("gain") or e^y ("softmax"), over what it is at `top`."""
+    """Unnormalised target mass at each grade: 2^y - 1 ("gain"), e^y ("softmax") or sqrt(y) ("sqrt"), 0 below grade 0.
+
+    The first two are divided by what they are at about `top`, each list's highest grade, which normalising takes out.
+    """
     if targets == "softmax":
         return (values - top).exp()
+    if targets == "sqrt":
+        return values.clamp_min(0).sqrt()
     # 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
     return (torch.exp2(values - top.clamp_min(0)) * -torch.expm1(-math.log(2) * values)).clamp_min(0)
 

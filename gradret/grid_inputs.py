@@ -84,7 +84,7 @@ class GridInputs:
             lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
             measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
             queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-            summary = check_lists(lists, refuse_negative=settings.takes_gain, exclude=queries)
+            summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
             self._lists[name] = lists.fingerprint, len(summary.kept)
         return self._lists[name][0]
 
@@ -109,4 +109,4 @@ def _digest_weights(encoder: Encoder) -> str:
 
 
 def _name_lists(settings: FitSettings) -> tuple:
-    return settings.data, settings.exclude, settings.dev, settings.takes_gain
+    return settings.data, settings.exclude, settings.dev, settings.weighs_from_zero

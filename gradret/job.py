@@ -51,11 +51,11 @@ class Job:
         self.dev = open_collection(parse_source(settings.dev)) if settings.dev else None
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        self.summary = check_lists(self.lists, refuse_negative=settings.takes_gain, exclude=queries)
-        if mining is not None and mining.grade < 0 and settings.takes_gain:
+        self.summary = check_lists(self.lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
+        if mining is not None and mining.grade < 0 and settings.weighs_from_zero:
             raise GradretError(
-                f"mine '{settings.mine}': gain targets (2^grade - 1) do not allow the negative grade {mining.grade:g}; "
-                "use --targets softmax, or a grade of 0 or above"
+                f"mine '{settings.mine}': targets of 2^grade - 1 or sqrt(grade) give the negative grade "
+                f"{mining.grade:g} nothing; use --targets softmax, or a grade of 0 or above"
             )
         if mining is not None and mining.grade >= self.summary.highest:
             raise GradretError(

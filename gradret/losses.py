@@ -1,8 +1,10 @@
 """Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar mean over lists.
 
 B is the number of lists, N the number of documents a list, absent ones included. `targets` says where a
-list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); or the
-weights themselves, (B, N), >= 0. Each row is normalised to 1.
+list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); "sqrt", the root
+of y (0 below grade 0); or the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far
+mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that
+0 to 1 is further than 2 to 3.
 """
 
 import inspect
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.grades import FLOATS, PreparedGrades, check_grades, check_temperature, target_weights
+from gradret.grades import FLOATS, PreparedGrades, check_grades, check_temperature, place_targets, weigh_grades
 from gradret.ops import Transport, check_options
 from gradret.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 
@@ -24,25 +26,30 @@ def wasserstein_loss(
     order: int = 1,
     temperature: float = 1.0,
     targets: str | Tensor = "gain",
+    ground: str = "grade",
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Mean exact W_p^p, along the grade axis, between predicted and target relevance mass.
 
-    p = softmax(scores / temperature) and q = targets, over each row; mass at a document sits at its grade.
+    p = softmax(scores / temperature) and q = targets, over each row; mass at a document sits at its grade, or where
+    `ground` puts that.
 
     Args:
         scores: (B, N) float; higher ranks earlier. Never written.
-        grades: (B, N) real, same device; needs no gradient. Or what prepare_grades made of grades, targets and mask.
-        order: 1 or 2, the p of W_p^p; the unit of the result is grade^order.
+        grades: (B, N) real, same device; needs no gradient. Or what prepare_grades made of grades, targets, ground and
+            mask.
+        order: 1 or 2, the p of W_p^p; the unit of the result is that of the ground distance^order.
         temperature: > 0, in units of score.
-        targets: "gain", "softmax", or weights (B, N).
+        targets: "gain", "softmax", "sqrt", or weights (B, N).
+        ground: "grade", "gain" or "sqrt".
         mask: (B, N) bool, True where a document exists; None for all.
         reduction: "mean" or "sum" over lists, or "none".
 
     Returns: scalar, or (B,) for "none"; float64 for float64 scores, else float32. A row without target mass counts as
         0 and gets no gradient.
-    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets or reduction are unknown.
+    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets, ground or reduction are
+        unknown.
         RuntimeError when the gradient is differentiated again.
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
@@ -52,8 +59,9 @@ def wasserstein_loss(
     weights = name = None
     if not isinstance(grades, PreparedGrades):
         mask, weights, name = check_grades(grades, targets, mask)
-    elif mask is not None or targets != "gain":
-        raise ValueError("targets and mask are part of prepared grades: give them to prepare_grades")
+        grades, weights, name = place_targets(grades, mask, weights, name, ground)
+    elif mask is not None or targets != "gain" or ground != "grade":
+        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
     if grades.device != scores.device:
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     if not torch.is_grad_enabled():
@@ -167,12 +175,37 @@ def ranknet_loss(
     return (terms.sum((1, 2)) / pair.sum((1, 2)).clamp_min(1)).mean()
 
 
+def sorted_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of sum_k (p_(k) - q_(k))^2 over the sorted masses, p = softmax(scores / temperature): a negative control.
+
+    It asks for the right masses, but not at which documents: the same for every permutation of the scores, it can
+    teach no ranking. A benchmark in which it helps measures something else than the grades.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass counts as 0.
+    Source: N times W_2^2 between the distributions of a row's masses, one-dimensional optimal transport, Peyré and
+        Cuturi (2019), section 2.6.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    p = masked_softmax(_widen(scores) / temperature, mask)  # (B, N)
+    q = normalize_mass(weights.to(p.dtype))
+    difference = (p.sort(-1).values - q.sort(-1).values) * (q.sum(-1, keepdim=True) > 0)
+    return difference.square().sum(-1).mean()
+
+
 LOSSES = {
     "wasserstein": wasserstein_loss,
     "gaussian": gaussian_loss,
     "infonce": infonce_loss,
     "kl": kl_loss,
     "ranknet": ranknet_loss,
+    "sorted": sorted_loss,
 }
 
 
@@ -207,7 +240,5 @@ def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor,
     _, weights, name = check_grades(grades, targets, mask)
     dtype = result_dtype(scores)
     if weights is None:
-        real = grades.to(dtype).masked_fill(~mask, -torch.inf)
-        top = real.amax(-1, keepdim=True)
-        weights = target_weights(real.masked_fill(~mask, 0), name, torch.where(top == -torch.inf, 0, top))
+        weights = weigh_grades(grades, mask, name, dtype)
     return weights.to(dtype).masked_fill(~mask, 0), mask

@@ -152,7 +152,7 @@ class ListsSummary:
 
 
 def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
-    """Read every list once: all are well formed, and under gain targets no grade is negative.
+    """Read every list once: all are well formed, and no grade is negative where targets begin at grade 0.
 
     Args:
         lists: of one source or several.
@@ -177,8 +177,9 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         low, high = min(grades), max(grades)
         if refuse_negative and low < 0:
             raise GradretError(
-                f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, which gain "
-                f"targets (2^grade - 1) do not allow; map it (SOURCE?grades={low:g}:0,...) or use --targets softmax"
+                f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, to which "
+                f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or use "
+                "--targets softmax"
             )
         passages += len(grades)
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)

@@ -16,13 +16,13 @@ class Objective:
     """A run's loss.
 
     Args:
-        settings: loss, order, temperature, targets, in_batch and kl_share are used.
+        settings: loss, order, temperature, targets, ground, positive_from, in_batch and kl_share are used.
         floor: grade of the other lists' documents; None: a list has its own documents alone.
     """
 
     def __init__(self, settings: FitSettings, floor: float | None):
         self.settings, self.floor = settings, floor
-        names = ("order", "temperature", "targets", "positive_from")
+        names = ("order", "temperature", "targets", "ground", "positive_from")
         self._loss = make_loss(settings.loss, **{name: getattr(settings, name) for name in names})
 
     def add_gradients(
@@ -55,7 +55,8 @@ class Objective:
     def is_fused(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
         s, floor = self.settings, self.floor
-        return s.loss == "wasserstein" and floor is not None and not (s.kl_share and (s.targets != "gain" or floor > 0))
+        weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
+        return s.loss == "wasserstein" and floor is not None and not (s.kl_share and weighs)
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
@@ -69,7 +70,8 @@ class Objective:
         s, device = self.settings, queries.device
         if self.is_fused:
             shape = (len(queries), len(documents))
-            pairs = prepare_pairs(*batch.list_pairs(part), shape, default_grade=self.floor, targets=s.targets)
+            given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
+            pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
             options = {"order": s.order, "temperature": s.temperature, "kl_share": s.kl_share}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:

@@ -5,6 +5,7 @@ import click
 from gradret.settings import (
     AUTO,
     DEFAULT_MEASURES,
+    GROUNDS,
     POOLINGS,
     PRECISIONS,
     SCHEDULES,
@@ -90,7 +91,16 @@ ENCODER_OPTIONS = options(
 BUDGET_OPTIONS = options(
     option("--order", type=click.IntRange(1, 2), help="The p of wasserstein's W_p^p."),
     option("--temperature", type=ABOVE_ZERO, help="Scores are divided by it before the softmax."),
-    option("--targets", type=click.Choice(TARGETS), help="Where relevance belongs: 2^grade - 1, or exp(grade)."),
+    option(
+        "--targets",
+        type=click.Choice(TARGETS),
+        help="How much relevance belongs to a grade: 2^grade - 1, exp(grade) or the grade's root.",
+    ),
+    option(
+        "--ground",
+        type=click.Choice(GROUNDS),
+        help="How far wasserstein's mass is moved between two grades: their difference, that of 2^grade or of roots.",
+    ),
     option("--in-batch/--no-in-batch", help="Whether the other lists' passages join each list."),
     option("--in-batch-grade", type=float, help="Their grade. [default: the scale's lowest, 0 or below]"),
     option("--epochs", type=ABOVE_ZERO, help="Passes over the lists."),

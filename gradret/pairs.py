@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradret.grades import PreparedGrades, Tables, prepare_grades, target_weights
+from gradret.grades import PreparedGrades, Tables, check_targets, prepare_grades, target_weights
 from gradret.reference import accumulation_dtype, normalize_mass
 
 
@@ -68,6 +68,7 @@ def prepare_pairs(
     *,
     default_grade: float = 0.0,
     targets: str | Tensor = "gain",
+    ground: str = "grade",
 ) -> PreparedPairs:
     """Everything of wasserstein_retrieval_loss that does not depend on the embeddings. Waits for the device on CUDA.
 
@@ -76,9 +77,12 @@ def prepare_pairs(
         grades: (M,) real.
         shape: (B, N), numbers of queries and documents.
         default_grade: of all other pairs.
-        targets: "gain", "softmax", or weights (M,) >= 0 of the pairs, all others having none; see gradret.losses.
+        targets: "gain", "softmax", "sqrt", or weights (M,) >= 0 of the pairs, all others having none; see
+            gradret.losses.
+        ground: "grade", "gain" or "sqrt"; see gradret.losses.
 
-    Raises: ValueError when shapes differ, a row or column is out of range, a pair comes twice, or targets are unknown.
+    Raises: ValueError when shapes differ, a row or column is out of range, a pair comes twice, or targets or ground are
+        unknown.
     """
     count, documents = shape
     if rows.dim() != 1 or rows.shape != columns.shape or rows.shape != grades.shape:
@@ -88,8 +92,8 @@ def prepare_pairs(
         )
     if isinstance(targets, Tensor) and targets.shape != grades.shape:
         raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
-    if not isinstance(targets, Tensor) and targets not in ("gain", "softmax"):
-        raise ValueError(f"targets must be 'gain', 'softmax' or weights, got {targets!r}")
+    if not isinstance(targets, Tensor):
+        check_targets(targets)
     for name, index, limit in (("row", rows, count), ("column", columns, documents)):
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise ValueError(f"{name}s must be integer, got {index.dtype}")
@@ -111,7 +115,7 @@ def prepare_pairs(
         chosen = doublings == doubling
         members = chosen[rows].nonzero()[:, 0]
         group = _make_lists(
-            chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights
+            chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights, ground
         )
         lists.append(group)
     others_weigh = any(bool(group.targets[:, -1].any()) for group in lists)
@@ -127,6 +131,7 @@ def _make_lists(
     documents: int,
     default_grade: float,
     targets: str | Tensor,
+    ground: str,
 ) -> ShortLists:
     """The lists of the chosen rows, whose pairs are the members, of all rows (M,) and grades (M,)."""
     number = number[chosen]  # (R,)
@@ -147,5 +152,5 @@ def _make_lists(
         weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
         weights[:, -1] *= others
     weights = weights.masked_fill(~present, 0)
-    prepared = prepare_grades(short, targets=weights, mask=present)
+    prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)
     return ShortLists(chosen, members, slots, normalize_mass(weights), *prepared.tables)

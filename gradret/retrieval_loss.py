@@ -29,6 +29,7 @@ def wasserstein_retrieval_loss(
     order: int = 1,
     temperature: float = 1.0,
     targets: str | Tensor = "gain",
+    ground: str = "grade",
     kl_share: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
@@ -38,10 +39,10 @@ def wasserstein_retrieval_loss(
         query_embeddings: (B, D) float.
         document_embeddings: (N, D), same type and device.
         grades: (rows, columns, grades), three (M,) tensors: the grade of document columns[i] for query rows[i]. Or what
-            prepare_pairs made of them, default_grade and targets.
+            prepare_pairs made of them, default_grade, targets and ground.
         default_grade: of every other document.
-        order, temperature, reduction: see gradret.losses.wasserstein_loss.
-        targets: "gain", "softmax", or weights (M,) of the pairs.
+        order, temperature, ground, reduction: see gradret.losses.wasserstein_loss.
+        targets: "gain", "softmax", "sqrt", or weights (M,) of the pairs.
         kl_share: from 0 to 1, of gradret.losses.kl_loss in the result; it keeps pulling where the softmax has collapsed
             on a wrong document. Documents of the default grade must then have no target mass.
 
@@ -64,9 +65,9 @@ def wasserstein_retrieval_loss(
         raise ValueError(f"kl_share must be from 0 to 1, got {kl_share!r}")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
-        grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets)
-    elif default_grade != 0 or targets != "gain":
-        raise ValueError("default_grade and targets are part of prepared pairs: give them to prepare_pairs")
+        grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets, ground=ground)
+    elif default_grade != 0 or targets != "gain" or ground != "grade":
+        raise ValueError("default_grade, targets and ground are part of prepared pairs: give them to prepare_pairs")
     if grades.shape != shape:
         raise ValueError(f"the prepared pairs are of {grades.shape} queries and documents, the embeddings of {shape}")
     if grades.offsets.device != queries.device:

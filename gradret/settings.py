@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "ranknet")
-TARGETS = ("gain", "softmax")
-TARGET_LOSSES = ("wasserstein", "gaussian", "kl")
+LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "ranknet", "sorted")
+TARGETS = ("gain", "softmax", "sqrt")
+GROUNDS = ("grade", "gain", "sqrt")
+TARGET_LOSSES = ("wasserstein", "gaussian", "kl", "sorted")
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float32", "bfloat16")
@@ -27,7 +28,8 @@ class FitSettings:
         data: sources, see sources.parse_source; merged into one list per query.
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
-        loss: a name in losses.LOSSES; order is wasserstein's, targets those of wasserstein, gaussian and kl.
+        loss: a name in losses.LOSSES, "sorted" being a control that teaches no ranking; order and ground are
+            wasserstein's, targets those of wasserstein, gaussian, kl and sorted: see losses.
         positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
@@ -60,6 +62,7 @@ class FitSettings:
     order: int = 2
     temperature: float = 0.05
     targets: str = "gain"
+    ground: str = "grade"
     positive_from: float | None = None
     in_batch: bool = True
     in_batch_grade: float | None = None
@@ -102,6 +105,7 @@ class FitSettings:
         for name, allowed in (
             ("loss", LOSS_NAMES),
             ("targets", TARGETS),
+            ("ground", GROUNDS),
             ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
             ("order", (1, 2)),
@@ -155,9 +159,9 @@ class FitSettings:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def takes_gain(self) -> bool:
-        """Whether targets are 2^grade - 1, which negative grades do not have."""
-        return (self.loss in TARGET_LOSSES or self.kl_share > 0) and self.targets == "gain"
+    def weighs_from_zero(self) -> bool:
+        """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
+        return (self.loss in TARGET_LOSSES or self.kl_share > 0) and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

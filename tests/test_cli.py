@@ -52,7 +52,7 @@ def test_usage_errors_exit_with_2():
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
     assert (
-        "'hinge' is not one of wasserstein, gaussian, infonce, kl, ranknet, wasserstein:1, wasserstein:2"
+        "'hinge' is not one of wasserstein, gaussian, infonce, kl, ranknet, sorted, wasserstein:1, wasserstein:2"
         in result.stderr
     )
 
@@ -69,7 +69,7 @@ BAD_DATA = [
     ),
     (
         [list_record("a", (1, -2))],
-        "{data}:1: list 'a' has the negative grade -2, which gain targets (2^grade - 1) do not allow; "
+        "{data}:1: list 'a' has the negative grade -2, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
         "map it (SOURCE?grades=-2:0,...) or use --targets softmax",
     ),
     ([list_record("a", ())], "{data}:1: list 'a' has no passages; give it at least one or remove the line"),

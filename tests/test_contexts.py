@@ -22,9 +22,11 @@ LOSSES = {
     "infonce": {"loss": "infonce"},
     "kl": {"loss": "kl"},
     "ranknet": {"loss": "ranknet"},
+    "sorted": {"loss": "sorted"},
     "kl_share": {"kl_share": 0.3},
     "kl_share softmax": {"kl_share": 0.3, "targets": "softmax"},
     "softmax": {"targets": "softmax"},
+    "roots": {"targets": "sqrt", "ground": "sqrt", "order": 2, "kl_share": 0.5},
 }
 
 

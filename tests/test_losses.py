@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradret import kernels
+from gradret.grades import prepare_grades
 from gradret.losses import (
     LOSSES,
     gaussian_loss,
@@ -65,6 +66,9 @@ HAND = [
     ("wasserstein:2", (0.5, 0.5), (3, 0), 4.5),
     # two positives against the one negative: each e_i / (e_i + e_neg) = .4 / .6
     ("infonce", (0.4, 0.4, 0.2), (1, 1, 0), -math.log(2 / 3)),
+    # sorted masses .5, .25, .25 against .75, .25, 0: right at no document, and a loss of .125 only
+    ("sorted", (0.25, 0.25, 0.5), (2, 1, 0), 0.125),
+    ("sorted", (0.25, 0.75), (1, 0), 0.125),
 ]
 
 
@@ -244,6 +248,39 @@ def test_gaussian_of_one_list_is_the_distance_of_the_means():
     assert gaussian_loss(scores, grades).item() == pytest.approx(0.5)
 
 
+def test_targets_and_ground_distances_hand_worked():
+    # Grades 4, 1, 0: roots 2, 1, 0, so q = (2/3, 1/3, 0), at places 4, 1, 0 ("grade"), 15, 1, 0 or 2, 1, 0. With
+    # p = (1/3, 1/3, 1/3) from grade 0 up F - G is 1/3 below grade 1 and 2/3 - 1/3 below grade 4.
+    scores, grades = torch.zeros(1, 3, **F64), torch.tensor([[4, 1, 0]])
+    for ground, reach in (("grade", 4), ("gain", 15), ("sqrt", 2)):
+        value = wasserstein_loss(scores, grades, targets="sqrt", ground=ground)
+        assert value.item() == pytest.approx(reach / 3)
+    # Negative grades have no target mass, and stand at minus the root.
+    value = wasserstein_loss(logits(0.5, 0.5), torch.tensor([[1.0, -4.0]]), targets="sqrt", ground="sqrt")
+    assert value.item() == pytest.approx(0.5 * 3)
+
+
+@pytest.mark.parametrize("ground", ["gain", "sqrt"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_ground_distance_moves_the_grades_alone(order, ground):
+    torch.manual_seed(10)
+    scores = torch.randn(4, 40, **F64, requires_grad=True)
+    for grades in (torch.randint(-1, 4, (4, 40)), 3 * torch.rand(4, 40, **F64) - 0.5):  # by level, and sorted
+        mask = torch.rand(4, 40) > 0.2
+        real = grades.double()
+        places = 2**real - 1 if ground == "gain" else real.sign() * real.abs().sqrt()
+        options = {"order": order, "temperature": 0.7, "mask": mask}
+        for targets in ("gain", "softmax", "sqrt"):
+            weights = {"gain": 2**real - 1, "softmax": real.exp(), "sqrt": real.clamp_min(0).sqrt()}[targets]
+            expected = wasserstein_loss(scores, places, targets=weights.clamp_min(0), **options)
+            value = wasserstein_loss(scores, grades, targets=targets, ground=ground, **options)
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+            ours, theirs = (torch.autograd.grad(v, scores)[0] for v in (value, expected))
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+            prepared = prepare_grades(grades, targets=targets, ground=ground, mask=mask)
+            torch.testing.assert_close(wasserstein_loss(scores, prepared, order=order, temperature=0.7), value)
+
+
 def test_explicit_targets():
     scores = torch.randn(2, 5, **F64)
     grades = torch.tensor([[3, 2, 1, 0, 0], [0, 0, 1, 2, 2]])
@@ -275,7 +312,8 @@ def test_differentiating_twice_is_refused():
         ({"grades": torch.zeros(2, 4)}, "scores and grades must both be"),
         ({"order": 3}, "order must be 1 or 2, got 3"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"targets": "rank"}, "targets must be 'gain', 'softmax' or weights, got 'rank'"),
+        ({"targets": "rank"}, "targets must be 'gain', 'softmax', 'sqrt' or weights, got 'rank'"),
+        ({"ground": "rank"}, "ground must be 'grade', 'gain' or 'sqrt', got 'rank'"),
         ({"mask": torch.ones(2, 3)}, "mask must be bool"),
     ],
 )
@@ -296,6 +334,14 @@ def test_infonce_with_positives_from_a_grade_on():
         value.backward()
         assert value.item() == 0
         assert not scores.grad.any()
+
+
+def test_sorted_loss_does_not_know_which_document_has_which_grade():
+    torch.manual_seed(9)
+    scores, grades = torch.randn(3, 9, **F64), torch.randint(0, 4, (3, 9))
+    for name, loss in CALLS.items():
+        same = loss(scores, grades).item() == pytest.approx(loss(scores[:, torch.randperm(9)], grades).item(), rel=1e-9)
+        assert same == (name == "sorted")
 
 
 def test_infonce_and_ranknet_take_real_grades_and_no_targets():

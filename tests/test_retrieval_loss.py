@@ -65,6 +65,17 @@ def test_equals_the_plain_path_in_float64(order, default, targets, reduction, ti
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("ground", ["grade", "gain", "sqrt"])
+@pytest.mark.parametrize("default", [0.0, -2.0])
+def test_ground_distances_and_roots_as_targets(ground, default, tile_size):
+    batch = make_batch()
+    options = {"order": 2, "temperature": 2.0, "targets": "sqrt", "ground": ground}
+    expected = value_and_gradients(plain, *batch, default=default, kl_share=0.5, **options)
+    found = value_and_gradients(wasserstein_retrieval_loss, *batch, default_grade=default, kl_share=0.5, **options)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("share", [0.3, 1.0])
 @pytest.mark.parametrize("pairs", [40, 3, 161])  # some rows without pairs; no others but pairs
 def test_a_share_of_the_cross_entropy(share, pairs, tile_size):
@@ -212,6 +223,7 @@ I2 = torch.tensor([0, 1])
         ((I2 * 0, I2 * 0 + 4, torch.ones(2)), {}, "row 0 and column 4 has more than one grade"),
         ((I2, I2, torch.ones(2)), {"targets": "rank"}, "targets must be"),
         ((I2, I2, torch.ones(2)), {"targets": torch.ones(3)}, "targets must be"),
+        ((I2, I2, torch.ones(2)), {"ground": "rank"}, "ground must be 'grade', 'gain' or 'sqrt'"),
         ((I2, I2, torch.ones(2)), {"order": 3}, "order must be 1 or 2, got 3"),
         ((I2, I2, torch.ones(2)), {"temperature": 0}, "temperature must be above 0"),
         ((I2, I2, torch.ones(2)), {"reduction": "max"}, "reduction must be"),
@@ -219,6 +231,7 @@ I2 = torch.tensor([0, 1])
         ((I2, I2, torch.ones(2)), {"kl_share": 0.5, "targets": "softmax"}, "documents of the default grade no mass"),
         (prepare_pairs(I2, I2, torch.ones(2), (2, 5)), {}, r"\(2, 5\) queries and documents, the embeddings"),
         (prepare_pairs(I2, I2, torch.ones(2), (3, 5)), {"default_grade": 1}, "part of prepared pairs"),
+        (prepare_pairs(I2, I2, torch.ones(2), (3, 5)), {"ground": "sqrt"}, "part of prepared pairs"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(triples, options, message):

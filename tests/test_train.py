@@ -107,7 +107,7 @@ def _ids(directory, lists) -> str:
     return str(directory / "ids")
 
 
-@pytest.mark.parametrize("loss", ["wasserstein", "wasserstein:2", "gaussian", "infonce", "kl", "ranknet"])
+@pytest.mark.parametrize("loss", ["wasserstein", "wasserstein:2", "gaussian", "infonce", "kl", "ranknet", "sorted"])
 def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     model = make_tiny_encoder(tmp_path / "model", dropout=0.0)
     lists = list(read_lists(SAMPLE_FILE))[:6]
@@ -121,8 +121,8 @@ def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert result.loss < 0.05 * first
     # infonce does not say how grades below the highest rank. SyCL's Gaussian does not change when the rows of the
-    # scores alone are permuted: its minimum need not rank at all, and here it does not.
-    measure = {"infonce": "RR(rel=3)@10", "gaussian": None}.get(name, "nDCG@10")
+    # scores alone are permuted, the sorted control when documents are: their minima need not rank, and here do not.
+    measure = {"infonce": "RR(rel=3)@10", "gaussian": None, "sorted": None}.get(name, "nDCG@10")
     if measure is not None:
         collection = open_collection(Source(str(tmp_path / "six.jsonl")))
         assert evaluate(load(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
@@ -310,7 +310,7 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
     with pytest.raises(GradretError) as error:
         fit(small(tiny_encoder, mine="k=1,grade=-1"), tmp_path / "out")
     assert str(error.value) == (
-        "mine 'k=1,grade=-1': gain targets (2^grade - 1) do not allow the negative grade -1; "
+        "mine 'k=1,grade=-1': targets of 2^grade - 1 or sqrt(grade) give the negative grade -1 nothing; "
         "use --targets softmax, or a grade of 0 or above"
     )
     fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax"), tmp_path / "out")
