@@ -123,7 +123,7 @@ class Grid:
         primary: the system set off in charts, or None.
         settings: of every run, before the encoder's, the system's and the varied one; its `exclude` holds all
             collections, sorted, so that no run trains on a query that any experiment measures.
-        encoders: name -> encoder fields of FitSettings.
+        encoders: name -> fields of FitSettings: the encoder's own, and others that suit it, such as a learning rate.
         data: name -> sources.
         collections: name shown -> source.
         where: the file it was read from, which opens messages; "" for none.

@@ -12,7 +12,7 @@ else:
     import tomli as tomllib
 
 from gradret.errors import GradretError
-from gradret.grid import DEFAULTS, ENCODER_FIELDS, FIT, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
+from gradret.grid import DEFAULTS, FIT, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
 from gradret.grid_place import HINTS, NOT_HERE, Place
 from gradret.lists import open_file
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
@@ -58,7 +58,7 @@ def read_grid(path: str | Path) -> Grid:
         raise place.error(str(error)) from None
     data = {k: _read_data(Place(path, "[data]", {}), k, v) for k, v in table("data").items()}
     encoders = {
-        name: {"model": settings.model} | Place(path, f"[encoders.{name}]", found).read_settings(ENCODER_FIELDS)
+        name: {"model": settings.model} | Place(path, f"[encoders.{name}]", found).read_settings(fields)
         for name, found in table("encoders").items()
     } or {_short_name(settings.model): {"model": settings.model}}
     systems = {

@@ -25,6 +25,7 @@ model = "a/small"
 [encoders.long]
 model = "a/long"
 document_max_length = 512
+learning_rate = 1e-4
 [data]
 odd = ["sample?queries=odd"]
 both = ["one.jsonl?grades=1:3", "two.jsonl"]
@@ -80,7 +81,7 @@ def test_the_file_as_a_grid(read):
     grid = read(PLAN)
     assert (grid.title, grid.measures, grid.seeds) == ("Two losses", ("AP", "nDCG@10"), 2)
     assert (grid.baselines, grid.primary) == (("infonce", "untrained"), "ours")
-    assert grid.encoders["long"] == {"model": "a/long", "document_max_length": 512}
+    assert grid.encoders["long"] == {"model": "a/long", "document_max_length": 512, "learning_rate": 1e-4}
     assert grid.data["both"] == ("one.jsonl?grades=1:3", "two.jsonl")
     assert (grid.systems["bm25"].label, grid.systems["ours"].label) == ("BM25", "ours")
     assert (grid.experiments[0].title, grid.experiments[1].title) == ("Main", "heat")
@@ -121,6 +122,11 @@ def test_a_run_that_two_experiments_need_is_one(read):
         "seed": None,
     }
     assert runs["heat", "small", "untrained", 0.05][0].record()["encoder"] == {"model": "a/small"}
+    # What suits an encoder is a setting of its trainings, not of the encoder as it is.
+    long = {"model": "a/long", "document_max_length": 512}
+    trained, untrained = (runs["main", "long", system, None][0].record() for system in ("ours", "untrained"))
+    assert trained["encoder"] == untrained["encoder"] == long
+    assert (trained["settings"]["learning_rate"], untrained["settings"]) == (1e-4, {})
 
 
 def test_the_record_of_a_training(read):
@@ -131,6 +137,7 @@ def test_the_record_of_a_training(read):
         "settings": {
             "epochs": 1.0,
             "exclude": ["b.jsonl", "own/exclude.jsonl", "sample?queries=even"],
+            "learning_rate": 1e-4,
             "max_steps": 1,
             "temperature": 1.0,
         },
@@ -216,8 +223,8 @@ BAD = [
     ),
     (
         "document_max_length = 512",
-        "temperature = 2",
-        "[encoders.long]: 'temperature' is not known; use model, layers, ...",
+        "layer = 2",
+        "[encoders.long]: 'layer' is not known; did you mean 'layers'?",
     ),
     (
         "document_max_length = 512",
