@@ -73,6 +73,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--order`": "2",
         "`--temperature`": "0.05",
         "`--targets`": "`gain`",
+        "`--ground`": "`grade`",
         "`--batch-lists`": "16",
         "`--learning-rate`": "2e-05",
         "`--epochs`": "2",
@@ -109,7 +110,7 @@ def test_what_differs_from_the_defaults_is_told(tiny_encoder, tmp_path):
     assert shown["`--in-batch`"] == "no"
     assert shown["`--gradient-checkpointing`"] == "yes"
     assert shown["`--max-steps`"] == "40"
-    assert not {"`--order`", "`--targets`", "`--pooling`"} & set(shown)  # infonce has none of the first two
+    assert not {"`--order`", "`--ground`", "`--targets`", "`--pooling`"} & set(shown)  # infonce has no use for these
     assert "last token" in text and '`"query: "`' in text and "put the prompts above" in text and "6.2" in text
     assert "`--targets`" in table(write(tmp_path, encoder, replace(settings, kl_share=0.5)), "## Training")
 
