@@ -100,6 +100,7 @@ class Worker:
         self._grid, self._inputs, self._device, self._progress = grid, inputs, device, progress
         self._names = {source: name for name, source in reversed(grid.collections.items())}
         self._titles: dict[str, str] = {}
+        self._versions = versions()  # of the code that runs, whatever the checkout becomes meanwhile
         for cell in grid.cells():
             for run in cell.runs:
                 self._titles.setdefault(run.key, _describe_run(grid, cell, run))
@@ -163,7 +164,7 @@ class Worker:
             "content": self._inputs.find_content(run),
             "collections": {source: self._keep(source, result) for source, result in found.items()},
             **facts,
-            "versions": versions(),
+            "versions": self._versions,
             "device": where,
         }
 
@@ -183,7 +184,8 @@ class Worker:
         say(f"{self._names[source]}: {shown}")
         first, collection = self._grid.measures[0], self._inputs.collections[source]
         per_query = {query: round(value, PER_QUERY_DIGITS) for query, value in result.per_query[first].items()}
-        return {"measures": result.measures, "per_query": {first: per_query}, **_count(collection)}
+        content = self._inputs.find_collection_content(source)
+        return {"measures": result.measures, "per_query": {first: per_query}, "content": content, **_count(collection)}
 
 
 def choose_rows(
@@ -199,20 +201,19 @@ def choose_rows(
     Args:
         stored: see GridRows.read.
         wanted: see Grid.wanted.
-        inputs: rows of other data or encoders than these are left out; None takes them as they are.
+        inputs: rows of other data, encoders or collections than these are left out; None takes them as they are.
         tell: say how many these are.
     """
     found, changed = {}, 0
     for run, sources in wanted.items():
         rows = [row for row in stored.get(run.key, ()) if _is_whole(row, sources, measures)]
-        same = [row for row in rows if inputs is None or row.get("content") == inputs.find_content(run)]
+        same = [row for row in rows if inputs is None or _has_content(row, run, sources, inputs)]
         if same:
             found[run.key] = same[0]
         changed += bool(rows and not same)
     if changed and tell:
-        say(
-            f"{changed} run{'s were' if changed > 1 else ' was'} done with data or an encoder that changed since: again"
-        )
+        runs = f"{changed} run{'s were' if changed > 1 else ' was'}"
+        say(f"{runs} done with data, an encoder or a collection that changed since: again")
     return found
 
 
@@ -238,6 +239,12 @@ def _count(collection: Collection) -> dict:
 def _is_whole(row: dict, sources: Sequence[str], measures: Sequence[str]) -> bool:
     there = [row["collections"].get(source, {}) for source in sources]
     return all(set(measures) <= c.get("measures", {}).keys() and measures[0] in c.get("per_query", {}) for c in there)
+
+
+def _has_content(row: dict, run: Run, sources: Sequence[str], inputs: GridInputs) -> bool:
+    there = row["collections"]
+    measured = all(there[s].get("content") == inputs.find_collection_content(s) for s in sources)
+    return measured and row.get("content") == inputs.find_content(run)
 
 
 def _describe_run(grid: Grid, cell: Cell, run: Run) -> str:

@@ -1,6 +1,7 @@
 """What the runs of a grid read, opened and checked before the first of them."""
 
 import hashlib
+import json
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -39,6 +40,7 @@ class GridInputs:
         self._lists: dict[tuple, tuple[str, int]] = {}
         self._others: dict[object, str] = {}  # fingerprints of encoders and of what is mined from
         self._content: dict[str, dict] = {}
+        self._measured: dict[str, str] = {}
         for source in grid.collections.values():
             self._open(source)
         for run in runs:
@@ -47,6 +49,14 @@ class GridInputs:
     def find_content(self, run: Run) -> dict:
         """Fingerprints of what the run's settings name: a row of other content is not this run's."""
         return self._content[run.key]
+
+    def find_collection_content(self, source: str) -> str:
+        """A fingerprint of a collection's queries, judgments and number of documents."""
+        if source not in self._measured:
+            collection = self.collections[source]
+            told = [collection.queries, collection.qrels, collection.document_count]
+            self._measured[source] = _digest(json.dumps(told).encode())
+        return self._measured[source]
 
     def count_lists(self, run: Run) -> int | None:
         """The lists a run is trained on; None for what is not trained."""
@@ -85,7 +95,8 @@ class GridInputs:
             measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
             queries = {query_words(text) for collection in measured for text in collection.queries.values()}
             summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
-            self._lists[name] = lists.fingerprint, len(summary.kept)
+            # A file of queries that selects others changes what is kept, and no source.
+            self._lists[name] = _digest(lists.fingerprint.encode(), summary.kept.tobytes()), len(summary.kept)
         return self._lists[name][0]
 
     def _check_mining(self, text: str) -> str:
@@ -101,10 +112,17 @@ class GridInputs:
 
 def _digest_weights(encoder: Encoder) -> str:
     # Not Encoder.fingerprint: its configuration differs between versions of transformers, and rows may be joined.
-    digest = hashlib.blake2b(digest_size=16)
+    parts = []
     for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        parts.append(f"{name} {tuple(tensor.shape)}".encode())
+        parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+    return _digest(*parts)
+
+
+def _digest(*parts) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()
 
 

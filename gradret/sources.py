@@ -54,6 +54,8 @@ def parse_source(text: str) -> Source:
     options: dict = {}
     for option in filter(None, query.split("&")):
         key, _, value = option.partition("=")
+        if key in options:
+            raise GradretError(f"{text}: {key} stands there twice; give it once")
         if key == "grades":
             options[key] = parse_grade_map(value)
         elif key == "sample":
