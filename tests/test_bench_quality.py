@@ -10,7 +10,7 @@ import ir_measures
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import SAMPLE_FILE, list_record
+from conftest import REPOSITORY, SAMPLE_FILE, list_record
 from scipy.stats import ttest_rel
 
 import gradret.bench
@@ -247,9 +247,37 @@ def test_other_words_in_a_file_make_another_run(plan, tmp_path, capsys):
     capsys.readouterr()
     outcome = run_grid(read_grid(plan), ".", max_runs=1, progress=False)
     told = capsys.readouterr().err
-    assert "1 run was done with data or an encoder that changed since: again" in told
+    assert "1 run was done with data, an encoder or a collection that changed since: again" in told
     assert "2 of 8 runs are done already" in told
     assert [row["lists"] for row in outcome.rows.values()] == [None, None, 49]
+
+
+def test_other_queries_in_a_file_make_another_run(plan, tmp_path, capsys):
+    plan.write_text(plan.read_text().replace('"sample?queries=even"', '"sample?queries=chosen"'))
+    ids = [json.loads(line)["query_id"] for line in SAMPLE_FILE.read_text().splitlines()]
+    chosen = tmp_path / "chosen"
+    chosen.write_text("\n".join(ids[:10]))
+    before = run_grid(read_grid(plan), ".", max_runs=3, progress=False)
+    chosen.write_text("\n".join(ids[10:20]))  # as many
+    capsys.readouterr()
+    after = run_grid(read_grid(plan), ".", max_runs=3, progress=False)
+    assert "3 runs were done with data, an encoder or a collection that changed since: again" in capsys.readouterr().err
+    for key, row in after.rows.items():
+        old, new = (r["collections"]["sample?queries=chosen"]["per_query"]["nDCG@10"] for r in (before.rows[key], row))
+        assert old.keys() == set(ids[:10]) and new.keys() == set(ids[10:20])
+
+
+def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
+    folder = REPOSITORY / "benchmarks" / "queries"
+    ids = {path.stem: set(path.read_text().split()) for path in folder.iterdir()}
+    assert len(ids) == 4 and all(ids.values())
+    assert not ids["dev-cranfield"] & ids["held-out-cranfield"]
+    assert not ids["dev-scifact"] & ids["held-out-scifact"]
+    assert all(int(i) % 2 for i in ids["dev-cranfield"] | ids["held-out-cranfield"])  # the even ones are reported
+    grid, dev = (read_grid(REPOSITORY / "benchmarks" / name) for name in ("quality.toml", "dev.toml"))
+    assert set(grid.collections.values()) == set(grid.settings.exclude)
+    assert not set(grid.collections.values()) & set(dev.collections.values())
+    assert not any("test" in source or "even" in source for source in dev.collections.values())
 
 
 def test_the_report_alone_opens_nothing_but_the_rows(plan, tmp_path, monkeypatch):

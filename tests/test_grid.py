@@ -28,7 +28,7 @@ document_max_length = 512
 learning_rate = 1e-4
 [data]
 odd = ["sample?queries=odd"]
-both = ["one.jsonl?grades=1:3", "two.jsonl"]
+both = ["one.jsonl?sample=3", "two.jsonl"]
 [collections]
 Even = "sample?queries=even"
 All = "b.jsonl"
@@ -82,7 +82,7 @@ def test_the_file_as_a_grid(read):
     assert (grid.title, grid.measures, grid.seeds) == ("Two losses", ("AP", "nDCG@10"), 2)
     assert (grid.baselines, grid.primary) == (("infonce", "untrained"), "ours")
     assert grid.encoders["long"] == {"model": "a/long", "document_max_length": 512, "learning_rate": 1e-4}
-    assert grid.data["both"] == ("one.jsonl?grades=1:3", "two.jsonl")
+    assert grid.data["both"] == ("one.jsonl?sample=3", "two.jsonl")
     assert (grid.systems["bm25"].label, grid.systems["ours"].label) == ("BM25", "ours")
     assert (grid.experiments[0].title, grid.experiments[1].title) == ("Main", "heat")
     assert grid.experiments[0].systems == ("bm25", "untrained", "infonce", "ours", "real")
@@ -141,7 +141,7 @@ def test_the_record_of_a_training(read):
             "max_steps": 1,
             "temperature": 1.0,
         },
-        "data": ["one.jsonl?grades=1:3", "two.jsonl"],
+        "data": ["one.jsonl?sample=3", "two.jsonl"],
         "seed": 1,
     }
     assert json.loads(json.dumps(run.record())) == run.record()
@@ -157,8 +157,8 @@ def test_every_training_excludes_all_collections(read):
 def test_a_source_option_goes_on_every_source(read):
     cells = [c for c in read(PLAN).cells() if c.experiment == "noise" and c.system == "ours"]
     assert [c.runs[0].settings.data for c in cells] == [
-        ("one.jsonl?grades=1:3&grades=3,0", "two.jsonl?grades=3,0"),
-        ("one.jsonl?grades=1:3&grades=3", "two.jsonl?grades=3"),
+        ("one.jsonl?sample=3&grades=3,0", "two.jsonl?grades=3,0"),
+        ("one.jsonl?sample=3&grades=3", "two.jsonl?grades=3"),
     ]
     assert add_source_option("a.jsonl?queries=odd", "shuffle", 0.2) == "a.jsonl?queries=odd&shuffle=0.2"
     assert add_source_option("a.jsonl", "sample", 2) == "a.jsonl?sample=2"

@@ -23,6 +23,7 @@ def test_spelling():
     ("text", "message"),
     [
         ("a?sample=0", "a?sample=0: sample '0' is not a whole number above 0"),
+        ("a?sample=1&sample=2", "a?sample=1&sample=2: sample stands there twice; give it once"),
         ("a?shuffle=1.5", "a?shuffle=1.5: shuffle '1.5' is not a number from 0 to 1"),
         ("a?shuffle=some", "a?shuffle=some: shuffle 'some' is not a number from 0 to 1"),
         (
