@@ -108,16 +108,19 @@ def _summarise(document: dict, rows: list[dict]) -> str:
     systems = list(dict.fromkeys(row["label"] for row in rows))
     encoders = {row["encoder"] for row in rows}
     return (
-        f"{count(len(systems), 'system')} ({', '.join(systems)}) with {count(len(encoders), 'encoder')}, "
-        f"measured on {count(len(document['collections']), 'collection')} ({', '.join(document['collections'])}) "
+        f"{count(len(systems), 'system')} ({'; '.join(systems)}) with {count(len(encoders), 'encoder')}, "
+        f"measured on {count(len(document['collections']), 'collection')} ({'; '.join(document['collections'])}) "
         f"by {', '.join(document['measures'])}, with up to {count_seeds(rows)} each."
     )
 
 
 def _show_experiment(document: dict, experiment: dict, picture: bytes) -> str:
     parts = [f'<section id="{escape(experiment["name"])}">', f"<h3>{escape(experiment['title'])}</h3>"]
-    primary = _find_primary(document, experiment)
-    tables = "\n".join(_show_table(table, primary) for table in make_tables(document, experiment, tuple(P_NAMES)))
+    groups = group_by_encoder(experiment).values()  # a table each
+    tables = "\n".join(
+        _show_table(table, _find_primary(document, experiment, rows))
+        for table, rows in zip(make_tables(document, experiment, tuple(P_NAMES)), groups, strict=True)
+    )
     alt = escape(describe_chart(document, experiment))
     several = any(row["runs"] > 1 for row in experiment["rows"])
     spread = "Whiskers: one standard deviation over seeds." if several else "A single run each."
@@ -139,12 +142,14 @@ def _show_experiment(document: dict, experiment: dict, picture: bytes) -> str:
     return "\n".join([*parts, "</section>"])
 
 
-def _find_primary(document: dict, experiment: dict) -> str | None:
-    labels = [row["label"] for row in experiment["rows"] if row["system"] == document["primary"]]
-    return labels[0] if labels and experiment["vary"] is None else None
+def _find_primary(document: dict, experiment: dict, rows: list[dict]) -> int | None:
+    """The number of the row that is set off."""
+    systems = [row["system"] for row in rows]
+    named = experiment["vary"] is None and document["primary"] in systems
+    return systems.index(document["primary"]) if named else None
 
 
-def _show_table(table: Table, primary: str | None = None) -> str:
+def _show_table(table: Table, primary: int | None = None) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.header)
     lines = []
     for i, row in enumerate(table.rows):
@@ -152,7 +157,7 @@ def _show_table(table: Table, primary: str | None = None) -> str:
             f"<td>{f'<b>{escape(text)}</b>' if (i, j) in table.best else escape(text)}</td>"
             for j, text in enumerate(row[1:], 1)
         ]
-        mark = ' class="primary"' if row[0] == primary else ""
+        mark = ' class="primary"' if i == primary else ""
         lines.append(f'<tr{mark}><th scope="row">{escape(row[0])}</th>{"".join(cells)}</tr>')
     note = f'<p class="note">{escape(table.note)}.</p>' if table.note else ""
     return _wrap(table.title, f"<tr>{head}</tr>", lines) + note

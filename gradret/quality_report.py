@@ -6,34 +6,19 @@ It is plain JSON (None for what could not be computed) and all that the tables, 
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from gradret.errors import GradretError
 from gradret.grid import Cell, Grid
 from gradret.quality_charts import draw_experiment
+from gradret.quality_compare import Comparisons, Found, compare_changes, compare_rows
 from gradret.quality_tables import MEAN, Table, is_curve, make_measure_tables, make_tables
 from gradret.report import format_table
-from gradret.significance import correct_holm, find_differences, randomisation_tests, t_test
 
 RUN_FIELDS = ("data", "exclude", "seed")  # of FitSettings; each run has its own
 LINE, NAME, COLUMN = 110, 28, 15  # characters of a line, of a row's name and of a column's
-
-
-@dataclass
-class _Found:
-    """A row of a table: its cell, the rows of its runs that are done, and what the document says of it."""
-
-    cell: Cell
-    runs: list[dict]
-    entry: dict
-    per_query: dict[str, dict[str, float]] = field(default_factory=dict)  # collection -> query -> mean over seeds
-
-    @property
-    def is_complete(self) -> bool:
-        return len(self.runs) == len(self.cell.runs)
 
 
 def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -> dict:
@@ -41,7 +26,8 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
 
     The p-values of a table's column compare, of the first measure, each query's mean over seeds with the baseline's.
     They are given where all runs of both systems are done, and corrected (Holm) for the systems of the table that were
-    compared with this baseline in this column.
+    compared with this baseline in this column. An experiment that varies a number has "changes", see
+    quality_compare.compare_changes.
 
     Args:
         grid: what is to be run; its cells are the rows of the tables.
@@ -52,15 +38,18 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
         is there if there are two or more. Without a finished run they are empty.
     Raises: GradretError when two runs were measured on other queries of the same collection.
     """
-    found: dict[str, list[_Found]] = {experiment.name: [] for experiment in grid.experiments}
+    found: dict[str, list[Found]] = {experiment.name: [] for experiment in grid.experiments}
     wanted: dict[str, set[str]] = {}
     for cell in grid.cells():
         sources = {grid.collections[name] for name in cell.collections}
         runs = [r for run in cell.runs if (r := rows_by_run.get(run.key)) and r["collections"].keys() >= sources]
-        found[cell.experiment].append(_Found(cell, runs, _make_row(grid, cell, runs)))
+        found[cell.experiment].append(Found(cell, runs, _make_row(grid, cell, runs)))
         for run in cell.runs:
             wanted.setdefault(run.key, set()).update(sources)
-    _compare(grid, found)
+    comparisons = Comparisons()
+    compare_rows(grid, found, comparisons)
+    changes = {e.name: compare_changes(grid, e, found[e.name], comparisons) for e in grid.experiments}
+    comparisons.make()
     used = {id(row): row for rows in found.values() for one in rows for row in one.runs}
     versions: list[dict] = []
     for row in used.values():
@@ -94,6 +83,7 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
                     "vary": experiment.vary,
                     "values": experiment.values,
                     "rows": [one.entry for one in found[experiment.name]],
+                    "changes": changes[experiment.name],
                 }
                 for experiment in grid.experiments
             ],
@@ -173,59 +163,7 @@ def _summarise(measures: Sequence[str], seeds: list[dict]) -> dict:
     }
 
 
-def _compare(grid: Grid, found: Mapping[str, list[_Found]]) -> None:
-    """Fill in the p-values of all tables; the randomisation tests are made together, which is much faster."""
-    tables: dict[tuple, list[_Found]] = {}
-    for name, rows in found.items():
-        for one in rows:
-            if one.is_complete:
-                tables.setdefault((name, one.cell.encoder, repr(one.cell.value)), []).append(one)
-    families, tests = [], []
-    for table in tables.values():
-        for baseline in grid.baselines:
-            theirs = next((one for one in table if one.cell.system == baseline), None)
-            others = [one for one in table if one is not theirs]
-            if theirs is None or not others:
-                continue
-            samples = [
-                {name: _find_differences(grid, name, one, theirs) for name in one.cell.collections} for one in others
-            ]
-            for column in theirs.entry["columns"]:
-                family = []
-                for one, sample in zip(others, samples, strict=True):
-                    family.append({})
-                    one.entry["columns"][column]["p"][baseline] = family[-1]
-                    tests.append((family[-1], list(sample.values()) if column == MEAN else [sample[column]]))
-                families.append(family)
-    random_p = randomisation_tests([sample for _, sample in tests])
-    for (p, sample), randomisation in zip(tests, random_p, strict=True):
-        p.update(t=t_test(sample), randomisation=randomisation)
-    for family in families:
-        for kind in ("t", "randomisation"):
-            for p, corrected in zip(family, correct_holm([p[kind] for p in family]), strict=True):
-                p[f"{kind}_holm"] = corrected
-
-
-def _find_differences(grid: Grid, name: str, ours: _Found, theirs: _Found) -> np.ndarray:
-    try:
-        return find_differences(_mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs))
-    except ValueError:
-        raise GradretError(
-            f"rows of {ours.cell.system} and {theirs.cell.system} on {grid.collections[name]}: "
-            "the queries differ, so the collection has changed since; measure again with --fresh"
-        ) from None
-
-
-def _mean_per_query(grid: Grid, name: str, one: _Found) -> dict[str, float]:
-    if name not in one.per_query:
-        runs = [run["collections"][grid.collections[name]]["per_query"][grid.measures[0]] for run in one.runs]
-        if any(run.keys() != runs[0].keys() for run in runs):
-            raise ValueError("the queries of two seeds differ")
-        one.per_query[name] = {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
-    return one.per_query[name]
-
-
-def _collect_seconds(found: Mapping[str, list[_Found]]) -> dict[str, list[float]]:
+def _collect_seconds(found: Mapping[str, list[Found]]) -> dict[str, list[float]]:
     """Seconds of each training by its system, every run once, though several tables show it."""
     seconds: dict[str, dict[int, float]] = {}
     for rows in found.values():

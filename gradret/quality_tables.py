@@ -103,7 +103,7 @@ def make_tables(document: dict, experiment: dict, p_kinds: Sequence[str] = (P_SH
         title = f"{experiment['title']}{_name_encoder(document, encoder)}: {measure}"
         if is_curve(experiment) and columns:
             title += f" ({name_column(columns[-1])}), {count_seeds(rows)}"
-            tables.append(_make_curve_table(title, rows, experiment, columns[-1], measure))
+            tables.append(_make_curve_table(document, title, rows, experiment, columns[-1], measure))
             continue
         cells = [[_take(row, column, measure) for column in columns] for row in rows]
         p = _make_p(document, rows, columns[-1] if columns else MEAN, p_kinds)
@@ -142,14 +142,30 @@ def _make_table(title: str, names: list[str], cells: list, rows: list[dict], exp
     return Table(title, ["system", *names, *p_header], shown, _find_best(cells), note)
 
 
-def _make_curve_table(title: str, rows: list[dict], experiment: dict, column: str, measure: str) -> Table:
+def _make_curve_table(
+    document: dict, title: str, rows: list[dict], experiment: dict, column: str, measure: str
+) -> Table:
     systems = {row["system"]: row["label"] for row in rows}
     at = {(row["system"], show_setting(row["value"])): row for row in rows}
     values = [show_setting(value) for value in experiment["values"]]
     cells = [[_take(at.get((system, value)), column, measure, True) for value in values] for system in systems]
-    header = [experiment["vary"], *values]
-    shown = [[label, *(text for text, _ in line)] for label, line in zip(systems.values(), cells, strict=True)]
-    return Table(title, header, shown, _find_best(cells))
+    changes = {c["system"]: c["columns"][column] for c in experiment["changes"] if c["encoder"] == rows[0]["encoder"]}
+    baseline = next((name for name in document["baselines"] if name in changes), None)
+    header, note = [experiment["vary"], *values], ""
+    if changes:
+        header.append("change")
+    if baseline is not None and len(changes) > 1:
+        header.append("p")
+        note = f"change: from {values[0]} to {values[-1]}. " + explain_p(document, baseline, column, False, "change of")
+    shown = []
+    for (system, label), line in zip(systems.items(), cells, strict=True):
+        change = changes.get(system)
+        ends = [f"{change['change']:+.4f}" if change else DASH] if changes else []
+        if note:
+            p = change["p"].get(baseline) if change else None
+            ends.append("" if system == baseline else show_p(p and p[P_SHOWN]))
+        shown.append([label, *(text for text, _ in line), *ends])
+    return Table(title, header, shown, _find_best(cells), note)
 
 
 def _take(row: dict | None, column: str, measure: str, counted: bool = False) -> tuple[str, float | None]:
@@ -188,13 +204,14 @@ def _make_p(document: dict, rows: list[dict], column: str, kinds: Sequence[str])
     return header, cells, explain_p(document, baseline, column, len(kinds) > 1)
 
 
-def explain_p(document: dict, baseline: str, column: str, several: bool) -> str:
-    """What p is, in a phrase."""
+def explain_p(document: dict, baseline: str, column: str, several: bool, of: str = "") -> str:
+    """What p is, in a phrase; `of`: what of the baseline is compared, such as "change of"."""
     where = ", on the mean of collections" if column == MEAN else ""
     test = "paired t-test and paired randomisation test" if several else "paired randomisation test"
     holm = "as they are and Holm-corrected" if several else "Holm-corrected"
     label = find_label(document, baseline)
-    return f"p: {test} over queries against {label}{where}, {holm} for the systems compared"
+    against = f"the {of} {label}" if of else label
+    return f"p: {test} over queries against {against}{where}, {holm} for the systems compared"
 
 
 def _name_encoder(document: dict, encoder: str) -> str:

@@ -16,7 +16,7 @@ LAYERS = """
     fit_speed fit_rivals fit_memory fit_report fit_lists
     engine_speed random_gguf generate summary judge journal queries endpoint chat_protocol llama llama_sampler
     llama_model hub_gguf checks prompts replies scales llm export
-    quality_page quality_report quality_charts quality_tables significance report
+    quality_page quality_report quality_compare quality_charts quality_tables significance report
     bench grid_inputs grid_rows grid_file grid_place grid speed memory timers workloads rivals
     train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint snapshot
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub

@@ -106,12 +106,20 @@ def test_the_main_table(grid, tmp_path):
     assert {header["scope"] for header in page.headers} == {"col", "row", "colgroup"}
 
 
+def test_the_primary_system_is_set_off_also_while_runs_are_missing(grid, tmp_path):
+    rows = fill_rows(grid, LEVELS)
+    del rows[find_cell(grid, "wasserstein", "main").runs[1].key]
+    write(grid, rows, tmp_path)
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count('<tr class="primary">') == page.count('<tr class="primary"><th scope="row">W2 (1/2)</th>') == 1
+
+
 def test_the_other_tables(grid, tmp_path):
     page = write(grid, fill_rows(grid, LEVELS), tmp_path)
     assert page.tables["Noise, encoder small: nDCG@10 (mean of collections), 2 seeds"] == [
-        ["temperature", "0.1", "0.2"],
-        ["InfoNCE", "0.4600 ± 0.0141", "0.3600 ± 0.0141"],
-        ["W2", "0.5600 ± 0.0141", "0.4600 ± 0.0141"],
+        ["temperature", "0.1", "0.2", "change", "p"],
+        ["InfoNCE", "0.4600 ± 0.0141", "0.3600 ± 0.0141", "-0.1000", ""],
+        ["W2", "0.5600 ± 0.0141", "0.4600 ± 0.0141", "-0.1000", "1.000"],
     ]
     targets = page.tables["Targets, encoder small: nDCG@10, 2 seeds"]
     assert [row[0] for row in targets] == ["system", "W2, targets gain", "W2, targets softmax"]
@@ -149,7 +157,7 @@ def test_the_page_opens_with_what_was_compared(grid, tmp_path):
         text.index(part)
         for part in (
             "A benchmark",
-            "4 systems (BM25, Untrained, InfoNCE, W2) with 1 encoder, measured on 2 collections (A, B) by nDCG@10, "
+            "4 systems (BM25; Untrained; InfoNCE; W2) with 1 encoder, measured on 2 collections (A; B) by nDCG@10, "
             "RR@10, with up to 2 seeds each.",
             "15 of 16 runs are done.",  # targets = gain is what W2 has anyway
             "Curves",

@@ -16,6 +16,7 @@ from quality_examples import (
     make_grid,
     make_row,
 )
+from scipy.stats import ttest_1samp
 
 from gradret.errors import GradretError
 from gradret.grid import System
@@ -275,10 +276,44 @@ def test_numbers_varied_are_columns():
     document = make_document(grid, rows, make_facts(grid))
     (table,) = make_tables(document, document["experiments"][0])
     assert table.title == "All systems, encoder small: nDCG@10 (mean of collections), 2 seeds"
-    assert table.header == ["temperature", "0.1", "0.2"]
-    assert table.rows == [["Untrained", "0.3500", "0.3500"], ["W2", "0.5600 ± 0.0141", "0.4500 (1/2)"]]
+    assert table.header == ["temperature", "0.1", "0.2", "change"]
+    assert table.rows == [
+        ["Untrained", "0.3500", "0.3500", "+0.0000"],
+        ["W2", "0.5600 ± 0.0141", "0.4500 (1/2)", "–"],
+    ]
     assert table.best == {(1, 1), (0, 2)}  # what is not finished is not the best
     assert format_quality(document).splitlines()[-1] == "4 of 5 runs are done"
+
+
+def test_the_change_along_a_curve_is_compared_with_the_baselines():
+    # From .1 to .3 InfoNCE loses .2 on every query, the others less, by another amount on each query of A.
+    systems = ("infonce", "wasserstein")
+    experiment = make_experiment(vary="temperature", values=(0.1, 0.2, 0.3), systems=systems)
+    grid = make_grid(experiment, seeds=1)
+    rows = fill_rows(grid, LEVELS)
+    kept = [0.15, 0.12, 0.2, 0.11]
+    run = find_cell(grid, "wasserstein", value=0.3).runs[0]
+    values = list(rows[run.key]["collections"]["beir/a/test"]["per_query"]["nDCG@10"].values())
+    rows[run.key] = make_row(run, {"A": [v + k for v, k in zip(values, kept, strict=True)], "B": [0.35, 0.25]})
+    document = make_document(grid, rows, make_facts(grid))
+    found = {change["system"]: change["columns"] for change in document["experiments"][0]["changes"]}
+    assert found["infonce"]["mean"] == {"change": pytest.approx(-0.2), "p": {}}
+    ours = found["wasserstein"]["A"]
+    assert ours["change"] == pytest.approx(-0.2 + np.mean(kept))
+    assert ours["p"]["infonce"]["t"] == pytest.approx(ttest_1samp(kept, 0).pvalue)
+    assert ours["p"]["infonce"]["t_holm"] == ours["p"]["infonce"]["t"]  # one system is compared
+    assert ours["p"]["infonce"]["randomisation"] == 2 / 16
+    (table,) = make_tables(document, document["experiments"][0])
+    assert table.header == ["temperature", "0.1", "0.2", "0.3", "change", "p"]
+    assert table.rows[0][-2:] == ["-0.2000", ""]
+    assert table.rows[1][-1] == show_p(found["wasserstein"]["mean"]["p"]["infonce"]["randomisation_holm"])
+    assert table.note == (
+        "change: from 0.1 to 0.3. p: paired randomisation test over queries against the change of InfoNCE, on the mean "
+        "of collections, Holm-corrected for the systems compared"
+    )
+    # Settings that are no numbers have no first and last.
+    grid = make_grid(make_experiment(vary="targets", values=("gain", "softmax"), systems=systems))
+    assert make_filled(grid)["experiments"][0]["changes"] == []
 
 
 def test_other_values_are_rows():

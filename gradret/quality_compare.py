@@ -1,0 +1,144 @@
+"""Whether the differences that a quality benchmark shows could be chance: p-values of its tables and curves."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gradret.errors import GradretError
+from gradret.grid import Cell, Experiment, Grid
+from gradret.quality_tables import MEAN, is_curve
+from gradret.significance import correct_holm, find_differences, randomisation_tests, t_test
+
+
+@dataclass
+class Found:
+    """A row of a table: its cell, the rows of its runs that are done, and what the document says of it."""
+
+    cell: Cell
+    runs: list[dict]
+    entry: dict
+    per_query: dict[str, dict[str, float]] = field(default_factory=dict)  # collection -> query -> mean over seeds
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.runs) == len(self.cell.runs)
+
+
+class Comparisons:
+    """Tests waiting to be made: randomisation tests are made together, which is much faster.
+
+    A family is what one correction (Holm) is for.
+    """
+
+    def __init__(self):
+        self._families: list[list[dict]] = []
+        self._tests: list[tuple[dict, Sequence[np.ndarray]]] = []
+
+    def add_family(self, samples: Sequence[Sequence[np.ndarray]]) -> list[dict]:
+        """A dictionary for each sample, to be filled with its p-values by make()."""
+        family = [{} for _ in samples]
+        self._families.append(family)
+        self._tests += zip(family, samples, strict=True)
+        return family
+
+    def make(self) -> None:
+        """Make all tests."""
+        random_p = randomisation_tests([sample for _, sample in self._tests])
+        for (p, sample), randomisation in zip(self._tests, random_p, strict=True):
+            p.update(t=t_test(sample), randomisation=randomisation)
+        for family in self._families:
+            for kind in ("t", "randomisation"):
+                for p, corrected in zip(family, correct_holm([p[kind] for p in family]), strict=True):
+                    p[f"{kind}_holm"] = corrected
+
+
+def compare_rows(grid: Grid, found: Mapping[str, Sequence[Found]], comparisons: Comparisons) -> None:
+    """Give each row the p-values against the baselines of its table, of each query's mean over seeds."""
+    tables: dict[tuple, list[Found]] = {}
+    for name, rows in found.items():
+        for one in rows:
+            if one.is_complete:
+                tables.setdefault((name, one.cell.encoder, repr(one.cell.value)), []).append(one)
+    for table in tables.values():
+        for baseline in grid.baselines:
+            theirs = next((one for one in table if one.cell.system == baseline), None)
+            others = [one for one in table if one is not theirs]
+            if theirs is None or not others:
+                continue
+            samples = [
+                {name: _find_differences(grid, name, one, theirs) for name in one.cell.collections} for one in others
+            ]
+            for column in theirs.entry["columns"]:
+                family = comparisons.add_family([_take(sample, column) for sample in samples])
+                for one, p in zip(others, family, strict=True):
+                    one.entry["columns"][column]["p"][baseline] = p
+
+
+def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], comparisons: Comparisons) -> list[dict]:
+    """How far each curve rises or falls from its first value to its last, and whether a baseline's does as much.
+
+    Returns: for each encoder and system whose runs at both values are done, "encoder", "system", and "columns": for
+        each collection and their mean, the "change" of the first measure and "p": for each baseline of the experiment
+        the p-values of the difference between the two changes, query by query. Nothing where no number is varied.
+    """
+    if not is_curve({"values": experiment.values}) or len(experiment.values) < 2:
+        return []
+    ends: dict[tuple[str, str], dict[object, Found]] = {}
+    for one in rows:
+        if one.is_complete and one.cell.value in (experiment.values[0], experiment.values[-1]):
+            ends.setdefault((one.cell.encoder, one.cell.system), {})[one.cell.value] = one
+    changes: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    found = []
+    for (encoder, system), pair in ends.items():
+        if len(pair) < 2:
+            continue
+        first, last = (pair[experiment.values[i]] for i in (0, -1))
+        changes[encoder, system] = {
+            name: dict(zip(_mean_per_query(grid, name, last), _find_differences(grid, name, last, first), strict=True))
+            for name in first.cell.collections
+        }
+        columns = {}
+        for column in first.entry["columns"]:
+            means = [one.entry["columns"][column]["mean"][grid.measures[0]] for one in (first, last)]
+            columns[column] = {"change": means[1] - means[0], "p": {}}
+        found.append({"encoder": encoder, "system": system, "columns": columns})
+    for encoder in experiment.encoders:
+        table = [entry for entry in found if entry["encoder"] == encoder]
+        for baseline in grid.baselines:
+            if (encoder, baseline) not in changes:
+                continue
+            others = [entry for entry in table if entry["system"] != baseline]
+            theirs = changes[encoder, baseline]
+            samples = [
+                {name: find_differences(ours, theirs[name]) for name, ours in changes[encoder, entry["system"]].items()}
+                for entry in others
+            ]
+            for column in others[0]["columns"] if others else ():
+                family = comparisons.add_family([_take(sample, column) for sample in samples])
+                for entry, p in zip(others, family, strict=True):
+                    entry["columns"][column]["p"][baseline] = p
+    return found
+
+
+def _take(sample: Mapping[str, np.ndarray], column: str) -> list[np.ndarray]:
+    return list(sample.values()) if column == MEAN else [sample[column]]
+
+
+def _find_differences(grid: Grid, name: str, ours: Found, theirs: Found) -> np.ndarray:
+    try:
+        return find_differences(_mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs))
+    except ValueError:
+        raise GradretError(
+            f"rows of {ours.cell.system} and {theirs.cell.system} on {grid.collections[name]}: "
+            "the queries differ, so the collection has changed since; measure again with --fresh"
+        ) from None
+
+
+def _mean_per_query(grid: Grid, name: str, one: Found) -> dict[str, float]:
+    if name not in one.per_query:
+        runs = [run["collections"][grid.collections[name]]["per_query"][grid.measures[0]] for run in one.runs]
+        if any(run.keys() != runs[0].keys() for run in runs):
+            raise ValueError("the queries of two seeds differ")
+        one.per_query[name] = {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
+    return one.per_query[name]
