@@ -99,7 +99,7 @@ class GridRows:
             if line.strip():
                 where = f"{self.path}:{number}"
                 row = decode_json(line, where)
-                if not (isinstance(row, dict) and all(isinstance(row.get(key), dict) for key in ROW_KEYS)):
+                if not _is_row(row):
                     raise GradretError(
                         f"{where}: is no row of gradret bench quality; remove the line, or name another --out"
                     )
@@ -148,6 +148,15 @@ def find_key(row: Mapping) -> str:
     settings = {**row.get("defaults", {}), **row["run"].get("settings", {})}
     changed = {k: v for k, v in settings.items() if k not in now or v != now[k]}
     return hash_record({**row["run"], "settings": changed})
+
+
+def _is_row(row: object) -> bool:
+    if not (isinstance(row, dict) and all(isinstance(row.get(key), dict) for key in ROW_KEYS)):
+        return False
+    collections = row["collections"].values()
+    parts = [row.get("defaults", {}), row["run"].get("settings", {}), *collections]
+    parts += [c.get(key, {}) for c in collections if isinstance(c, dict) for key in ("measures", "per_query")]
+    return all(isinstance(part, dict) for part in parts)
 
 
 def _measure_whole(data: bytes) -> int:

@@ -53,8 +53,10 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
     used = {id(row): row for rows in found.values() for one in rows for row in one.runs}
     versions: list[dict] = []
     for row in used.values():
-        if row["versions"] not in versions:
-            versions.append(row["versions"])
+        # The versions name a GPU where there is one, also of runs that did without it.
+        there = row["versions"] | {"ran_on": row["device"]}
+        if there not in versions:
+            versions.append(there)
     done = sum(key in rows_by_run and rows_by_run[key]["collections"].keys() >= wanted[key] for key in wanted)
     own = {*RUN_FIELDS, *(name for encoder in grid.encoders.values() for name in encoder)}
     return _to_json(

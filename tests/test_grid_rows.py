@@ -52,7 +52,10 @@ def test_a_last_line_cut_short_is_dropped_and_the_next_row_takes_its_place(rows)
 
 
 def test_a_broken_line_in_the_middle_is_an_error(rows):
-    for line, message in (("{", "not valid JSON"), ("{}", "is no row of gradret bench quality"), ("3", "is no row")):
+    other = [{"collections": {"a": 3}}, {"collections": {"a": {"measures": "x"}}}, {"run": {"settings": 3}}]
+    lines = [("{", "not valid JSON"), ("{}", "is no row of gradret bench quality"), ("3", "is no row")]
+    lines += [(json.dumps(make_row(**changes)), "is no row") for changes in other]
+    for line, message in lines:
         rows.path.write_text(f"{line}\n{json.dumps(make_row())}\n")
         with pytest.raises(GradretError, match=f"^{rows.path}:1: {message}"):
             rows.read()

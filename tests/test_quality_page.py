@@ -141,7 +141,7 @@ def test_the_other_tables(grid, tmp_path):
     assert page.tables["Data"] == [["name", "sources"], ["lists", "lists.jsonl"]]
     assert page.tables["Collections"][1] == ["A", "beir/a/test", "4", "9"]
     assert page.tables["Versions"] == [["gradret", "commit", "torch"], ["0.6.0", "abc", "2.13"]]
-    assert page.tables["Hardware"] == [["device", "threads"], ["A CPU", "2"]]
+    assert page.tables["Hardware"] == [["device", "threads", "run on"], ["A CPU", "2", "cpu"]]
     assert page.tables["Training time"][1] == ["InfoNCE", "6", "10.5"]
     assert ["epochs", "1.0"] in page.tables[
         "Settings of every run, where its system, encoder or experiment names no other"

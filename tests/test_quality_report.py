@@ -137,7 +137,7 @@ def test_the_rest_of_the_document():
     assert document["settings"]["epochs"] == 1.0
     assert document["settings"].keys().isdisjoint({"data", "exclude", "seed", "model"})
     assert document["systems"]["wasserstein"]["settings"] == {"loss": "wasserstein", "order": 2}
-    assert document["versions"] == [VERSIONS, VERSIONS | {"threads": 8}]
+    assert document["versions"] == [VERSIONS | {"ran_on": "cpu"}, VERSIONS | {"threads": 8, "ran_on": "cpu"}]
     assert document["fit_seconds"] == {"infonce": [10.0, 11.0], "wasserstein": [10.0, 11.0]}
     assert document["collections"]["A"] == {"source": "beir/a/test", "queries": 4, "documents": 9}
     assert document["command"] == "gradret bench quality --config 'g.toml'"
