@@ -18,6 +18,8 @@ from gradret.peers import Peers
 
 # Others wait so long while the first one writes or searches. A process that died is noticed at once: its sockets close.
 TIMEOUT = timedelta(hours=6)
+# One that died before it was connected has no socket: those who wait for it see nothing.
+JOIN_TIMEOUT = timedelta(minutes=5)
 
 
 class Processes:
@@ -202,9 +204,10 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
         if on_cuda and torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_device(device)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=JOIN_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise GradretError(f"the processes could not find each other ({str(error).splitlines()[0]})") from error
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT)
     processes = Processes(dist.get_rank(), dist.get_world_size())
     processes.watch()
     yield processes, device

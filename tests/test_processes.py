@@ -1,6 +1,7 @@
 """Several gloo processes on this machine do what one does."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,35 @@ def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told)
     with pytest.raises(ProcessLost) as error:
         Processes(1, 2).gather_objects(0)
     assert str(error.value) == f"process 1 of 2: {told}; look for its own message, if it left one"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_never_comes_is_not_waited_for_long(rank):
+    code = (
+        "from datetime import timedelta; from gradret import processes; from gradret.cli import main\n"
+        "processes.JOIN_TIMEOUT = timedelta(seconds=2)\n"
+        "main(['fit', '--device', 'cpu'], prog_name='gradret')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    started = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT | started, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith("Error: the processes could not find each other (")
+
+
+def test_once_joined_others_are_waited_for_longer_than_that(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time; from datetime import timedelta; from gradret import processes\n"
+        "processes.JOIN_TIMEOUT = timedelta(seconds=3)\n"
+        "with processes.join_processes('cpu') as (these, _):\n"
+        "    time.sleep(0 if these.is_first else 6)\n"
+        "    assert these.add_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
+        "processes.end_process(0)\n"
+    )
+    done = subprocess.run([*torchrun(2), str(script)], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
