@@ -1,6 +1,6 @@
 """BM25 as bm25s computes it: for hard negatives, and as a row of the quality benchmark."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def import_bm25s(what: str):
     return bm25s
 
 
-def index_bm25(collection: Collection, what: str = "BM25") -> ScoredRanker:
+def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], None] = lambda: None) -> ScoredRanker:
     """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
     stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
 
@@ -31,11 +31,17 @@ def index_bm25(collection: Collection, what: str = "BM25") -> ScoredRanker:
     Args:
         collection: its documents are ranked.
         what: needs it, for the message where bm25s is not installed.
+        check: called for each document and each query; what it raises ends the work.
     """
     bm25s = import_bm25s(what)
     tokenizer = bm25s.tokenization.Tokenizer()
-    contents = (document.content for document in collection.documents())
-    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(contents, allow_empty=False)]
+
+    def read_contents() -> Iterator[str]:
+        for document in collection.documents():
+            check()
+            yield document.content
+
+    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(read_contents(), allow_empty=False)]
     vocabulary = tokenizer.get_vocab_dict()
     index = bm25s.BM25(backend="numpy")
     if vocabulary:
@@ -44,6 +50,7 @@ def index_bm25(collection: Collection, what: str = "BM25") -> ScoredRanker:
     def rank(queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         rankings = []
         for words in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
+            check()
             scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
             found = np.flatnonzero(scores)
             if len(found) > depth:  # those that are as good as the last of the best, too: the earlier ones win

@@ -30,7 +30,8 @@ class Endings:
     processes: Processes
 
     def check(self) -> None:
-        """Within a step: whether it is still worth while. Weights change at its end, so nothing done before is lost."""
+        """Within a step, a search or mining: whether it is still worth while. Weights change at a step's end alone, so
+        nothing done before is lost."""
         self.processes.check()
         if self.stop.waited_s > PATIENCE_S:
             raise StepGivenUp

@@ -3,7 +3,7 @@
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +77,7 @@ def evaluate(
     precision: str = "float32",
     progress: bool = True,
     processes: Processes = ALONE,
+    check: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Embed, search exactly and measure; several processes share the embedding of the documents.
 
@@ -87,10 +88,11 @@ def evaluate(
         depth: documents ranked for each query.
         cache: folder that keeps the corpus embeddings; None throws them away.
         processes: all of them must call.
+        check: called now and then; what it raises ends the work. By default whether the other processes are there.
     Raises: GradretError.
     """
     parse_measures(measures, depth)
-    options = {"batch_size": batch_size, "precision": precision}
+    options = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
     result = None
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         folder = cache or Path(temporary)

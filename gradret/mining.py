@@ -66,6 +66,7 @@ class Miner:
         batch_size: int = 32,
         processes: Processes = ALONE,
         progress: bool = True,
+        check: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Positions in the pool of the passages mined for each kept list, best first.
 
@@ -78,34 +79,40 @@ class Miner:
             batch_size: texts encoded at once.
             processes: all of them must call.
             progress: show bars on a terminal.
+            check: called now and then; what it raises ends the work. By default whether the other processes are there.
         Returns: (kept lists, k) int64, -1 where there are fewer.
         Raises: GradretError.
         """
+        check = check or processes.check
         if self.mining.by == BM25:
-            return self._choose_for_all(processes, lambda: rank_by_bm25(self.pool), progress)
+            return self._choose_for_all(processes, lambda: rank_by_bm25(self.pool, check), progress, check)
         with _working_folder(processes) as folder:
             options = {"batch_size": batch_size, "precision": precision}
-            corpus = embed_corpus(encoder, self.pool, folder, progress=progress, processes=processes, **options)
+            shared = {"progress": progress, "processes": processes, "check": check}
+            corpus = embed_corpus(encoder, self.pool, folder, **shared, **options)
 
             def rank(queries: list[str], depth: int) -> np.ndarray:
                 vectors = encoder.encode(queries, "query", **options)
                 vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()  # (B, D)
-                return top_k(vectors, corpus.vectors, depth, device=encoder.device)[1]
+                return top_k(vectors, corpus.vectors, depth, device=encoder.device, check=check)[1]
 
-            return self._choose_for_all(processes, lambda: rank, progress)
+            return self._choose_for_all(processes, lambda: rank, progress, check)
 
-    def _choose_for_all(self, processes: Processes, make_ranker: Callable[[], Ranker], progress: bool) -> np.ndarray:
+    def _choose_for_all(
+        self, processes: Processes, make_ranker: Callable[[], Ranker], progress: bool, check: Callable[[], None]
+    ) -> np.ndarray:
         found = None
         with processes.agree():
             if processes.is_first:
-                found = self._choose(make_ranker(), progress)
+                found = self._choose(make_ranker(), progress, check)
         return processes.broadcast(found)
 
-    def _choose(self, rank: Ranker, progress: bool) -> np.ndarray:
+    def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
         mining, twins = self.mining, self._find_twins()
         result = np.full((len(self._kept), mining.k), -1, np.int64)
         with tqdm(total=len(result), desc="mining", unit="list", disable=None if progress else True) as bar:
             for start in range(0, len(result), QUERY_BLOCK):
+                check()
                 rows = self._kept[start : start + QUERY_BLOCK].tolist()
                 known = [self._find_known(row, twins.get(row, [row])) for row in rows]
                 # The pool holds every content once: no more than the known ones are passed over.
@@ -177,9 +184,9 @@ def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
     return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
 
 
-def rank_by_bm25(pool: Pool) -> Ranker:
+def rank_by_bm25(pool: Pool, check: Callable[[], None] = lambda: None) -> Ranker:
     """A ranker by BM25, see bm25.index_bm25: documents that share no word with the query are not ranked."""
-    rank = index_bm25(pool, BM25_SPELLING)
+    rank = index_bm25(pool, BM25_SPELLING, check)
     return lambda queries, depth: [positions for positions, _ in rank(queries, depth)]
 
 

@@ -141,11 +141,13 @@ class Processes:
     def agree(self) -> Iterator[None]:
         """Every process runs the block; where one fails with a GradretError, all end, and one of them tells it.
 
-        The block must make no exchange.
+        The block must make no exchange. A ProcessLost that check() raises in it ends this process at once.
         """
         failure = None
         try:
             yield
+        except ProcessLost:  # the one that is gone would not answer
+            raise
         except GradretError as error:
             failure = error
             if self.size == 1:

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -66,6 +66,7 @@ def embed_corpus(
     precision: str = "float32",
     progress: bool = True,
     processes: Processes = ALONE,
+    check: Callable[[], None] | None = None,
 ) -> CorpusEmbeddings | None:
     """Embed every document, block by block, into files under `cache`; what is there is not computed again.
 
@@ -75,13 +76,14 @@ def embed_corpus(
 
     Args:
         processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
+        check: called now and then; what it raises ends the work. By default whether the other processes are there.
     Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
-    store = None
+    store, check = None, check or processes.check
     with processes.agree():
         if processes.is_first:
-            store = CorpusStore(encoder, collection, cache, precision)
+            store = CorpusStore(encoder, collection, cache, precision, check)
     done, count = processes.broadcast((store.done, store.count) if store is not None else None)
     documents = collection.documents(done)
     hidden = None if progress and processes.is_first else True
@@ -93,7 +95,7 @@ def embed_corpus(
             with processes.agree(), explain_errors(collection.name, cache):
                 block = list(islice(documents, size))[own.start : own.stop]
                 for start in range(0, len(block), ENCODE_PART):
-                    processes.check()
+                    check()
                     part = block[start : start + ENCODE_PART]
                     found = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
                     vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
@@ -116,10 +118,12 @@ class CorpusStore:
     Raises: GradretError, see embed_corpus.
     """
 
-    def __init__(self, encoder: Encoder, collection: Collection, cache: Path, precision: str):
+    def __init__(
+        self, encoder: Encoder, collection: Collection, cache: Path, precision: str, check: Callable[[], None]
+    ):
         self._name = collection.name
         with explain_errors(self._name, cache):
-            content, self.count, self._id_width = _digest_documents(collection)
+            content, self.count, self._id_width = _digest_documents(collection, check)
             if not self.count:
                 raise GradretError(f"{collection.name}: no documents")
             key = f"{encoder.fingerprint(queries=False)} {content} {precision}"
@@ -177,10 +181,12 @@ def explain_errors(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest_documents(collection: Collection) -> tuple[str, int, int]:
+def _digest_documents(collection: Collection, check: Callable[[], None]) -> tuple[str, int, int]:
     """Digest of all ids and texts, how many, and the longest id in bytes."""
     digest, count, id_width = hashlib.blake2b(digest_size=16), 0, 1
     for document in collection.documents():
+        if count % ENCODE_BLOCK == 0:
+            check()
         doc_id = document.doc_id.encode()
         digest.update(doc_id + b"\0" + document.content.encode() + b"\0")
         count, id_width = count + 1, max(id_width, len(doc_id))
@@ -188,7 +194,13 @@ def _digest_documents(collection: Collection) -> tuple[str, int, int]:
 
 
 def top_k(
-    queries: np.ndarray, documents: np.ndarray, k: int, *, device: str | torch.device = "cpu", block: int = SEARCH_BLOCK
+    queries: np.ndarray,
+    documents: np.ndarray,
+    k: int,
+    *,
+    device: str | torch.device = "cpu",
+    block: int = SEARCH_BLOCK,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k documents of highest dot product for each query, exactly.
 
@@ -199,6 +211,7 @@ def top_k(
         queries: (B, D) float32.
         documents: (N, D) float32; may be memory-mapped.
         k: at most N are given.
+        check: called before each block of documents; what it raises ends the search.
     Returns: scores (B, k) float32, descending, and positions (B, k) int64.
     """
     k = min(k, len(documents))
@@ -207,6 +220,7 @@ def top_k(
         rows = torch.from_numpy(queries[start : start + QUERY_BLOCK]).to(device)
         best, positions = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         for first in range(0, len(documents), block):
+            check()
             part = torch.from_numpy(np.array(documents[first : first + block])).to(device)
             # What is held so far stands to the left: earlier documents, so "leftmost first" is "earlier first".
             scores = torch.cat([best, rows @ part.T], 1)
@@ -239,18 +253,24 @@ def search(
     depth: int,
     batch_size: int = 32,
     precision: str = "float32",
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, list[tuple[str, float]]]:
     """Rank the corpus for every query: query id -> [(doc id, score)], best first, at most `depth`.
 
     Equal scores stand in descending order of doc id, as trec_eval reads them. With the collection's drop_self a
-    document whose id is the query's is left out.
+    document whose id is the query's is left out. What `check` raises, called now and then, ends the search.
     """
-    query_ids = list(collection.queries)
-    vectors = encoder.encode(list(collection.queries.values()), "query", batch_size=batch_size, precision=precision)
-    vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()
-    scores, positions = top_k(vectors, corpus.vectors, depth + collection.drop_self, device=encoder.device)
+    query_ids, vectors = list(collection.queries), [np.zeros((0, encoder.dimension), np.float32)]
+    for start in range(0, len(query_ids), QUERY_BLOCK):
+        check()
+        part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
+        found = encoder.encode(part, "query", batch_size=batch_size, precision=precision)
+        vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+    best = depth + collection.drop_self
+    scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, device=encoder.device, check=check)
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
+        check()
         ranking = list(zip((i.decode() for i in corpus.doc_ids[row]), row_scores, strict=True))
         if collection.drop_self:
             ranking = [(doc_id, score) for doc_id, score in ranking if doc_id != query_id]

@@ -152,11 +152,10 @@ class Trainer(Endings):
         name = f"mined-{number}.npy"
         found = self.processes.broadcast(self.run.read_array(name) if self.run is not None else None)
         if found is None:
-            if self.processes.size > 1 and state.step:  # it may take long, and is not given up for a signal
+            if self.processes.size > 1 and state.step:  # it may take long
                 self.save_step()
-            found = miner.mine(
-                self.encoder, precision=self.job.precision, processes=self.processes, progress=self.progress
-            )
+            options = {"precision": self.job.precision, "processes": self.processes, "progress": self.progress}
+            found = miner.mine(self.encoder, check=self.check, **options)
             if self.run is not None:
                 self.run.write_array(name, found)
                 mined = int((found >= 0).sum())
@@ -223,7 +222,12 @@ class Trainer(Endings):
     def measure_dev(self, stop: StopRequest) -> None:
         """Measure the dev collection, keep the model if it is the best, and checkpoint."""
         s, state, result = self.settings, self.state, None
-        options = {"measures": [s.dev_measure], "precision": self.job.precision, "progress": self.progress}
+        options = {
+            "measures": [s.dev_measure],
+            "precision": self.job.precision,
+            "progress": self.progress,
+            "check": self.check,
+        }
         if self.processes.size > 1:  # cut short in one process, it would leave the others waiting: save what there is
             self.save()
             result = evaluate(self.encoder, self.job.dev, processes=self.processes, **options)

@@ -1,25 +1,41 @@
-"""The command line with a pause before each chunk of a step: steps of minutes, as large batches have them.
+"""The command line with a pause before each chunk of a step, or each block of a search: minutes, as large ones take.
 
-Run as a process: argument 1 is a file to make when the first chunk is reached, the others are the command's.
+Run as a process: argument 1 is a file to make when the first pause is reached, argument 2 what is slow, `steps`,
+`search` or `mining`, the others are the command's.
 """
 
 import sys
 import time
 from pathlib import Path
 
+from gradret import mining, retrieve
 from gradret.cli import main
 from gradret.contexts import Contexts
 
 PAUSE_S = 2.0
-reached = Path(sys.argv.pop(1))
-embed = Contexts._embed
+BLOCK = 8  # documents
+reached, slow = Path(sys.argv.pop(1)), sys.argv.pop(1)
 
 
-def embed_slowly(self, *arguments):
-    reached.touch()
-    time.sleep(PAUSE_S)
-    return embed(self, *arguments)
+def delay(function):
+    def run(*arguments):
+        reached.touch()
+        time.sleep(PAUSE_S)
+        return function(*arguments)
+
+    return run
 
 
-Contexts._embed = embed_slowly
+def search_slowly(*arguments, **options):
+    retrieve._leftmost_top = delay(leftmost_top)
+    return top_k(*arguments, block=BLOCK, **options)
+
+
+leftmost_top, top_k = retrieve._leftmost_top, retrieve.top_k
+if slow == "steps":
+    Contexts._embed = delay(Contexts._embed)
+elif slow == "search":
+    retrieve.top_k = search_slowly
+else:
+    mining.top_k = search_slowly
 main()

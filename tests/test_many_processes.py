@@ -138,11 +138,11 @@ def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(uninterru
     assert read_losses(out) == read_losses(uninterrupted)
 
 
-def start_long_steps(model: Path, folder: Path) -> tuple[list[subprocess.Popen], Path]:
-    """Two processes in the first of their steps, which take two minutes each."""
+def start_slow(what: str, model: Path, folder: Path, *more: str) -> tuple[list[subprocess.Popen], Path]:
+    """Two processes in the first of their steps, or the first one in a search, which takes two minutes."""
     out, reached = folder / "out", folder / "reached"
-    script = [str(Path(__file__).with_name("slow_fit.py")), str(reached)]
-    pair = start_pair(*script, *arguments(model, out, "--chunk", "1")[2:])
+    script = [str(Path(__file__).with_name("slow_fit.py")), str(reached), what]
+    pair = start_pair(*script, *arguments(model, out, *more)[2:])
     deadline = time.monotonic() + 100
     while not reached.exists() and all(p.poll() is None for p in pair) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -152,7 +152,7 @@ def start_long_steps(model: Path, folder: Path) -> tuple[list[subprocess.Popen],
 
 @pytest.mark.parametrize("survivor", [0, 1])
 def test_within_a_long_step_a_lost_process_is_noticed_at_once(tiny_encoder, tmp_path, survivor):
-    pair, out = start_long_steps(tiny_encoder, tmp_path)
+    pair, out = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
     began = time.monotonic()
     pair[1 - survivor].kill()
     _, stderr = pair[survivor].communicate(timeout=60)
@@ -167,7 +167,7 @@ def test_within_a_long_step_a_lost_process_is_noticed_at_once(tiny_encoder, tmp_
 
 def test_a_long_step_is_given_up_for_a_signal(tiny_encoder, tmp_path):
     """Whoever stops all processes, as torchrun does, kills them half a minute later."""
-    pair, out = start_long_steps(tiny_encoder, tmp_path)
+    pair, out = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
     began = time.monotonic()
     for process in pair:
         process.terminate()
@@ -179,6 +179,34 @@ def test_a_long_step_is_given_up_for_a_signal(tiny_encoder, tmp_path):
     assert 5 < time.monotonic() - began < 25
     assert len(lines) == 1
     assert lines[0].startswith(f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun")
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+@pytest.mark.parametrize("what", ["search", "mining"])
+def test_while_the_first_searches_or_mines_a_lost_process_is_noticed(tiny_encoder, tmp_path, what):
+    pair, out = start_slow(what, tiny_encoder, tmp_path, "--mine", "k=1,grade=0")
+    began = time.monotonic()
+    pair[1].kill()
+    _, stderr = pair[0].communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert pair[0].returncode == 1
+    pair[1].communicate()
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith("Error: process 0 of 2: another process has ended; look for its own message")
+    assert f"; all saved after step 0 of {STEPS}; " in line
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+@pytest.mark.parametrize("what", ["search", "mining"])
+def test_a_long_search_is_given_up_for_a_signal(tiny_encoder, tmp_path, what):
+    pair, out = start_slow(what, tiny_encoder, tmp_path, "--mine", "k=1,grade=0")
+    began = time.monotonic()
+    for process in pair:
+        process.terminate()
+    found = [process.communicate(timeout=60)[1] for process in pair]
+    assert 5 < time.monotonic() - began < 25
+    assert [process.returncode for process in pair] == [1, 1]
+    assert f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun" in found[0]
     assert (out / "checkpoints" / "step-000000000").is_dir()
 
 
