@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from gradret.peers import Peers
 TIMEOUT = timedelta(hours=6)
 # One that died before it was connected has no socket: those who wait for it see nothing.
 JOIN_TIMEOUT = timedelta(minutes=5)
+POLL_S = 0.0005  # between two looks at an exchange on a GPU
 
 
 class Processes:
@@ -104,8 +106,7 @@ class Processes:
         if self.size == 1:
             return
         with self._exchange():
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            self._wait([dist.all_reduce(tensor, async_op=True) for tensor in tensors], tensors)
 
     def add_number(self, value: float) -> float:
         """The sum of everyone's number."""
@@ -130,8 +131,15 @@ class Processes:
         if self.size == 1:
             return
         with self._exchange():
-            for work in [dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors]:
-                work.wait()
+            self._wait([dist.broadcast(tensor, src=0, async_op=True) for tensor in tensors], tensors)
+
+    def _wait(self, works: Sequence, tensors: Sequence[Tensor]) -> None:
+        for work, tensor in zip(works, tensors, strict=True):
+            # nccl's wait() does not notice that a process has died, and what then reads the tensor blocks for hours.
+            while tensor.is_cuda and not work.is_completed():
+                self.check()
+                time.sleep(POLL_S)
+            work.wait()
 
     def split(self, count: int) -> range:
         """This process's share of `count` things: contiguous, of the same size as the others' or one more."""

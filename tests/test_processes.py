@@ -1,5 +1,6 @@
 """Several gloo processes on this machine do what one does."""
 
+import math
 import os
 import socket
 import subprocess
@@ -102,6 +103,42 @@ def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told)
     with pytest.raises(ProcessLost) as error:
         Processes(1, 2).gather_objects(0)
     assert str(error.value) == f"process 1 of 2: {told}; look for its own message, if it left one"
+
+
+class CudaExchange:
+    """Stands for a tensor on a GPU and for its exchange, which is done after so many looks, or never."""
+
+    is_cuda = True
+
+    def __init__(self, looks: float):
+        self.looks, self.is_waited_for = looks, False
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def wait(self) -> None:
+        assert self.looks <= 0, "would block"
+        self.is_waited_for = True
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "broadcast"])
+def test_in_an_exchange_on_gpus_a_lost_process_is_noticed(monkeypatch, name):
+    monkeypatch.setattr(torch.distributed, name, lambda tensor, **_: tensor)
+    processes, looked = Processes(0, 2), []
+    monkeypatch.setattr(processes, "check", lambda: looked.append(1))
+    exchange = processes.add if name == "all_reduce" else processes.share_tensors
+    short, long = CudaExchange(1), CudaExchange(3)
+    exchange([short, long])
+    assert short.is_waited_for and long.is_waited_for
+    assert len(looked) == 2
+
+    def find_one_gone():
+        raise ProcessLost("gone")
+
+    monkeypatch.setattr(processes, "check", find_one_gone)
+    with pytest.raises(ProcessLost, match="^gone$"):
+        exchange([CudaExchange(math.inf)])
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
