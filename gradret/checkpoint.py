@@ -1,6 +1,6 @@
-"""A training run's directory: who owns it, its metrics, and checkpoints that are whole or not there.
+"""A training run's directory: its metrics, and checkpoints that are whole or not there.
 
-DIR/gradret.json                settings, data fingerprint, versions, whether the run has finished
+DIR/gradret.json                whose it is, see claim.Claim
 DIR/metrics.jsonl               a line a step; dev.jsonl a line a dev evaluation
 DIR/mined-0.npy                 mined passages as positions, until the run has finished
 DIR/checkpoints/step-000000050  the last one alone: model, optimizer and best weights, state.json
@@ -10,9 +10,8 @@ DIR/config.json ...             once finished, the encoder as a sentence-transfo
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from gradret.claim import Claim
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.files import drop_after, link_file, read_json, replace_json, sync_file
-from gradret.lists import hash64
-from gradret.settings import FitSettings
 from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
-from gradret.versions import versions
-
-if sys.platform == "win32":
-    fcntl = None
-else:
-    import fcntl
-
-RUN_FILE = "gradret.json"
-FREE_SETTINGS = ("chunk",)  # a resumed run may change them, because memory may be another
 
 
 @dataclass
@@ -52,112 +41,13 @@ class RunState:
     chunk: int | None = None
 
 
-class Run:
-    """A run's directory, claimed for these settings.
-
-    Args:
-        directory: made if needed; must be empty or hold this very run.
-        settings: JSON-serialisable; must equal those of the run found there.
-        content: fingerprints of what the settings name, "data" and "encoder"; likewise.
-        resume: go on with the run found there; without it any run found is an error.
-    Raises: GradretError.
-    """
-
-    def __init__(self, directory: str | os.PathLike, settings: dict, content: dict[str, str], *, resume: bool):
-        self.directory = Path(directory)
-        self._checkpoints = self.directory / "checkpoints"
-        found = read_json(self.directory / RUN_FILE)
-        if not found:
-            # A run killed while it claimed the directory leaves no more than its half-written claim.
-            if self.directory.is_dir() and any(p.name != "gradret.part" for p in self.directory.iterdir()):
-                raise GradretError(f"{directory}: is not empty and holds no gradret run; choose another --out")
-            self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
-            self._create()
-        else:
-            self._record = found
-            self._check(settings, content, resume)
-            self._record = found | {"settings": settings, "content": content}
-        kept = {k: v for k, v in settings.items() if k not in FREE_SETTINGS}
-        self._identity = hash64(json.dumps([kept, content], sort_keys=True))
-        self._lock()
-        if found and found != self._record and not self.finished:
-            for stale in self.directory.glob("mined-*.npy*") if content != found["content"] else ():
-                stale.unlink()
-            self._create()
-        for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
-            shutil.rmtree(torn)
-
-    def _lock(self) -> None:
-        """Hold the directory until close(): two runs would overwrite each other's checkpoints."""
-        self._held: int | None = None
-        if fcntl is None:
-            return
-        self._held = os.open(self.directory, os.O_RDONLY)
-        try:
-            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise GradretError(f"{self.directory}: another process is training here; wait for it or stop it") from None
-        except OSError:  # a network file system without locks
-            pass
-
-    def close(self) -> None:
-        """Let go of the directory."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
+class Run(Claim):
+    """A run's directory, claimed, with what the run has done so far. See Claim for the arguments."""
 
     def read_lines(self, name: str) -> list[dict]:
         """The lines of metrics.jsonl or dev.jsonl; [] before there are any."""
         path = self.directory / name
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-    def _create(self) -> None:
-        """Write down what this run is."""
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            replace_json(self.directory / RUN_FILE, self._record)
-        except OSError as error:
-            raise GradretError(f"{self.directory}: can not be written ({error.strerror})") from error
-
-    def _check(self, settings: dict, content: dict, resume: bool) -> None:
-        try:
-            found, before = self._record["content"], self._record["settings"]
-        except KeyError as error:
-            raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
-        if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
-            return  # it ended before its first step: there is nothing to lose
-        before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
-        changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
-        if changed:
-            name = changed[0]
-            raise GradretError(
-                f"{self.directory}: holds another run, with {name}={_show(before.get(name))} where "
-                f"{_show(settings[name])} is asked for; choose another --out"
-            )
-        for name, fingerprint in content.items():
-            if fingerprint != found[name]:
-                what = {"data": "training data", "encoder": "encoder to start from", "pool": "documents to mine from"}[
-                    name
-                ]
-                raise GradretError(
-                    f"{self.directory}: the {what} has changed since this run began; "
-                    "restore it, or start again in another --out"
-                )
-        if not resume:
-            how = "a finished" if self.finished else "an unfinished"
-            advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
-            raise GradretError(f"{self.directory}: holds {how} run with these settings; {advice}")
-
-    @property
-    def finished(self) -> bool:
-        """Whether the encoder has been saved."""
-        return self._record["finished"]
-
-    @property
-    def last_checkpoint(self) -> Path | None:
-        """The newest whole checkpoint's directory."""
-        return max(self._checkpoints.glob("step-*[0-9]"), default=None)
 
     def restore(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> RunState:
         """Put the last checkpoint into encoder and optimizer; metrics written after it are dropped."""
@@ -276,7 +166,7 @@ class Run:
                 if file.is_file():
                     sync_file(file)
             self._record["finished"] = True
-            replace_json(self.directory / RUN_FILE, self._record)
+            self._write_record()
         except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
@@ -287,7 +177,3 @@ class Run:
 def step_name(step: int) -> str:
     """The name of a step's checkpoint; names sort as steps do."""
     return f"step-{step:09d}"
-
-
-def _show(value: object) -> str:
-    return json.dumps(value)

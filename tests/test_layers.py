@@ -18,7 +18,7 @@ LAYERS = """
     llama_model hub_gguf checks prompts replies scales llm export
     quality_page quality_report quality_compare quality_charts quality_tables significance report
     bench grid_inputs grid_rows grid_file grid_place grid speed memory timers workloads rivals
-    train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint snapshot
+    train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint claim snapshot
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub
     processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels

@@ -296,6 +296,23 @@ def test_two_runs_may_not_share_a_directory(tiny_encoder, tmp_path):
     assert fit(settings, out, resume=True).was_finished
 
 
+def test_what_another_run_writes_until_it_lets_go_is_seen(tiny_encoder, tmp_path, monkeypatch):
+    """Two runs start at once in a new directory: the second must not put its name on what is the first's."""
+    out, lock = tmp_path / "out", checkpoint.Run._lock
+    theirs = FitSettings(model=str(tiny_encoder), **SMALL)
+
+    def finish_first(self):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.Run, "_lock", lock)
+            fit(theirs, out)
+        lock(self)
+
+    monkeypatch.setattr(checkpoint.Run, "_lock", finish_first)
+    with pytest.raises(GradretError, match="out: holds another run, with loss="):
+        fit(FitSettings(model=str(tiny_encoder), loss="infonce", **SMALL), out)
+    assert json.loads((out / "gradret.json").read_text())["settings"]["loss"] == "wasserstein"
+
+
 def test_killed_while_claiming_the_directory(tiny_encoder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "gradret.part").write_text("{")

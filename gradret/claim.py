@@ -1,0 +1,141 @@
+"""Whose a run's directory is: held by one process at a time, and kept from runs with other settings or data."""
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from gradret.errors import GradretError
+from gradret.files import read_json, replace_json
+from gradret.lists import hash64
+from gradret.settings import FitSettings
+from gradret.versions import versions
+
+if sys.platform == "win32":
+    fcntl = None
+else:
+    import fcntl
+
+RUN_FILE = "gradret.json"
+FREE_SETTINGS = ("chunk",)  # a resumed run may change them, because memory may be another
+CONTENT_NAMES = {"data": "training data", "encoder": "encoder to start from", "pool": "documents to mine from"}
+
+
+class Claim:
+    """A run's directory, claimed for these settings and held until close().
+
+    DIR/gradret.json says whose it is: settings, fingerprints, versions, and whether the run has finished.
+
+    Args:
+        directory: made if needed; must be empty or hold this very run.
+        settings: JSON-serialisable; must equal those of the run found there.
+        content: fingerprints of what the settings name, "data" and "encoder"; likewise.
+        resume: go on with the run found there; without it any run found is an error.
+    Raises: GradretError.
+    """
+
+    def __init__(self, directory: str | os.PathLike, settings: dict, content: dict[str, str], *, resume: bool):
+        self.directory = Path(directory)
+        self._checkpoints = self.directory / "checkpoints"
+        self._lock()  # before anything is read: who had it may have written just now
+        try:
+            self._claim(settings, content, resume)
+        except BaseException:
+            self.close()
+            raise
+        kept = {k: v for k, v in settings.items() if k not in FREE_SETTINGS}
+        self._identity = hash64(json.dumps([kept, content], sort_keys=True))
+
+    def _lock(self) -> None:
+        """Make the directory and hold it: two runs would overwrite each other's checkpoints."""
+        self._held: int | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._no_access(error) from error
+        if fcntl is None:
+            return
+        self._held = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise GradretError(f"{self.directory}: another process is training here; wait for it or stop it") from None
+        except OSError:  # a network file system without locks
+            pass
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def _claim(self, settings: dict, content: dict[str, str], resume: bool) -> None:
+        found = read_json(self.directory / RUN_FILE)
+        if not found:
+            # A run killed while it claimed the directory leaves no more than its half-written claim.
+            if any(p.name != "gradret.part" for p in self.directory.iterdir()):
+                raise GradretError(f"{self.directory}: is not empty and holds no gradret run; choose another --out")
+            self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
+        else:
+            self._record = found
+            self._check(settings, content, resume)
+            self._record = found | {"settings": settings, "content": content}
+        if found and found != self._record and not self.finished:
+            for stale in self.directory.glob("mined-*.npy*") if content != found["content"] else ():
+                stale.unlink()
+        if found != self._record and not self.finished:
+            self._write_record()
+        for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
+            shutil.rmtree(torn)
+
+    def _write_record(self) -> None:
+        try:
+            replace_json(self.directory / RUN_FILE, self._record)
+        except OSError as error:
+            raise self._no_access(error) from error
+
+    def _no_access(self, error: OSError) -> GradretError:
+        return GradretError(f"{self.directory}: can not be written ({error.strerror})")
+
+    def _check(self, settings: dict, content: dict, resume: bool) -> None:
+        try:
+            found, before = self._record["content"], self._record["settings"]
+        except KeyError as error:
+            raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
+        if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
+            return  # it ended before its first step: there is nothing to lose
+        before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
+        changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
+        if changed:
+            name = changed[0]
+            raise GradretError(
+                f"{self.directory}: holds another run, with {name}={_show(before.get(name))} where "
+                f"{_show(settings[name])} is asked for; choose another --out"
+            )
+        for name, fingerprint in content.items():
+            if fingerprint != found[name]:
+                raise GradretError(
+                    f"{self.directory}: the {CONTENT_NAMES[name]} has changed since this run began; "
+                    "restore it, or start again in another --out"
+                )
+        if not resume:
+            how = "a finished" if self.finished else "an unfinished"
+            advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
+            raise GradretError(f"{self.directory}: holds {how} run with these settings; {advice}")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the encoder has been saved."""
+        return self._record["finished"]
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The newest whole checkpoint's directory."""
+        return max(self._checkpoints.glob("step-*[0-9]"), default=None)
+
+
+def _show(value: object) -> str:
+    return json.dumps(value)
