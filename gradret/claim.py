@@ -81,10 +81,9 @@ class Claim:
             self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
         else:
             self._record = found
-            self._check(settings, content, resume)
+            changed = self._check(settings, content, resume)
             self._record = found | {"settings": settings, "content": content}
-        if found and found != self._record and not self.finished:
-            for stale in self.directory.glob("mined-*.npy*") if content != found["content"] else ():
+            for stale in self.directory.glob("mined-*.npy*") if changed else ():
                 stale.unlink()
         if found != self._record and not self.finished:
             self._write_record()
@@ -100,15 +99,19 @@ class Claim:
     def _no_access(self, error: OSError) -> GradretError:
         return GradretError(f"{self.directory}: can not be written ({error.strerror})")
 
-    def _check(self, settings: dict, content: dict, resume: bool) -> None:
+    def _check(self, settings: dict, content: dict, resume: bool) -> bool:
+        """Refuse another run, or this one where it is not to be resumed.
+
+        Returns: whether it is another all the same, where one ended before its first step: there is nothing to lose.
+        """
         try:
             found, before = self._record["content"], self._record["settings"]
         except KeyError as error:
             raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
-        if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
-            return  # it ended before its first step: there is nothing to lose
         before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
+        if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
+            return bool(changed) or content != found
         if changed:
             name = changed[0]
             raise GradretError(
@@ -125,6 +128,7 @@ class Claim:
             how = "a finished" if self.finished else "an unfinished"
             advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
             raise GradretError(f"{self.directory}: holds {how} run with these settings; {advice}")
+        return False
 
     @property
     def finished(self) -> bool:

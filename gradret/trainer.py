@@ -23,6 +23,7 @@ from gradret.evaluation import evaluate
 from gradret.job import Job, make_optimizer
 from gradret.kernels import describe_backend
 from gradret.mining import MinedLists
+from gradret.mining_spec import BM25, Mining
 from gradret.objective import Objective
 from gradret.settings import AUTO, learning_rate_at
 from gradret.snapshot import named_tensors, share_optimizer
@@ -152,6 +153,7 @@ class Trainer(Endings):
         name = f"mined-{number}.npy"
         found = self.processes.broadcast(self.run.read_array(name) if self.run is not None else None)
         if found is None:
+            self.check_mined_anew(miner.mining, number, name)
             if self.processes.size > 1 and state.step:  # it may take long
                 self.save_step()
             options = {"precision": self.job.precision, "processes": self.processes, "progress": self.progress}
@@ -163,6 +165,15 @@ class Trainer(Endings):
                 say(f"step {state.step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
         self.lists = MinedLists(self.job.lists, self.job.summary.kept, miner.pool, found, miner.mining.grade)
         self.mined_round = number
+
+    def check_mined_anew(self, mining: Mining, number: int, name: str) -> None:
+        """Refuse to mine in the middle of a round, after what was mined at its start has gone from the directory."""
+        step = self.state.step
+        if step and mining.by != BM25 and mining.count_rounds(self.job.epoch_at(step - 1)) == number:
+            raise self.told_once(
+                f"{self.out / name}: is missing or damaged, and the encoder that mined it has been trained since: put "
+                "it back from a copy, or start again in another --out"
+            )
 
     def train_step(self, bar: tqdm) -> None:
         s, state, job = self.settings, self.state, self.job

@@ -216,6 +216,56 @@ def test_what_ended_before_its_first_step_is_claimed_anew(tiny_encoder, tmp_path
     assert not list(out.glob("mined*"))
 
 
+@pytest.mark.parametrize("changed", [{"mine": "k=2,grade=1"}, {"seed": 1}, {"pooling": "cls"}])
+def test_what_another_run_mined_is_not_used(tiny_encoder, tmp_path, monkeypatch, changed):
+    """The first one is killed between mining and its first step."""
+    settings = {"model": str(tiny_encoder), "mine": "k=1,grade=1", **SMALL}
+
+    def mine_and_end(self, bar):
+        raise GradretError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", mine_and_end)
+        for more in ({}, {"chunk": 8}):  # the same run again uses it, with another chunk, too
+            with pytest.raises(GradretError, match="killed"):
+                fit(FitSettings(**settings | more), tmp_path / "out", progress=False)
+            if not more:
+                mined = (tmp_path / "out" / "mined-0.npy").stat().st_mtime_ns
+        assert (tmp_path / "out" / "mined-0.npy").stat().st_mtime_ns == mined
+        with pytest.raises(GradretError, match="killed"):
+            fit(FitSettings(**settings | changed), tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "mined-0.npy").stat().st_mtime_ns != mined
+
+
+@pytest.mark.parametrize("every", ["", ",every=0.05"])
+def test_mined_passages_that_are_gone_after_steps_are_not_mined_from_another_encoder(
+    tiny_encoder, tmp_path, monkeypatch, every
+):
+    settings = FitSettings(model=str(tiny_encoder), mine=f"k=1,grade=1{every}", **SMALL)
+    out, step = tmp_path / "out", Trainer.train_step
+
+    def cut(self, bar):
+        if self.state.step == 4:  # after a checkpoint; 4 lists a step, a round every 4.8 lists
+            raise GradretError("cut")
+        step(self, bar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", cut)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    last = max(out.glob("mined-*.npy"))
+    last.unlink()
+    if every:  # the round begins with this very step: nothing is amiss
+        assert fit(settings, out, resume=True, progress=False).steps == 6
+        return
+    with pytest.raises(GradretError) as error:
+        fit(settings, out, resume=True, progress=False)
+    assert str(error.value) == (
+        f"{out}/mined-0.npy: is missing or damaged, and the encoder that mined it has been trained since: put it back "
+        "from a copy, or start again in another --out"
+    )
+
+
 def test_mined_passages_that_were_cut_off_are_mined_again(tiny_encoder, tmp_path):
     run = checkpoint.Run(tmp_path / "out", {}, {"data": "x"}, resume=False)
     run.write_array("mined-0.npy", np.arange(6).reshape(3, 2))
