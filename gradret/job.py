@@ -62,7 +62,15 @@ class Job:
                 f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
                 f"the best of the lists, {self.summary.highest:g}; give a lower grade"
             )
-        self.miner = Miner(mining, self.lists, self.summary.kept) if mining else None
+        if mining is not None and settings.positive_from is not None and mining.grade >= settings.positive_from:
+            raise GradretError(
+                f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
+                f"--positive-from {settings.positive_from:g}; give a lower grade"
+            )
+        self.miner = None
+        if mining is not None:
+            kept, best = self.summary.kept, self.summary.best
+            self.miner = Miner(mining, self.lists, kept, kept[best > mining.grade])
         self.encoder = load(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
         self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
         if self.miner is not None:
@@ -79,6 +87,10 @@ class Job:
             text += (
                 f"; {self.lists.colliding_ids} query ids stand for different queries in different sources: kept apart"
             )
+        spared = 0 if self.miner is None else len(self.summary.kept) - len(self.miner.rows)
+        if spared:
+            grade = self.miner.mining.grade
+            text += f"; {spared} lists get no mined passages: their best grade is no higher than {grade:g}"
         return text
 
     def settings_json(self) -> dict:

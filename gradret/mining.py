@@ -43,14 +43,17 @@ class Miner:
         mining: see Mining.
         lists: the training lists by position.
         kept: (lists trained on,) positions in `lists`.
+        rows: those of them that are mined for; None for all.
     Attributes:
+        rows: as above.
         pool: the documents, see Pool; by default the passages of the kept lists.
         fingerprint: of the pool's content: positions mined from another one mean nothing.
     Raises: GradretError when the source can not be read, or bm25s is asked for and not installed.
     """
 
-    def __init__(self, mining: Mining, lists: Sequence[RankingList], kept: np.ndarray):
+    def __init__(self, mining: Mining, lists: Sequence[RankingList], kept: np.ndarray, rows: np.ndarray | None = None):
         self.mining, self._lists, self._kept = mining, lists, kept
+        self.rows = kept if rows is None else rows
         if mining.by == BM25:
             import_bm25s(BM25_SPELLING)  # before the work
         self.pool: Pool = (
@@ -68,7 +71,7 @@ class Miner:
         progress: bool = True,
         check: Callable[[], None] | None = None,
     ) -> np.ndarray:
-        """Positions in the pool of the passages mined for each kept list, best first.
+        """Positions in the pool of the passages mined for each of the lists, best first.
 
         The processes share the embedding of the pool; the first searches and tells the others. Of equal scores the
         earlier document comes first. BM25 ranks only documents that share a word with the query.
@@ -80,7 +83,7 @@ class Miner:
             processes: all of them must call.
             progress: show bars on a terminal.
             check: called now and then; what it raises ends the work. By default whether the other processes are there.
-        Returns: (kept lists, k) int64, -1 where there are fewer.
+        Returns: (lists mined for, k) int64, -1 where there are fewer.
         Raises: GradretError.
         """
         check = check or processes.check
@@ -109,11 +112,11 @@ class Miner:
 
     def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
         mining, twins = self.mining, self._find_twins()
-        result = np.full((len(self._kept), mining.k), -1, np.int64)
+        result = np.full((len(self.rows), mining.k), -1, np.int64)
         with tqdm(total=len(result), desc="mining", unit="list", disable=None if progress else True) as bar:
             for start in range(0, len(result), QUERY_BLOCK):
                 check()
-                rows = self._kept[start : start + QUERY_BLOCK].tolist()
+                rows = self.rows[start : start + QUERY_BLOCK].tolist()
                 known = [self._find_known(row, twins.get(row, [row])) for row in rows]
                 # The pool holds every content once: no more than the known ones are passed over.
                 depth = min(mining.k + mining.skip + max(map(len, known)), self.pool.document_count)
@@ -148,23 +151,23 @@ class MinedLists(Sequence):
 
     Args:
         lists: by position.
-        kept: (kept lists,) positions in `lists` of those that were mined for; the others get nothing.
+        rows: (lists mined for,) their positions in `lists`; the others get nothing.
         pool: that was mined from.
-        positions: (kept lists, k) int64 as Miner.mine gives them.
+        positions: (lists mined for, k) int64 as Miner.mine gives them.
         grade: of the mined passages.
     Raises: GradretError when the positions do not belong to these lists and this pool.
     """
 
-    def __init__(self, lists: Sequence[RankingList], kept: np.ndarray, pool: Pool, positions: np.ndarray, grade: float):
+    def __init__(self, lists: Sequence[RankingList], rows: np.ndarray, pool: Pool, positions: np.ndarray, grade: float):
         last = positions.max(initial=-1) + 1
-        if len(positions) != len(kept) or last > pool.document_count:
+        if len(positions) != len(rows) or last > pool.document_count:
             raise GradretError(
                 f"{pool.name}: passages were mined for {len(positions)} lists, the last of them document {last}, but "
-                f"there are {len(kept)} lists and {pool.document_count} documents: the data changed; start a new run"
+                f"there are {len(rows)} lists and {pool.document_count} documents: the data changed; start a new run"
             )
         self._lists, self._pool, self._positions, self._grade = lists, pool, positions, grade
         self._rows = np.full(len(lists), -1, np.int64)
-        self._rows[kept] = np.arange(len(kept))
+        self._rows[rows] = np.arange(len(rows))
 
     def __len__(self) -> int:
         return len(self._lists)

@@ -1,6 +1,7 @@
 """Several sources merged into one ranking list per query, with grade selection, remapping and sampling."""
 
 import random
+from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
@@ -126,7 +127,10 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
 
 @dataclass(frozen=True)
 class ListsSummary:
-    """What a check of all lists found; `kept`: positions of the lists to train on; `longest`: the longest passage."""
+    """What a check of all lists found.
+
+    kept: positions of the lists to train on; best: (kept,) the highest grade of each; longest: the longest passage.
+    """
 
     kept: np.ndarray
     passages: int
@@ -137,6 +141,7 @@ class ListsSummary:
     excluded: int
     disagreeing: int
     longest: str
+    best: np.ndarray
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
@@ -162,7 +167,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
     """
     kept = np.zeros(len(lists), bool)
     passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
-    longest = ""
+    longest, best = "", array("d")
     for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
@@ -184,11 +189,11 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         passages += len(grades)
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
         lowest, highest = min(lowest, low), max(highest, high)
+        best.append(high)
         equal_grades += low == high
     if not kept.any():
         raise GradretError(
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
         )
-    return ListsSummary(
-        np.flatnonzero(kept), passages, lowest, highest, equal_grades, empty, excluded, int(disagreeing), longest
-    )
+    counts = equal_grades, empty, excluded, int(disagreeing)
+    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best))

@@ -163,7 +163,7 @@ class Trainer(Endings):
                 mined = int((found >= 0).sum())
                 few = "" if mined else "; lower skip, or mine from more documents"
                 say(f"step {state.step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
-        self.lists = MinedLists(self.job.lists, self.job.summary.kept, miner.pool, found, miner.mining.grade)
+        self.lists = MinedLists(self.job.lists, miner.rows, miner.pool, found, miner.mining.grade)
         self.mined_round = number
 
     def check_mined_anew(self, mining: Mining, number: int, name: str) -> None:

@@ -13,9 +13,10 @@ from gradret.contexts import Contexts
 from gradret.encoder_load import load
 from gradret.errors import GradretError
 from gradret.evaluation import Evaluation, evaluate
-from gradret.job import make_optimizer
+from gradret.job import Job, make_optimizer
 from gradret.lists import parse_list, read_lists, write_lists
 from gradret.losses import wasserstein_loss
+from gradret.processes import ALONE
 from gradret.settings import FitSettings, count_steps, learning_rate_at
 from gradret.sources import Source, open_collection
 from gradret.train import fit
@@ -316,6 +317,22 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
     fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax"), tmp_path / "out")
     with pytest.raises(GradretError, match=r"grade 3 is no lower than the best of the lists, 3; give a lower grade"):
         fit(small(tiny_encoder, mine="k=1,grade=3"), tmp_path / "best")
+    with pytest.raises(GradretError, match=r"grade 1 is no lower than --positive-from 1; give a lower grade"):
+        fit(small(tiny_encoder, loss="infonce", positive_from=1, mine="k=1,grade=1"), tmp_path / "positive")
+
+
+def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_path, write_jsonl, capsys):
+    """What is mined would be as good as their best, so a positive."""
+    names = {"a": (3, 0), "b": (1, 0), "c": (3, 1), "d": (0, 0), "e": (0.5,)}
+    path = write_jsonl("lists.jsonl", [list_record(name, grades) for name, grades in names.items()])
+    settings = small(tiny_encoder, data=(str(path),), mine="k=9,grade=1", loss="infonce", batch_lists=5)
+    fit(settings, tmp_path / "out", progress=False)
+    said = capsys.readouterr().err
+    assert "; 3 lists get no mined passages: their best grade is no higher than 1" in said
+    # "b", "d" and "e" keep their own; of all 9 passages "a" and "c" get the 7 that are not theirs.
+    assert "step 0: 14 passages mined, as grade 1" in said
+    job = Job(settings, ALONE, "cpu")
+    assert job.miner.rows.tolist() == [0, 2]
 
 
 def test_settings_have_their_ranges():
