@@ -10,7 +10,7 @@ from pathlib import Path
 from gradret.errors import GradretError
 from gradret.files import read_json, replace_json
 from gradret.lists import hash64
-from gradret.settings import FitSettings
+from gradret.settings import AUTO, FitSettings
 from gradret.versions import versions
 
 if sys.platform == "win32":
@@ -33,19 +33,28 @@ class Claim:
         settings: JSON-serialisable; must equal those of the run found there.
         content: fingerprints of what the settings name, "data" and "encoder"; likewise.
         resume: go on with the run found there; without it any run found is an error.
+        precision: what the setting comes to on this machine; likewise, if it is known of both.
     Raises: GradretError.
     """
 
-    def __init__(self, directory: str | os.PathLike, settings: dict, content: dict[str, str], *, resume: bool):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        settings: dict,
+        content: dict[str, str],
+        *,
+        resume: bool,
+        precision: str | None = None,
+    ):
         self.directory = Path(directory)
         self._checkpoints = self.directory / "checkpoints"
         self._lock()  # before anything is read: who had it may have written just now
         try:
-            self._claim(settings, content, resume)
+            self._claim(settings, content, resume, precision)
         except BaseException:
             self.close()
             raise
-        kept = {k: v for k, v in settings.items() if k not in FREE_SETTINGS}
+        kept = {k: v for k, v in self._record["settings"].items() if k not in FREE_SETTINGS}
         self._identity = hash64(json.dumps([kept, content], sort_keys=True))
 
     def _lock(self) -> None:
@@ -72,23 +81,38 @@ class Claim:
             os.close(self._held)
             self._held = None
 
-    def _claim(self, settings: dict, content: dict[str, str], resume: bool) -> None:
-        found = read_json(self.directory / RUN_FILE)
+    def _claim(self, settings: dict, content: dict[str, str], resume: bool, precision: str | None) -> None:
+        found = self._read_record()
         if not found:
             # A run killed while it claimed the directory leaves no more than its half-written claim.
             if any(p.name != "gradret.part" for p in self.directory.iterdir()):
                 raise GradretError(f"{self.directory}: is not empty and holds no gradret run; choose another --out")
-            self._record = {"settings": settings, "content": content, "versions": versions(), "finished": False}
+            self._record = {"settings": settings, "content": content, "precision": precision}
+            self._record |= {"versions": versions(), "finished": False}
         else:
             self._record = found
-            changed = self._check(settings, content, resume)
-            self._record = found | {"settings": settings, "content": content}
+            before = found["settings"]["precision"]
+            if AUTO in (before, settings.get("precision")) and precision == found.get("precision"):
+                settings = settings | {"precision": before}  # the same, however it is spelled
+            changed = self._check(settings, content, resume, precision)
+            self._record = found | {"settings": settings, "content": content, "precision": precision}
             for stale in self.directory.glob("mined-*.npy*") if changed else ():
                 stale.unlink()
         if found != self._record and not self.finished:
             self._write_record()
         for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
             shutil.rmtree(torn)
+
+    def _read_record(self) -> dict:
+        """What gradret.json says, {} before there is one; options that came later have their defaults."""
+        found = read_json(self.directory / RUN_FILE)
+        if found:
+            try:
+                found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
+                found["content"], found["finished"]
+            except KeyError as error:
+                raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
+        return found
 
     def _write_record(self) -> None:
         try:
@@ -99,19 +123,26 @@ class Claim:
     def _no_access(self, error: OSError) -> GradretError:
         return GradretError(f"{self.directory}: can not be written ({error.strerror})")
 
-    def _check(self, settings: dict, content: dict, resume: bool) -> bool:
+    def _check(self, settings: dict, content: dict, resume: bool, precision: str | None) -> bool:
         """Refuse another run, or this one where it is not to be resumed.
 
         Returns: whether it is another all the same, where one ended before its first step: there is nothing to lose.
         """
-        try:
-            found, before = self._record["content"], self._record["settings"]
-        except KeyError as error:
-            raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
-        before = json.loads(json.dumps(asdict(FitSettings()))) | before  # a run from before an option had its default
+        before, found = self._record["settings"], self._record["content"]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
+        computed = self._record.get("precision") or precision
         if not (resume or self.finished or self.last_checkpoint or (self.directory / "metrics.jsonl").exists()):
-            return bool(changed) or content != found
+            return bool(changed) or content != found or computed != precision
+        if (
+            computed != precision
+            and before["precision"] == AUTO
+            and set(changed) <= {"precision"}
+            and not self.finished
+        ):
+            raise GradretError(
+                f"{self.directory}: was computed in {computed}, and --precision {settings['precision']} is {precision} "
+                f"here; continue it with --precision {computed}"
+            )
         if changed:
             name = changed[0]
             raise GradretError(

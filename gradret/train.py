@@ -1,6 +1,7 @@
 """Training a run from its settings to the saved encoder, alone or with the processes that torchrun started."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from gradret.checkpoint import Run
@@ -31,13 +32,12 @@ def fit(
     with join_processes(device) as (processes, device):
         with processes.agree():
             job = Job(settings, processes, device)
-        contents = processes.gather_objects(job.content)
+        found = processes.gather_objects((job.content, job.precision))
         run = None
         with processes.agree():
-            if any(content != contents[0] for content in contents):
-                raise GradretError("the processes found different data or encoders; give all of them the same files")
+            check_alike(found)
             if processes.is_first:
-                run = Run(out, job.settings_json(), job.content, resume=resume)
+                run = Run(out, job.settings_json(), job.content, resume=resume, precision=job.precision)
         try:
             done = processes.broadcast(run.read_lines("metrics.jsonl") if run is not None and run.finished else None)
             if done is not None:
@@ -49,3 +49,15 @@ def fit(
         finally:
             if run is not None:
                 run.close()
+
+
+def check_alike(found: Sequence[tuple[dict, str]]) -> None:
+    """Whether all processes train the same: each one's fingerprints and precision. Raises: GradretError."""
+    contents, precisions = zip(*found, strict=True)
+    if any(content != contents[0] for content in contents):
+        raise GradretError("the processes found different data or encoders; give all of them the same files")
+    if len(set(precisions)) > 1:
+        raise GradretError(
+            f"--precision auto is {' and '.join(sorted(set(precisions)))} in different processes; "
+            "give --precision float32, or one that all their devices compute in"
+        )

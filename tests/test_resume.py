@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from conftest import make_tiny_encoder
 
-from gradret import checkpoint
+from gradret import checkpoint, job
 from gradret.errors import GradretError
 from gradret.settings import FitSettings
-from gradret.train import fit
+from gradret.train import check_alike, fit
 from gradret.trainer import Trainer
 
 STEPS = 12
@@ -321,6 +321,44 @@ def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_
     shutil.copytree(make_tiny_encoder(tmp_path / "other", dropout=0.0), model, dirs_exist_ok=True)
     with pytest.raises(GradretError, match="infonce: the encoder to start from has changed since this run began"):
         fit(settings["infonce"], tmp_path / "infonce", resume=True)
+
+
+def test_a_run_goes_on_in_the_precision_it_began_in(tiny_encoder, tmp_path, monkeypatch):
+    """On another machine "auto" may be another."""
+    out, step = tmp_path / "out", Trainer.train_step
+    settings = {"model": str(tiny_encoder), **SMALL, "precision": "auto"}
+
+    def resolve(precision: str) -> None:
+        monkeypatch.setattr(job, "choose_precision", lambda given, device: precision if given == "auto" else given)
+
+    def cut(self, bar):
+        if self.state.step == 2:
+            raise GradretError("cut")
+        step(self, bar)
+
+    resolve("bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", cut)
+        with pytest.raises(GradretError, match="cut"):
+            fit(FitSettings(**settings), out, progress=False)
+    resolve("float32")
+    for precision in ("auto", "float32"):
+        with pytest.raises(GradretError) as error:
+            fit(FitSettings(**settings | {"precision": precision}), out, resume=True, progress=False)
+        assert str(error.value) == (
+            f"{out}: was computed in bfloat16, and --precision {precision} is float32 here; "
+            "continue it with --precision bfloat16"
+        )
+    assert fit(FitSettings(**settings | {"precision": "bfloat16"}), out, resume=True, progress=False).steps == 6
+    assert fit(FitSettings(**settings), out, resume=True, progress=False).was_finished
+
+
+def test_processes_compute_in_one_precision():
+    check_alike([({"data": "x"}, "float32")] * 2)
+    with pytest.raises(GradretError, match="^--precision auto is bfloat16 and float32 in different processes; give "):
+        check_alike([({"data": "x"}, "float32"), ({"data": "x"}, "bfloat16")])
+    with pytest.raises(GradretError, match="^the processes found different data or encoders; give all"):
+        check_alike([({"data": "x"}, "float32"), ({"data": "y"}, "float32")])
 
 
 def test_changed_data_are_noticed(tiny_encoder, tmp_path):
