@@ -60,6 +60,8 @@ class Run(Claim):
                 state = RunState(**found)
                 put_tensors(encoder, self._read_tensors(checkpoint / "model.safetensors"))
                 put_optimizer(encoder, optimizer, self._read_tensors(checkpoint / "optimizer.safetensors"))
+                if state.best_step is not None:  # needed at the end
+                    self._check_tensors(checkpoint / "best.safetensors")
             except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
                 raise GradretError(
                     f"{checkpoint}: is damaged ({type(error).__name__}: {error}); put it back from a copy, or remove "
@@ -70,9 +72,13 @@ class Run(Claim):
         return state
 
     def _read_tensors(self, path: Path) -> dict[str, torch.Tensor]:
+        self._check_tensors(path)
         with safe_open(path, "pt") as file:
-            self._check_owner(path, (file.metadata() or {}).get("run"))
             return {name: file.get_tensor(name) for name in file.keys()}
+
+    def _check_tensors(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:  # fails where the file is shorter than it says
+            self._check_owner(path, (file.metadata() or {}).get("run"))
 
     def _check_owner(self, path: Path, run: str | None) -> None:
         if run != f"{self._identity:016x}":
@@ -131,7 +137,7 @@ class Run(Claim):
         except (OSError, SafetensorError) as error:
             shutil.rmtree(part, ignore_errors=True)
             raise self._write_error(error) from error
-        for stale in self._checkpoints.iterdir():
+        for stale in self._find_checkpoints():
             if stale != target:
                 shutil.rmtree(stale)
 

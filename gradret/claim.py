@@ -100,8 +100,9 @@ class Claim:
                 stale.unlink()
         if found != self._record and not self.finished:
             self._write_record()
-        for torn in self._checkpoints.glob("*" if self.finished else "*.part"):
-            shutil.rmtree(torn)
+        for folder in self._find_checkpoints():
+            if self.finished or folder.suffix == ".part":
+                shutil.rmtree(folder)
 
     def _read_record(self) -> dict:
         """What gradret.json says, {} before there is one; options that came later have their defaults."""
@@ -169,7 +170,11 @@ class Claim:
     @property
     def last_checkpoint(self) -> Path | None:
         """The newest whole checkpoint's directory."""
-        return max(self._checkpoints.glob("step-*[0-9]"), default=None)
+        return max((folder for folder in self._find_checkpoints() if folder.suffix != ".part"), default=None)
+
+    def _find_checkpoints(self) -> list[Path]:
+        """Whole and torn ones; whatever else lies there is nobody's."""
+        return [path for path in self._checkpoints.glob("step-*") if path.is_dir()]
 
 
 def _show(value: object) -> str:

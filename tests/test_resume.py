@@ -136,6 +136,18 @@ def test_a_signal_checkpoints_and_says_how_to_go_on(tiny_encoder, tmp_path, unin
 SMALL = {"batch_lists": 4, "max_steps": 6, "checkpoint_every": 2, "precision": "float32"}
 
 
+def cut_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Let a run end by an error before the step after this one."""
+    train_step = Trainer.train_step
+
+    def cut(self, bar):
+        if self.state.step == step:
+            raise GradretError("cut")
+        train_step(self, bar)
+
+    patch.setattr(Trainer, "train_step", cut)
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """From the second checkpoint on there is no space left, halfway through the file."""
@@ -242,15 +254,9 @@ def test_mined_passages_that_are_gone_after_steps_are_not_mined_from_another_enc
     tiny_encoder, tmp_path, monkeypatch, every
 ):
     settings = FitSettings(model=str(tiny_encoder), mine=f"k=1,grade=1{every}", **SMALL)
-    out, step = tmp_path / "out", Trainer.train_step
-
-    def cut(self, bar):
-        if self.state.step == 4:  # after a checkpoint; 4 lists a step, a round every 4.8 lists
-            raise GradretError("cut")
-        step(self, bar)
-
+    out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", cut)
+        cut_at(4, patch)  # after a checkpoint; 4 lists a step, a round every 4.8 lists
         with pytest.raises(GradretError, match="cut"):
             fit(settings, out, progress=False)
     last = max(out.glob("mined-*.npy"))
@@ -323,22 +329,41 @@ def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_
         fit(settings["infonce"], tmp_path / "infonce", resume=True)
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
+def test_the_best_weights_are_looked_for_before_the_run_goes_on(tiny_encoder, tmp_path, monkeypatch, damage):
+    settings, out = FitSettings(model=str(tiny_encoder), dev="sample?queries=even", **SMALL), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    damage(out / "checkpoints" / "step-000000002" / "best.safetensors")
+    monkeypatch.setattr(Trainer, "train_step", None)
+    with pytest.raises(GradretError, match="step-000000002: is damaged .*; put it back from a copy, or remove it to"):
+        fit(settings, out, resume=True, progress=False)
+
+
+def test_what_lies_beside_the_checkpoints_is_left_alone(tiny_encoder, tmp_path, monkeypatch):
+    settings, out = FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    for name in (".DS_Store", "notes.part", "step-000000009"):
+        (out / "checkpoints" / name).write_text("")
+    (out / "checkpoints" / "step-000000004.part").mkdir()
+    assert fit(settings, out, resume=True, progress=False).steps == 6
+
+
 def test_a_run_goes_on_in_the_precision_it_began_in(tiny_encoder, tmp_path, monkeypatch):
     """On another machine "auto" may be another."""
-    out, step = tmp_path / "out", Trainer.train_step
-    settings = {"model": str(tiny_encoder), **SMALL, "precision": "auto"}
+    out, settings = tmp_path / "out", {"model": str(tiny_encoder), **SMALL, "precision": "auto"}
 
     def resolve(precision: str) -> None:
         monkeypatch.setattr(job, "choose_precision", lambda given, device: precision if given == "auto" else given)
 
-    def cut(self, bar):
-        if self.state.step == 2:
-            raise GradretError("cut")
-        step(self, bar)
-
     resolve("bfloat16")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", cut)
+        cut_at(2, patch)
         with pytest.raises(GradretError, match="cut"):
             fit(FitSettings(**settings), out, progress=False)
     resolve("float32")
