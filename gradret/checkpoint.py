@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from gradret.claim import Claim
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
-from gradret.files import drop_after, link_file, read_json, replace_json, sync_file
+from gradret.files import drop_after, link_file, read_object, read_steps, replace_json, sync_file
 from gradret.snapshot import get_optimizer, get_tensors, put_optimizer, put_tensors
 
 
@@ -46,15 +46,14 @@ class Run(Claim):
 
     def read_lines(self, name: str) -> list[dict]:
         """The lines of metrics.jsonl or dev.jsonl; [] before there are any."""
-        path = self.directory / name
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        return read_steps(self.directory / name)
 
     def restore(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> RunState:
         """Put the last checkpoint into encoder and optimizer; metrics written after it are dropped."""
         checkpoint = self.last_checkpoint
         state = RunState()
         if checkpoint is not None:
-            found = read_json(checkpoint / "state.json")
+            found = read_object(checkpoint / "state.json")
             self._check_owner(checkpoint / "state.json", found.pop("run", None))
             try:
                 state = RunState(**found)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gradret.errors import GradretError
-from gradret.files import read_json, replace_json
+from gradret.files import read_object, replace_json
 from gradret.lists import hash64
 from gradret.settings import AUTO, FitSettings
 from gradret.versions import versions
@@ -106,13 +106,13 @@ class Claim:
 
     def _read_record(self) -> dict:
         """What gradret.json says, {} before there is one; options that came later have their defaults."""
-        found = read_json(self.directory / RUN_FILE)
+        path = self.directory / RUN_FILE
+        found = read_object(path)
+        for name, kind in (("settings", dict), ("content", dict), ("finished", bool)) if found else ():
+            if not isinstance(found.get(name), kind):
+                raise GradretError(f"{path}: has no '{name}'; choose another --out")
         if found:
-            try:
-                found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
-                found["content"], found["finished"]
-            except KeyError as error:
-                raise GradretError(f"{self.directory / RUN_FILE}: has no {error}; choose another --out") from None
+            found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
         return found
 
     def _write_record(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from gradret.errors import GradretError
-from gradret.files import read_json
+from gradret.files import read_object
 from gradret.options import BUDGET_OPTIONS, DEFAULTS, DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, make_settings, option
 from gradret.settings import LOSS_NAMES
 
@@ -89,7 +89,7 @@ def _as_tuples(given: dict) -> dict:
 
 
 def _read_settings(out: str) -> dict:
-    stored = read_json(Path(out, "gradret.json")).get("settings")
-    if stored is None:
+    stored = read_object(Path(out, "gradret.json")).get("settings")
+    if not isinstance(stored, dict):
         raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
     return stored

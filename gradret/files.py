@@ -16,6 +16,31 @@ def read_json(path: Path) -> dict:
         raise GradretError(f"{path}: not valid JSON ({error})") from None
 
 
+def read_object(path: Path) -> dict:
+    """A JSON file's object; {} when the file is not there. Raises: GradretError when it holds something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise GradretError(f"{path}: expected a JSON object, got {json.dumps(content)[:50]}; put it back from a copy")
+    return content
+
+
+def read_steps(path: Path) -> list[dict]:
+    """The JSON lines of a file in which every line belongs to a step; [] when the file is not there.
+
+    A torn line ends them: a kill leaves one. Raises: GradretError when a line has no step.
+    """
+    records = []
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines() if path.is_file() else (), 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise GradretError(f"{path}:{number}: expected a JSON object with a step, got {line[:50]}; remove the line")
+        records.append(record)
+    return records
+
+
 def write_json(path: Path, content: object) -> None:
     """Write JSON, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -71,16 +96,13 @@ def open_folder(out: str, *names: str) -> None:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Rewrite a file of JSON lines without those of later steps and without a torn last line."""
+    """Rewrite a file of JSON lines without those of later steps and without a torn last line.
+
+    Raises: GradretError, see read_steps.
+    """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            break
+    kept = [json.dumps(record) + "\n" for record in read_steps(path) if record["step"] <= step]
     part = path.with_suffix(".part")
     part.write_text("".join(kept), encoding="utf-8")
     os.replace(part, path)

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import make_tiny_encoder
 
 from gradret import checkpoint, job
+from gradret.cli import main
 from gradret.errors import GradretError
 from gradret.settings import FitSettings
 from gradret.train import check_alike, fit
@@ -329,6 +331,17 @@ def test_a_checkpoint_or_an_encoder_of_another_run_is_refused(tiny_encoder, tmp_
         fit(settings["infonce"], tmp_path / "infonce", resume=True)
 
 
+@pytest.fixture(scope="module")
+def cut_run(tiny_encoder, tmp_path_factory) -> tuple[FitSettings, Path]:
+    """A run that was cut off after its second step."""
+    settings, out = FitSettings(model=str(tiny_encoder), **SMALL), tmp_path_factory.mktemp("cut") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    return settings, out
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
 def test_the_best_weights_are_looked_for_before_the_run_goes_on(tiny_encoder, tmp_path, monkeypatch, damage):
     settings, out = FitSettings(model=str(tiny_encoder), dev="sample?queries=even", **SMALL), tmp_path / "out"
@@ -342,12 +355,35 @@ def test_the_best_weights_are_looked_for_before_the_run_goes_on(tiny_encoder, tm
         fit(settings, out, resume=True, progress=False)
 
 
-def test_what_lies_beside_the_checkpoints_is_left_alone(tiny_encoder, tmp_path, monkeypatch):
-    settings, out = FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        cut_at(2, patch)
-        with pytest.raises(GradretError, match="cut"):
-            fit(settings, out, progress=False)
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("checkpoints/step-000000002/state.json", "null", "state.json: expected a JSON object, got null; put it back"),
+    ("gradret.json", "[]", "gradret.json: expected a JSON object, got []; put it back"),
+    ("gradret.json", '{"settings": {}, "content": {}}', "gradret.json: has no 'finished'; choose another --out"),
+    ("gradret.json", '{"settings": {}, "finished": false}', "gradret.json: has no 'content'; choose another --out"),
+    ("metrics.jsonl", '{"step": 1}\n{"loss": 1}\n', 'metrics.jsonl:2: expected a JSON object with a step, got {"loss'),
+    ("metrics.jsonl", "3\n", "metrics.jsonl:1: expected a JSON object with a step, got 3; remove the line"),
+])  # fmt: skip
+def test_a_record_that_was_tampered_with_is_told_in_one_line(cut_run, tmp_path, file, content, message):
+    settings, cut = cut_run
+    shutil.copytree(cut, tmp_path / "out")
+    (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(GradretError) as error:
+        fit(settings, tmp_path / "out", resume=True, progress=False)
+    assert f"{tmp_path / 'out'}/" in str(error.value) and message in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"settings": 3}', "{}"])
+def test_no_settings_to_resume_with(tmp_path, content):
+    (tmp_path / "gradret.json").write_text(content)
+    result = CliRunner().invoke(main, ["fit", "--out", str(tmp_path), "--resume"])
+    assert result.exit_code == 1
+    assert re.match(
+        rf"Error: {tmp_path}(/gradret.json: expected a JSON object|: holds no run to resume;)", result.output
+    )
+
+
+def test_what_lies_beside_the_checkpoints_is_left_alone(cut_run, tmp_path):
+    settings, out = cut_run[0], shutil.copytree(cut_run[1], tmp_path / "out")
     for name in (".DS_Store", "notes.part", "step-000000009"):
         (out / "checkpoints" / name).write_text("")
     (out / "checkpoints" / "step-000000004.part").mkdir()
