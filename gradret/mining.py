@@ -83,7 +83,7 @@ class Miner:
             processes: all of them must call.
             progress: show bars on a terminal.
             check: called now and then; what it raises ends the work. By default whether the other processes are there.
-        Returns: (lists mined for, k) int64, -1 where there are fewer.
+        Returns: (lists mined for, k) int64, -1 where there are fewer; k is at most the number of documents.
         Raises: GradretError.
         """
         check = check or processes.check
@@ -112,7 +112,7 @@ class Miner:
 
     def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
         mining, twins = self.mining, self._find_twins()
-        result = np.full((len(self.rows), mining.k), -1, np.int64)
+        result = np.full((len(self.rows), min(mining.k, self.pool.document_count)), -1, np.int64)
         with tqdm(total=len(result), desc="mining", unit="list", disable=None if progress else True) as bar:
             for start in range(0, len(result), QUERY_BLOCK):
                 check()

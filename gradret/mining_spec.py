@@ -10,6 +10,8 @@ from gradret.sources import parse_source
 
 ENCODER, BM25 = "encoder", "bm25"
 KEYS = ("k", "grade", "from", "by", "skip", "every")
+LEAST_EVERY = 0.001  # epochs: each round ranks for all lists
+COUNT_DIGITS = 18  # what an int64 holds
 # SOURCE may hold commas itself, as in lists.jsonl?grades=1,0: only one before a key ends it.
 SEPARATOR = re.compile(rf",\s*(?=(?:{'|'.join(KEYS)})=)")
 
@@ -78,6 +80,8 @@ def parse_mining(text: str) -> Mining:
         every = _parse_number(given["every"])
         if every is None or every <= 0:
             raise GradretError(f"{here}: every '{given['every']}' is not a number of epochs above 0")
+        if every < LEAST_EVERY:
+            raise GradretError(f"{here}: every '{given['every']}' is below {LEAST_EVERY} epochs; mine less often")
     grade = _parse_number(given["grade"])
     if grade is None or abs(grade) >= GRADE_LIMIT:
         raise GradretError(f"{here}: grade '{given['grade']}' is not a finite number below {GRADE_LIMIT}")
@@ -98,4 +102,4 @@ def _parse_number(text: str) -> float | None:
 
 
 def _parse_count(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() else None
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None

@@ -83,6 +83,13 @@ def test_the_best_documents_that_a_list_lacks_in_order(write_corpus):
     assert mine(f"k=2,grade=1,from={write_corpus(*CORPUS)}", LISTS).tolist() == [[1, 2], [5, 4]]
 
 
+def test_all_documents_are_the_most_there_is(write_corpus):
+    source = write_corpus(*CORPUS)
+    found = mine(f"k={10**15},grade=1,from={source}", LISTS)
+    assert found.shape == (len(LISTS), len(CORPUS))
+    assert found.tolist() == mine(f"k={len(CORPUS)},grade=1,from={source}", LISTS).tolist()
+
+
 def test_skip_leaves_out_the_best_of_what_remains(write_corpus):
     assert mine(f"k=2,grade=1,skip=1,from={write_corpus(*CORPUS)}", LISTS).tolist() == [[2, 3], [4, 0]]
 
@@ -291,6 +298,8 @@ def test_mining_is_parsed(text, expected):
         ("k=1,grade=1,by=tfidf", "by 'tfidf' is not one of encoder, bm25"),
         ("k=1,grade=1,every=0", "every '0' is not a number of epochs above 0"),
         ("k=1,grade=1,every=x", "every 'x' is not"),
+        ("k=1,grade=1,every=1e-300", "every '1e-300' is below 0.001 epochs; mine less often"),
+        ("k=1" + "0" * 5000 + ",grade=1", "is not a whole number above 0"),
         ("k=1,grade=1,by=bm25,every=1", "every is for by=encoder"),
         ("k=1,grade=1,from=", "from is empty"),
         ("k=1,grade=1,from=x?colour=red", "option 'colour=red' is not known"),
