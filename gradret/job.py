@@ -27,6 +27,8 @@ ADAM_BYTES = 8  # a parameter, that the optimizer takes in its first step
 class Job:
     """A run as one process sees it; loading makes no exchange with the other processes.
 
+    Args:
+        resume: whether the settings are those of a run that is gone on with.
     Attributes:
         lists, summary: all lists, and which of them are trained on.
         dev: the collection measured while training, or None.
@@ -37,13 +39,12 @@ class Job:
     Raises: GradretError.
     """
 
-    def __init__(self, settings: FitSettings, processes: Processes, device: str | None):
+    def __init__(self, settings: FitSettings, processes: Processes, device: str | None, *, resume: bool = False):
         self.settings, self.processes = settings, processes
         if settings.batch_lists % processes.size:
-            even = math.ceil(settings.batch_lists / processes.size) * processes.size
             raise GradretError(
                 f"--batch-lists {settings.batch_lists} is not a multiple of the {processes.size} processes that share "
-                f"it; try --batch-lists {even}"
+                f"it; {_advise_on_sharing(settings.batch_lists, processes.size, resume)}"
             )
         parse_measures([settings.dev_measure])
         mining = parse_mining(settings.mine) if settings.mine else None
@@ -144,6 +145,14 @@ class Job:
             longest = self.encoder.config.document_max_length
         mean = sum(counts) / len(counts)
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
+
+
+def _advise_on_sharing(batch_lists: int, size: int, resume: bool) -> str:
+    if not resume:
+        return f"try --batch-lists {math.ceil(batch_lists / size) * size}"
+    even = [n for n in range(1, batch_lists + 1) if batch_lists % n == 0]
+    near = [*[n for n in even if n < size][-1:], *[n for n in even if n > size][:1]]  # a run keeps its batches
+    return f"start {' or '.join(map(str, near))} of them" if near != [1] else "start one alone"
 
 
 def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:

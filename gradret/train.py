@@ -31,7 +31,7 @@ def fit(
     began = time.monotonic()
     with join_processes(device) as (processes, device):
         with processes.agree():
-            job = Job(settings, processes, device)
+            job = Job(settings, processes, device, resume=resume)
         found = processes.gather_objects((job.content, job.precision))
         run = None
         with processes.agree():

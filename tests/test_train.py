@@ -16,7 +16,7 @@ from gradret.evaluation import Evaluation, evaluate
 from gradret.job import Job, make_optimizer
 from gradret.lists import parse_list, read_lists, write_lists
 from gradret.losses import wasserstein_loss
-from gradret.processes import ALONE
+from gradret.processes import ALONE, Processes
 from gradret.settings import FitSettings, count_steps, learning_rate_at
 from gradret.sources import Source, open_collection
 from gradret.train import fit
@@ -333,6 +333,20 @@ def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_pa
     assert "step 0: 14 passages mined, as grade 1" in said
     job = Job(settings, ALONE, "cpu")
     assert job.miner.rows.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "resume", "advice"),
+    [
+        (4, False, "try --batch-lists 8"),
+        (4, True, "start 3 or 6 of them"),
+        (9, True, "start 6 of them"),
+    ],
+)
+def test_advice_where_processes_can_not_share_a_batch(size, resume, advice):
+    with pytest.raises(GradretError) as error:
+        Job(FitSettings(batch_lists=6), Processes(0, size), "cpu", resume=resume)
+    assert str(error.value) == f"--batch-lists 6 is not a multiple of the {size} processes that share it; {advice}"
 
 
 def test_settings_have_their_ranges():
