@@ -127,7 +127,7 @@ BUDGET_OPTIONS = options(
     ),
     option("--lora", type=click.IntRange(min=0), help="Train adapters of this rank instead of the weights."),
     option("--lora-alpha", type=ABOVE_ZERO, help="Their scale, times the rank."),
-    option("--lora-dropout", type=click.FloatRange(0, 1), help="Dropout before them."),
+    option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), help="Dropout before them."),
     option("--lora-targets", type=NamesType(), metavar="NAME,...", help="Linear layers that get them. [default: all]"),
     option("--weights", type=click.Choice(WEIGHTS), help="Type of the weights that --lora leaves as they are."),
     option("--gradient-checkpointing", is_flag=True, help="Less memory: activations are computed again in backward."),

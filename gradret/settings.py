@@ -122,9 +122,11 @@ class FitSettings:
         for name in ("clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name in ("kl_share", "lora_dropout", "warmup"):
+        for name in ("kl_share", "warmup"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
+        if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
+            raise ValueError(f"lora_dropout must be 0 or above and below 1, got {self.lora_dropout!r}")
         if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
             raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
         if self.max_steps is not None and self.max_steps < 1:

@@ -350,6 +350,8 @@ def test_advice_where_processes_can_not_share_a_batch(size, resume, advice):
 
 
 def test_settings_have_their_ranges():
+    with pytest.raises(ValueError, match="lora_dropout must be 0 or above and below 1, got 1"):
+        FitSettings(lora=2, lora_dropout=1)
     for field in ("clip", "weight_decay", "warmup"):
         with pytest.raises(ValueError, match=f"{field} must be 0"):
             FitSettings(**{field: -0.5})
