@@ -61,6 +61,9 @@ class Endings:
     def end_by_signal(self) -> None:
         """Checkpoint and end without a word to the others, who may be anywhere."""
         self.save_step()
+        if not self.processes.is_first:  # the first one may have heard nothing, and tell of a lost process alone
+            name, here = signal.Signals(self.stop.signal).name, self.processes
+            raise Interrupted(f"process {here.rank} of {here.size}: stopped by {name}")
         raise self.stopped(self.stop.signal)
 
     def stopped(self, number: int) -> GradretError:

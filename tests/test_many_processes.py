@@ -177,9 +177,17 @@ def test_a_long_step_is_given_up_for_a_signal(tiny_encoder, tmp_path):
         assert process.returncode == 1
         lines += [line for line in stderr.splitlines() if line.startswith("Error: ")]
     assert 5 < time.monotonic() - began < 25
-    assert len(lines) == 1
+    assert len(lines) == 2 and lines[1] == "Error: process 1 of 2: stopped by SIGTERM"
     assert lines[0].startswith(f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun")
     assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+def test_who_alone_was_told_to_end_says_so(tiny_encoder, tmp_path):
+    pair, _ = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
+    pair[1].terminate()
+    first, second = (process.communicate(timeout=60)[1] for process in pair)
+    assert "Error: process 1 of 2: stopped by SIGTERM" in second.splitlines()
+    assert "Error: process 0 of 2: another process has ended; look for its own message" in first
 
 
 @pytest.mark.parametrize("what", ["search", "mining"])
