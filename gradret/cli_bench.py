@@ -107,17 +107,19 @@ def quality(
     open_folder(out, "quality.json", "quality.png")
     if report is not None:
         open_folder(report, "index.html")
-    from gradret.bench import run_grid
+    from gradret.bench import ROWS_FILE, run_grid
+    from gradret.grid_rows import GridRows
     from gradret.quality_page import write_page
     from gradret.quality_report import draw_quality, format_quality, make_document
 
     outcome = run_grid(grid, out, device=device, shard=shard or (1, 1), max_runs=max_runs, fresh=fresh)
     facts = {"command": command_line(), "collections": outcome.collections}
     document = make_document(grid, outcome.rows, facts)
-    replace_json(Path(out, "quality.json"), document)
-    draw_quality(document, Path(out, "quality.png"))
-    if report is not None:
-        write_page(document, Path(report))
+    with GridRows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
+        replace_json(Path(out, "quality.json"), document)
+        draw_quality(document, Path(out, "quality.png"))
+        if report is not None:
+            write_page(document, Path(report))
     click.echo(json.dumps(document) if as_json else format_quality(document))
     page = f", {report}/index.html" if report is not None else ""
     click.echo(f"written: {out}/quality.json, {out}/quality.png{page}", err=True)

@@ -58,7 +58,7 @@ class GridRows:
     def append(self, row: dict) -> None:
         """Write a row at the end and wait until it is on the disk; a line cut short before it is removed."""
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with self._locked() as descriptor, self._explained():
+        with self.locked() as descriptor, self._explained():
             data = self.path.read_bytes()
             whole = _measure_whole(data)
             os.ftruncate(descriptor, whole)
@@ -76,7 +76,7 @@ class GridRows:
         """Remove the rows of these runs; how many there were."""
         if not self.path.exists():
             return 0
-        with self._locked(), self._explained():
+        with self.locked(), self._explained():
             lines = list(self._read_lines())
             kept = [line for line, row in lines if find_key(row) not in keys]
             if len(kept) < len(lines):
@@ -106,8 +106,8 @@ class GridRows:
                 yield line + b"\n", row
 
     @contextmanager
-    def _locked(self):
-        """The file, open to append, while no other process writes to it."""
+    def locked(self):
+        """The file, open to append, while no other process writes to it or has it locked."""
         with self._explained():
             while True:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)

@@ -35,12 +35,18 @@ class Comparisons:
         self._families: list[list[dict]] = []
         self._tests: list[tuple[dict, Sequence[np.ndarray]]] = []
 
-    def add_family(self, samples: Sequence[Sequence[np.ndarray]]) -> list[dict]:
-        """A dictionary for each sample, to be filled with its p-values by make()."""
-        family = [{} for _ in samples]
-        self._families.append(family)
-        self._tests += zip(family, samples, strict=True)
-        return family
+    def compare(self, entries: Sequence[dict], baseline: str, samples: Sequence[Mapping[str, np.ndarray]]) -> None:
+        """Give each column of each entry the p-values against a baseline, filled in by make(); a column is a family.
+
+        Args:
+            entries: their "columns" have the same names.
+            samples: for each entry, collection -> differences from the baseline, query by query.
+        """
+        for column in entries[0]["columns"] if entries else ():
+            family = [entry["columns"][column]["p"].setdefault(baseline, {}) for entry in entries]
+            taken = [list(sample.values()) if column == MEAN else [sample[column]] for sample in samples]
+            self._families.append(family)
+            self._tests += zip(family, taken, strict=True)
 
     def make(self) -> None:
         """Make all tests."""
@@ -64,15 +70,12 @@ def compare_rows(grid: Grid, found: Mapping[str, Sequence[Found]], comparisons: 
         for baseline in grid.baselines:
             theirs = next((one for one in table if one.cell.system == baseline), None)
             others = [one for one in table if one is not theirs]
-            if theirs is None or not others:
+            if theirs is None:
                 continue
             samples = [
                 {name: _find_differences(grid, name, one, theirs) for name in one.cell.collections} for one in others
             ]
-            for column in theirs.entry["columns"]:
-                family = comparisons.add_family([_take(sample, column) for sample in samples])
-                for one, p in zip(others, family, strict=True):
-                    one.entry["columns"][column]["p"][baseline] = p
+            comparisons.compare([one.entry for one in others], baseline, samples)
 
 
 def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], comparisons: Comparisons) -> list[dict]:
@@ -114,15 +117,8 @@ def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], c
                 {name: find_differences(ours, theirs[name]) for name, ours in changes[encoder, entry["system"]].items()}
                 for entry in others
             ]
-            for column in others[0]["columns"] if others else ():
-                family = comparisons.add_family([_take(sample, column) for sample in samples])
-                for entry, p in zip(others, family, strict=True):
-                    entry["columns"][column]["p"][baseline] = p
+            comparisons.compare(others, baseline, samples)
     return found
-
-
-def _take(sample: Mapping[str, np.ndarray], column: str) -> list[np.ndarray]:
-    return list(sample.values()) if column == MEAN else [sample[column]]
 
 
 def _find_differences(grid: Grid, name: str, ours: Found, theirs: Found) -> np.ndarray:

@@ -120,7 +120,7 @@ def _show_experiment(document: dict, experiment: dict, picture: bytes) -> str:
     groups = group_by_encoder(experiment).values()  # a table each
     tables = "\n".join(
         _show_table(table, _find_primary(document, experiment, rows))
-        for table, rows in zip(make_tables(document, experiment, tuple(P_NAMES)), groups, strict=True)
+        for table, rows in zip(make_tables(document, experiment), groups, strict=True)
     )
     alt = escape(describe_chart(document, experiment))
     several = any(row["runs"] > 1 for row in experiment["rows"])

@@ -105,7 +105,7 @@ def format_quality(document: dict) -> str:
     notes = [table.note for table in tables]
     blocks = []
     for table, following in zip(tables, [*notes[1:], ""], strict=True):
-        blocks.append(f"{table.title}\n{_format_rows(table)}")
+        blocks.append(f"{textwrap.fill(table.title, LINE)}\n{_format_rows(table)}")
         if table.note and table.note != following:  # once under tables that share it
             blocks[-1] += f"\n\n{textwrap.fill(table.note, LINE)}"
     if document["done"] < document["planned"]:

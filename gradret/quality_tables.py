@@ -89,11 +89,11 @@ def group_by_encoder(experiment: dict) -> dict[str, list[dict]]:
     return groups
 
 
-def make_tables(document: dict, experiment: dict, p_kinds: Sequence[str] = (P_SHOWN,)) -> list[Table]:
+def make_tables(document: dict, experiment: dict) -> list[Table]:
     """One table of the first measure for each encoder.
 
     Where numbers are varied it has a row a system and a column a value, of the mean over the collections; otherwise a
-    row a system (and value), a column a collection, their mean, and the p-values of the last of these columns against
+    row a system (and value), a column a collection, their mean, and the p-value of the last of these columns against
     the first of the baselines that is in the table.
     """
     measure = document["measures"][0]
@@ -106,7 +106,7 @@ def make_tables(document: dict, experiment: dict, p_kinds: Sequence[str] = (P_SH
             tables.append(_make_curve_table(document, title, rows, experiment, columns[-1], measure))
             continue
         cells = [[_take(row, column, measure) for column in columns] for row in rows]
-        p = _make_p(document, rows, columns[-1] if columns else MEAN, p_kinds)
+        p = _make_p(document, rows, columns[-1] if columns else MEAN)
         names = list(map(name_column, columns))
         tables.append(_make_table(f"{title}, {count_seeds(rows)}", names, cells, rows, experiment, p))
     return tables
@@ -122,8 +122,8 @@ def make_measure_tables(document: dict, experiment: dict) -> list[Table]:
             sizes = f": {size['queries']} queries, {size['documents']} documents" if size else ""
             title = f"{name_column(column)}{_name_encoder(document, encoder)}{sizes}, {count_seeds(rows)}"
             cells = [[_take(row, column, measure) for measure in measures] for row in rows]
-            header, p_cells, note = _make_p(document, rows, column, (P_SHOWN,))
-            p = [f"p ({measures[0]})" for _ in header], p_cells, note
+            header, p_cells, note = _make_p(document, rows, column)
+            p = [f"{name} ({measures[0]})" for name in header], p_cells, note
             tables.append(_make_table(title, measures, cells, rows, experiment, p))
     return tables
 
@@ -156,7 +156,7 @@ def _make_curve_table(
         header.append("change")
     if baseline is not None and len(changes) > 1:
         header.append("p")
-        note = f"change: from {values[0]} to {values[-1]}. " + explain_p(document, baseline, column, False, "change of")
+        note = f"change: from {values[0]} to {values[-1]}. " + _explain_p(document, baseline, column, "change of")
     shown = []
     for (system, label), line in zip(systems.items(), cells, strict=True):
         change = changes.get(system)
@@ -189,29 +189,27 @@ def _find_best(cells: list[list[tuple[str, float | None]]]) -> frozenset[tuple[i
     return frozenset(best)
 
 
-def _make_p(document: dict, rows: list[dict], column: str, kinds: Sequence[str]):
+def _make_p(document: dict, rows: list[dict], column: str) -> tuple[list[str], list[list[str]], str]:
     """Header, a list of cells a row, and the note; all empty where nothing is tested."""
     systems = {row["system"] for row in rows}
     baseline = next((name for name in document["baselines"] if name in systems), None)
     found = [row["columns"].get(column, {}).get("p", {}).get(baseline) for row in rows]
     if not any(found):
         return [], [[] for _ in rows], ""
-    header = ["p"] if len(kinds) == 1 else [P_NAMES[kind] for kind in kinds]
     cells = [
-        [("" if row["system"] == baseline else show_p(p and p[kind])) for kind in kinds]
-        for row, p in zip(rows, found, strict=True)
+        ["" if row["system"] == baseline else show_p(p and p[P_SHOWN])] for row, p in zip(rows, found, strict=True)
     ]
-    return header, cells, explain_p(document, baseline, column, len(kinds) > 1)
+    return ["p"], cells, _explain_p(document, baseline, column)
 
 
-def explain_p(document: dict, baseline: str, column: str, several: bool, of: str = "") -> str:
+def _explain_p(document: dict, baseline: str, column: str, of: str = "") -> str:
     """What p is, in a phrase; `of`: what of the baseline is compared, such as "change of"."""
     where = ", on the mean of collections" if column == MEAN else ""
-    test = "paired t-test and paired randomisation test" if several else "paired randomisation test"
-    holm = "as they are and Holm-corrected" if several else "Holm-corrected"
     label = find_label(document, baseline)
     against = f"the {of} {label}" if of else label
-    return f"p: {test} over queries against {against}{where}, {holm} for the systems compared"
+    return (
+        f"p: paired randomisation test over queries against {against}{where}, Holm-corrected for the systems compared"
+    )
 
 
 def _name_encoder(document: dict, encoder: str) -> str:

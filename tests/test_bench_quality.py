@@ -14,6 +14,7 @@ from conftest import REPOSITORY, SAMPLE_FILE, list_record
 from scipy.stats import ttest_rel
 
 import gradret.bench
+import gradret.cli_bench
 from gradret.bench import run_grid
 from gradret.bm25 import search_bm25
 from gradret.cli import main
@@ -292,6 +293,21 @@ def test_the_report_alone_opens_nothing_but_the_rows(plan, tmp_path, monkeypatch
     assert {**first, "command": ""} == {**again, "command": ""} and again["done"] == 3
     assert (tmp_path / "page" / "index.html").read_text().count("<table") >= 1
     assert result.stderr.endswith("written: out/quality.json, out/quality.png, page/index.html\n")
+
+
+def test_processes_that_share_a_folder_write_its_report_one_after_the_other(plan, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    written = []
+
+    def look(path, content):
+        written.append(path.name)
+        with open(tmp_path / "out" / "rows.jsonl") as rows, pytest.raises(BlockingIOError):
+            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    monkeypatch.setattr(gradret.cli_bench, "replace_json", look)
+    result = invoke("--config", plan, "--out", "out", "--max-runs", 0)
+    assert result.exit_code == 0, result.stderr
+    assert written == ["quality.json"]
 
 
 CHECKS = [

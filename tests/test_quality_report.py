@@ -348,7 +348,7 @@ def test_lines_fit_a_terminal():
     systems = {name: replace(system, label=f"{label} {name}") for name, system in SYSTEMS.items()}
     grid = make_grid(
         make_experiment(collections=tuple(collections), title="Main"),
-        make_experiment("b", collections=("SciFact test",)),
+        make_experiment("b", collections=("SciFact test",), title="A title of many words, " * 7),
         collections=collections,
         systems=systems,
     )
