@@ -5,6 +5,7 @@ from dataclasses import replace
 import matplotlib.colors
 import numpy as np
 import pytest
+from conftest import REPOSITORY
 from quality_examples import (
     COLLECTIONS,
     SYSTEMS,
@@ -443,3 +444,41 @@ def test_a_chart_is_described():
         "All systems: bars of nDCG@10 on A, B, mean of collections. On mean of collections: highest W2 with 0.6600, "
         "lowest Untrained with 0.3500"
     )
+
+
+# --- the README's tables
+
+
+def test_the_readmes_tables(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import quality_table
+
+    columns = (("main", "A", "A"), ("main", "mean", "mean"), ("other", "B", "only B"))
+    monkeypatch.setattr(quality_table, "COLUMNS", columns)
+    twin = replace(SYSTEMS["wasserstein"], name="twin", data="other")  # of the same label, for other data
+    grid = make_grid(
+        make_experiment(),
+        make_experiment("other", systems=("infonce", "twin"), collections=("B",)),
+        make_experiment("noise", systems=("infonce",), vary="temperature", values=(0.1, 0.2)),
+        systems=SYSTEMS | {"twin": twin},
+        data={"lists": ("lists.jsonl",), "other": ("other.jsonl",)},
+    )
+    levels = LEVELS | {"twin": 0.7}
+    assert quality_table.make_tables(make_document(grid, fill_rows(grid, levels), make_facts(grid))) == [
+        "| nDCG@10, small | A | mean | only B |",
+        "|---|---:|---:|---:|",
+        "| BM25 | 0.5000 | 0.4500 | – |",
+        "| Untrained | 0.4000 | 0.3500 | – |",
+        "| InfoNCE | 0.6100 ± 0.0141 | 0.5600 ± 0.0141 | 0.5100 ± 0.0141 |",
+        "| W2 | 0.7100 ± 0.0141 | 0.6600 ± 0.0141 | 0.6100 ± 0.0141 |",
+        "",
+        "| W2 against | A | mean | only B |",
+        "|---|---:|---:|---:|",
+        "| InfoNCE | +0.1000 (0.375) | +0.1000 (0.094) | – |",
+        "| Untrained | +0.3100 (0.375) | +0.3100 (0.094) | – |",
+    ]
+    missing = find_cell(grid, "wasserstein").runs[1].key
+    rows = {key: row for key, row in fill_rows(grid, levels).items() if key != missing}
+    lines = quality_table.make_tables(make_document(grid, rows, make_facts(grid)))
+    assert lines[5] == "| W2 | 0.7000 (1 of 2) | 0.6500 (1 of 2) | 0.6100 ± 0.0141 |"
+    assert lines[9] == "| InfoNCE | – | – | – |"

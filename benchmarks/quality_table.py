@@ -1,0 +1,75 @@
+"""The README's tables of a quality.json made with quality.toml: python benchmarks/quality_table.py FILE.json"""
+
+import json
+import sys
+from pathlib import Path
+
+from gradret.quality_tables import DASH, MEAN, find_label, show_p, show_value
+
+COLUMNS = (  # experiment, its column, shown
+    ("main", "SciFact test", "SciFact"),
+    ("main", "Cranfield, even", "Cranfield"),
+    ("main", MEAN, "mean of both"),
+    ("scifact-to-cranfield", "Cranfield, even", "SciFact to Cranfield"),
+    ("cranfield-to-scifact", "SciFact test", "Cranfield to SciFact"),
+    ("in-domain", MEAN, "held-out lists"),
+)
+
+
+def make_tables(document: dict) -> list[str]:
+    """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead."""
+    lines: list[str] = []
+    for encoder in document["encoders"]:
+        rows = {
+            (e["name"], row["system"]): row
+            for e in document["experiments"]
+            for row in e["rows"]
+            if row["encoder"] == encoder and row["columns"] and e["vary"] is None
+        }
+        if rows:
+            lines += [""] * bool(lines) + _show_systems(document, encoder, rows) + [""]
+            lines += _show_lead(document, rows)
+    return lines
+
+
+def _show_systems(document: dict, encoder: str, rows: dict) -> list[str]:
+    measure = document["measures"][0]
+    labels: dict[str, list[str]] = {}  # systems of one label stand for one another: each has its experiment's data
+    for _, system in rows:
+        labels.setdefault(find_label(document, system), []).append(system)
+    lines = _open_table(f"{measure}, {encoder}", [shown for *_, shown in COLUMNS])
+    for label, systems in labels.items():
+        cells = []
+        for experiment, column, _ in COLUMNS:
+            row = next((r for s in systems if (r := rows.get((experiment, s)))), None)
+            found = row and row["columns"].get(column)
+            missing = f" ({row['runs']} of {row['wanted']})" if row and row["runs"] < row["wanted"] else ""
+            cells.append(show_value(found["mean"][measure], found["sd"][measure]) + missing if found else DASH)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _show_lead(document: dict, rows: dict) -> list[str]:
+    """The primary system's mean less a baseline's, and the p-value of that."""
+    measure, primary = document["measures"][0], document["primary"]
+    lines = _open_table(f"{find_label(document, primary)} against", [shown for *_, shown in COLUMNS])
+    for baseline in document["baselines"]:
+        cells = []
+        for experiment, column, _ in COLUMNS:
+            ours, theirs = (rows.get((experiment, s), {}).get("columns", {}).get(column) for s in (primary, baseline))
+            p = ours and ours["p"].get(baseline)
+            cells.append(
+                f"{ours['mean'][measure] - theirs['mean'][measure]:+.4f} ({show_p(p['randomisation_holm'])})"
+                if p and theirs
+                else DASH
+            )
+        lines.append(f"| {find_label(document, baseline)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _open_table(first: str, others: list[str]) -> list[str]:
+    return [f"| {' | '.join([first, *others])} |", "|---|" + "---:|" * len(others)]
+
+
+if __name__ == "__main__":
+    print("\n".join(make_tables(json.loads(Path(sys.argv[1]).read_text()))))
