@@ -1,0 +1,1 @@
+"""gradret's losses in other libraries' trainers; each module needs its library installed."""

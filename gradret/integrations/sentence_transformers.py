@@ -1,0 +1,136 @@
+"""The Wasserstein list loss for SentenceTransformerTrainer."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.distributed import all_gather_with_grad, get_rank
+from torch import Tensor, nn
+
+from gradret.losses import kl_loss, wasserstein_loss
+from gradret.retrieval_loss import wasserstein_retrieval_loss
+from gradret.settings import FitSettings
+
+DEFAULTS = FitSettings()
+
+
+class WassersteinLoss(nn.Module):
+    """What `gradret fit` minimises, for rows of a query, passages and the passages' grades.
+
+    Inputs: columns (query, passage_1, ..., passage_n), n >= 2, and a label column with a list of n grades a row, any
+    real numbers in any order. With `in_batch` every query is also scored against the passages of the other rows. A
+    passage that two rows share counts there as one of the default grade, so keep such rows apart:
+    batch_sampler=BatchSamplers.NO_DUPLICATES.
+
+    Args:
+        model: its similarity_fn_name, "cosine" or "dot", is the score.
+        order, temperature, targets, ground: see gradret.losses.wasserstein_loss. Unlike the `scale` of other losses,
+            the temperature divides the scores.
+        kl_share: share of gradret.losses.kl_loss in the loss, 0 to 1.
+        in_batch: whether the other rows' passages join each list, with the default grade.
+        default_grade: theirs.
+        gather_across_devices: the other rows are those of all processes.
+
+    Raises: ValueError where similarity, grades or options can not be used.
+    Source: SyCL, arXiv 2503.23239, whose loss is the Gaussian form of this one.
+    """
+
+    def __init__(
+        self,
+        model: SentenceTransformer,
+        *,
+        order: int = DEFAULTS.order,
+        temperature: float = DEFAULTS.temperature,
+        targets: str = DEFAULTS.targets,
+        ground: str = DEFAULTS.ground,
+        kl_share: float = DEFAULTS.kl_share,
+        in_batch: bool = True,
+        default_grade: float = 0.0,
+        gather_across_devices: bool = False,
+    ) -> None:
+        super().__init__()
+        if model.similarity_fn_name not in ("cosine", "dot"):
+            raise ValueError(f"the model's similarity must be 'cosine' or 'dot', got {model.similarity_fn_name!r}")
+        if gather_across_devices and not in_batch:
+            raise ValueError("gather_across_devices gathers the other rows' passages, so it needs in_batch")
+        self.model = model
+        self.order, self.temperature, self.targets, self.ground = order, temperature, targets, ground
+        self.kl_share, self.in_batch, self.default_grade = kl_share, in_batch, default_grade
+        self.gather_across_devices = gather_across_devices
+        self._compute(*self._stack([torch.zeros(2, 2)] * 3), torch.ones(2, 2), 0)  # tells options that do not do
+
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            sentence_features: of the query and of each passage column.
+            labels: (B, n) grades.
+        """
+        embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        return self.compute_loss_from_embeddings(embeddings, labels)
+
+    def compute_loss_from_embeddings(self, embeddings: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss from n + 1 tensors (B, D), of the queries and of each passage column, and (B, n) grades."""
+        shape = (len(embeddings[0]), len(embeddings) - 1)
+        if shape[1] < 2:
+            raise ValueError(f"columns must be a query and at least 2 passages, got {len(embeddings)} columns")
+        if labels.shape != shape:
+            raise ValueError(
+                f"labels must hold a grade for each of {shape[1]} passages a row, got {tuple(labels.shape)}"
+            )
+        offset = 0
+        queries, *columns = embeddings
+        if self.gather_across_devices:
+            columns = [all_gather_with_grad(column) for column in columns]
+            offset = get_rank() * shape[0]
+        return self._compute(*self._stack([queries, *columns]), labels, offset)
+
+    def _stack(self, embeddings: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries (B, D) and passages (n, W, D), scored by their dot products; W rows of all processes."""
+        queries, *columns = (e.to(torch.promote_types(e.dtype, torch.float32)) for e in embeddings)
+        documents = torch.stack(columns)
+        if self.model.similarity_fn_name == "cosine":
+            queries, documents = nnf.normalize(queries, dim=-1), nnf.normalize(documents, dim=-1)
+        return queries, documents
+
+    def _compute(self, queries: Tensor, documents: Tensor, labels: Tensor, offset: int) -> Tensor:
+        """The loss of rows that are rows `offset` to `offset` + B of the documents."""
+        options = {"temperature": self.temperature, "targets": self.targets}
+        if not self.in_batch:
+            scores = (queries * documents).sum(-1).T  # (B, n)
+            loss = wasserstein_loss(scores, labels, order=self.order, ground=self.ground, **options)
+            return loss.lerp(kl_loss(scores, labels, **options), self.kl_share) if self.kl_share else loss
+        count, width = labels.shape
+        rows = torch.arange(count, device=labels.device)
+        columns = torch.arange(width, device=labels.device) * documents.shape[1]
+        return wasserstein_retrieval_loss(
+            queries,
+            documents.flatten(0, 1),
+            (rows.repeat_interleave(width), (rows[:, None] + offset + columns).flatten(), labels.flatten()),
+            default_grade=self.default_grade,
+            order=self.order,
+            ground=self.ground,
+            kl_share=self.kl_share,
+            **options,
+        )
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        names = ("order", "temperature", "targets", "ground", "kl_share", "in_batch", "default_grade")
+        return {name: getattr(self, name) for name in (*names, "gather_across_devices")}
+
+    @property
+    def citation(self) -> str:
+        """Whom to cite, for the model card."""
+        return """
+@misc{esfandiarpoor2025contrastivelearningsyntheticdata,
+    title={Beyond Contrastive Learning: Synthetic Data Enables List-wise Training with Multiple Levels of Relevance},
+    author={Esfandiarpoor, Reza and Zerveas, George and Zhang, Ruochen and Mgonzo, Macton and Eickhoff, Carsten and
+        Bach, Stephen H.},
+    year={2025},
+    eprint={2503.23239},
+    archivePrefix={arXiv},
+}
+"""
