@@ -19,12 +19,13 @@ COLUMNS = (  # experiment, its column, shown
 def make_tables(document: dict) -> list[str]:
     """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead."""
     lines: list[str] = []
+    shown = {experiment for experiment, *_ in COLUMNS}
     for encoder in document["encoders"]:
         rows = {
             (e["name"], row["system"]): row
             for e in document["experiments"]
             for row in e["rows"]
-            if row["encoder"] == encoder and row["columns"] and e["vary"] is None
+            if row["encoder"] == encoder and row["columns"] and e["name"] in shown
         }
         if rows:
             lines += [""] * bool(lines) + _show_systems(document, encoder, rows) + [""]
@@ -50,21 +51,28 @@ def _show_systems(document: dict, encoder: str, rows: dict) -> list[str]:
 
 
 def _show_lead(document: dict, rows: dict) -> list[str]:
-    """The primary system's mean less a baseline's, and the p-value of that."""
+    """The primary system's mean less a baseline's, the p-value of that, and in how many seeds it is above 0."""
     measure, primary = document["measures"][0], document["primary"]
     lines = _open_table(f"{find_label(document, primary)} against", [shown for *_, shown in COLUMNS])
+    labels: dict[str, list[str]] = {}
     for baseline in document["baselines"]:
+        labels.setdefault(find_label(document, baseline), []).append(baseline)
+    for label, baselines in labels.items():
         cells = []
         for experiment, column, _ in COLUMNS:
-            ours, theirs = (rows.get((experiment, s), {}).get("columns", {}).get(column) for s in (primary, baseline))
-            p = ours and ours["p"].get(baseline)
-            cells.append(
-                f"{ours['mean'][measure] - theirs['mean'][measure]:+.4f} ({show_p(p['randomisation_holm'])})"
-                if p and theirs
-                else DASH
-            )
-        lines.append(f"| {find_label(document, baseline)} | " + " | ".join(cells) + " |")
+            ours = rows.get((experiment, primary), {}).get("columns", {}).get(column, {})
+            found = [(rows[experiment, b]["columns"][column], p) for b in baselines if (p := ours.get("p", {}).get(b))]
+            cells.append(_show_difference(ours, *found[0], measure) if found else DASH)
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _show_difference(ours: dict, theirs: dict, p: dict, measure: str) -> str:
+    values = ours["values"][measure]
+    others = theirs["values"][measure]
+    ahead = sum(a > b for a, b in zip(values, others * len(values) if len(others) == 1 else others, strict=True))
+    difference = ours["mean"][measure] - theirs["mean"][measure]
+    return f"{difference:+.4f} ({show_p(p['randomisation_holm'])}; {ahead}/{len(values)})"
 
 
 def _open_table(first: str, others: list[str]) -> list[str]:

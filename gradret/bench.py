@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Outcome:
         rows: key of a run -> its row, of all runs of the grid that are done, by whomever.
         collections: name shown -> source, queries, documents.
         planned: runs of the grid.
-        error: why it ended before its last run: a signal, or a run that failed; None where it did not.
+        error: a signal that ended it before its last run, or which runs failed; None where all are done.
     """
 
     rows: dict[str, dict]
@@ -61,12 +62,13 @@ def run_grid(
         max_runs: end after so many runs; with 0 nothing is opened but the rows, which are taken as they are.
         fresh: remove the rows of these runs first.
         progress: show bars on a terminal.
-    Returns: all rows there are; also when a signal or an error ended a run, see Outcome.error.
-    Raises: GradretError, before the first run, when anything that a run needs is not there.
+    Returns: all rows there are; also when a signal ended a run or runs failed, see Outcome.error.
+    Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row can not be
+        written.
     """
     rows, wanted = GridRows(Path(out, ROWS_FILE)), grid.wanted()
     own = list(wanted)[shard[0] - 1 :: shard[1]]
-    stopped, failure, inputs = False, None, None
+    stopped, failures, inputs = False, [], None
     if max_runs != 0:
         with StopRequest() as stop:
             with stop.at_once():
@@ -81,16 +83,14 @@ def run_grid(
                 part = f" of shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
                 done = f"{len(own) - len(todo)} of {len(own)} runs{part} are done already in {rows.path}"
                 say(f"{done}; --fresh measures again")
-            worker = Worker(grid, inputs, device, progress)
-            try:
-                stopped = worker.work(todo[:max_runs], own, wanted, rows, stop)
-            except GradretError as error:
-                failure = str(error)
+            stopped, failures = Worker(grid, inputs, device, progress).work(todo[:max_runs], own, wanted, rows, stop)
     found = choose_rows(rows.read(tell=max_runs == 0), wanted, grid.measures, inputs)
+    again = "the same command without --fresh" if fresh else "the same command"
+    if len(failures) > 1:
+        failures = [f"{len(failures)} runs failed, which {again} tries again: {'; '.join(failures)}"]
     if stopped:
-        again = "the same command without --fresh" if fresh else "the same command"
-        failure = f"stopped when {len(found)} of {len(wanted)} runs were done; {again} does the rest"
-    return Outcome(found, describe_collections(grid, found, inputs), len(wanted), failure)
+        failures.append(f"stopped when {len(found)} of {len(wanted)} runs were done; {again} does the rest")
+    return Outcome(found, describe_collections(grid, found, inputs), len(wanted), "; ".join(failures) or None)
 
 
 class Worker:
@@ -112,34 +112,37 @@ class Worker:
         wanted: Mapping[Run, Sequence[str]],
         rows: GridRows,
         stop: StopRequest,
-    ) -> bool:
+    ) -> tuple[bool, list[str]]:
         """Do the runs in `todo`, a part of `plan`.
 
-        Returns: whether a signal ended it.
-        Raises: GradretError when a run fails, with its name.
+        Returns: whether a signal ended it; and which runs failed, and why.
+        Raises: GradretError when a row can not be written.
         """
+        failures: list[str] = []
         numbers = {run: number for number, run in enumerate(plan, 1)}
         began = time.monotonic()
         for done, run in enumerate(todo, 1):
             if stop.signal is not None:
-                return True
+                return True, failures
             title, row = f"run {numbers[run]} of {len(plan)}: {self._titles[run.key]}", None
             say(title)
             try:
                 with stop.at_once():
                     row = self.measure(run, wanted[run])
             except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
-                return True
+                return True, failures
             except GradretError as error:
-                raise GradretError(f"{title}: {error}") from error
+                failures.append(f"{title}: {error}")
+                say(f"{failures[-1]}; going on with the others")
+                continue
             if row is None:
-                return True
+                return True, failures
             with stop.uninterrupted():
                 rows.append(row)
             if left := len(todo) - done:
                 mean_s = (time.monotonic() - began) / done
                 say(f"{left} run{'s' if left > 1 else ''} to go, about {_show_time(left * mean_s)}")
-        return False
+        return False, failures
 
     def measure(self, run: Run, sources: Sequence[str]) -> dict:
         """The row of a run. Raises: GradretError; Interrupted."""
@@ -202,18 +205,25 @@ def choose_rows(
         stored: see GridRows.read.
         wanted: see Grid.wanted.
         inputs: rows of other data, encoders or collections than these are left out; None takes them as they are.
-        tell: say how many these are.
+        tell: say how many rows are not used, and why.
     """
-    found, changed = {}, 0
+    found, others = {}, Counter()
     for run, sources in wanted.items():
-        rows = [row for row in stored.get(run.key, ()) if _is_whole(row, sources, measures)]
+        there = stored.get(run.key, ())
+        rows = [row for row in there if _is_whole(row, sources, measures)]
         same = [row for row in rows if inputs is None or _has_content(row, run, sources, inputs)]
         if same:
             found[run.key] = same[0]
-        changed += bool(rows and not same)
-    if changed and tell:
-        runs = f"{changed} run{'s were' if changed > 1 else ' was'}"
-        say(f"{runs} done with data, an encoder or a collection that changed since: again")
+        elif rows:
+            others["done with data, an encoder or a collection that changed since: again"] += 1
+        elif there:
+            others["done without a measure or a collection that is wanted now: again"] += 1
+    others["done with other settings or collections than are planned now: kept, not used"] = len(
+        stored.keys() - {run.key for run in wanted}
+    )
+    for what, count in others.items() if tell else ():
+        if count:
+            say(f"{count} run{'s were' if count > 1 else ' was'} {what}")
     return found
 
 

@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
+from itertools import chain
 
 import torch
 
 from gradret.bm25 import import_bm25s
-from gradret.collection import Collection
+from gradret.collection import Collection, IrDatasetsCollection
 from gradret.encoder import Encoder
 from gradret.encoder_load import load
 from gradret.errors import GradretError
@@ -51,11 +52,13 @@ class GridInputs:
         return self._content[run.key]
 
     def find_collection_content(self, source: str) -> str:
-        """A fingerprint of a collection's queries, judgments and number of documents."""
+        """A fingerprint of a collection's queries, judgments and documents; of ir_datasets', of how many there are."""
         if source not in self._measured:
             collection = self.collections[source]
             told = [collection.queries, collection.qrels, collection.document_count]
-            self._measured[source] = _digest(json.dumps(told).encode())
+            known = isinstance(collection, IrDatasetsCollection)  # its files have one content for all
+            documents = () if known else (f"\0{d.doc_id}\0{d.content}".encode() for d in collection.documents())
+            self._measured[source] = _digest(chain([json.dumps(told).encode()], documents))
         return self._measured[source]
 
     def count_lists(self, run: Run) -> int | None:
@@ -96,7 +99,7 @@ class GridInputs:
             queries = {query_words(text) for collection in measured for text in collection.queries.values()}
             summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
             # A file of queries that selects others changes what is kept, and no source.
-            self._lists[name] = _digest(lists.fingerprint.encode(), summary.kept.tobytes()), len(summary.kept)
+            self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), len(summary.kept)
         return self._lists[name][0]
 
     def _check_mining(self, text: str) -> str:
@@ -116,10 +119,10 @@ def _digest_weights(encoder: Encoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         parts.append(f"{name} {tuple(tensor.shape)}".encode())
         parts.append(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
-    return _digest(*parts)
+    return _digest(parts)
 
 
-def _digest(*parts) -> str:
+def _digest(parts: Iterable) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)

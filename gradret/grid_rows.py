@@ -98,7 +98,10 @@ class GridRows:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{self.path}:{number}"
-                row = decode_json(line, where)
+                try:
+                    row = decode_json(line, where)
+                except GradretError as error:
+                    raise GradretError(f"{error}; remove the line, and its run is done again") from None
                 if not _is_row(row):
                     raise GradretError(
                         f"{where}: is no row of gradret bench quality; remove the line, or name another --out"

@@ -9,6 +9,7 @@ from gradret.quality_tables import (
     find_label,
     group_by_encoder,
     is_curve,
+    name_axis,
     name_column,
     name_row,
     show_setting,
@@ -36,7 +37,7 @@ def make_figure(document: dict, experiment: dict):
     """The first measure: a panel for each encoder and collection, and for their mean; whiskers are one deviation.
 
     Rows of a table are horizontal bars in the table's order; where numbers are varied, a line a system. The primary
-    system is set off in colour. What is not done yet has no bar, or no point.
+    system is set off in colour. What is not done yet has no bar; where some of its runs are missing, it has no point.
 
     Returns: a matplotlib Figure that knows how to be a PNG.
     """
@@ -56,7 +57,7 @@ def make_figure(document: dict, experiment: dict):
             axes.set_title(textwrap.fill(name, LABEL), fontsize=9, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
-            axes.set_xlabel(experiment["vary"] if curves else measure)
+            axes.set_xlabel(name_axis(experiment["vary"]) if curves else measure)
             if not curves:  # one scale; room for the number behind the longest bar
                 axes.set_xlim(0, 1.28 * _find_highest(document, experiment) or 1.0)
                 axes.locator_params(axis="x", nbins=4)
@@ -115,7 +116,7 @@ def _draw_curves(axes, document: dict, experiment: dict, rows: list[dict], colum
         points = sorted(
             (row["value"], found["mean"][measure], found["sd"][measure] or 0.0)
             for row in rows
-            if row["system"] == system and (found := row["columns"].get(column))
+            if row["system"] == system and row["runs"] == row["wanted"] and (found := row["columns"].get(column))
         )
         # Side by side, so that whiskers do not hide one another.
         shift = 0.012 * (i - (len(systems) - 1) / 2)

@@ -24,6 +24,11 @@ class Found:
     def is_complete(self) -> bool:
         return len(self.runs) == len(self.cell.runs)
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether all runs are done, and more than one where it is trained: seeds move a mean as queries do."""
+        return self.is_complete and (self.cell.data is None or len(self.runs) > 1)
+
 
 class Comparisons:
     """Tests waiting to be made: randomisation tests are made together, which is much faster.
@@ -64,7 +69,7 @@ def compare_rows(grid: Grid, found: Mapping[str, Sequence[Found]], comparisons: 
     tables: dict[tuple, list[Found]] = {}
     for name, rows in found.items():
         for one in rows:
-            if one.is_complete:
+            if one.is_tested:
                 tables.setdefault((name, one.cell.encoder, repr(one.cell.value)), []).append(one)
     for table in tables.values():
         for baseline in grid.baselines:
@@ -83,7 +88,8 @@ def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], c
 
     Returns: for each encoder and system whose runs at both values are done, "encoder", "system", and "columns": for
         each collection and their mean, the "change" of the first measure and "p": for each baseline of the experiment
-        the p-values of the difference between the two changes, query by query. Nothing where no number is varied.
+        the p-values of the difference between the two changes, query by query, where what is trained has several
+        seeds. Nothing where no number is varied.
     """
     if not is_curve({"values": experiment.values}) or len(experiment.values) < 2:
         return []
@@ -97,17 +103,20 @@ def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], c
         if len(pair) < 2:
             continue
         first, last = (pair[experiment.values[i]] for i in (0, -1))
-        changes[encoder, system] = {
-            name: dict(zip(_mean_per_query(grid, name, last), _find_differences(grid, name, last, first), strict=True))
-            for name in first.cell.collections
-        }
+        if first.is_tested and last.is_tested:
+            changes[encoder, system] = {
+                name: dict(
+                    zip(_mean_per_query(grid, name, last), _find_differences(grid, name, last, first), strict=True)
+                )
+                for name in first.cell.collections
+            }
         columns = {}
         for column in first.entry["columns"]:
             means = [one.entry["columns"][column]["mean"][grid.measures[0]] for one in (first, last)]
             columns[column] = {"change": means[1] - means[0], "p": {}}
         found.append({"encoder": encoder, "system": system, "columns": columns})
     for encoder in experiment.encoders:
-        table = [entry for entry in found if entry["encoder"] == encoder]
+        table = [entry for entry in found if entry["encoder"] == encoder and (encoder, entry["system"]) in changes]
         for baseline in grid.baselines:
             if (encoder, baseline) not in changes:
                 continue
@@ -122,19 +131,24 @@ def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], c
 
 
 def _find_differences(grid: Grid, name: str, ours: Found, theirs: Found) -> np.ndarray:
-    try:
-        return find_differences(_mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs))
-    except ValueError:
-        raise GradretError(
-            f"rows of {ours.cell.system} and {theirs.cell.system} on {grid.collections[name]}: "
-            "the queries differ, so the collection has changed since; measure again with --fresh"
-        ) from None
+    ours_per_query, theirs_per_query = _mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs)
+    if ours_per_query.keys() != theirs_per_query.keys():
+        raise _queries_differ(grid, name, ours, theirs)
+    return find_differences(ours_per_query, theirs_per_query)
 
 
 def _mean_per_query(grid: Grid, name: str, one: Found) -> dict[str, float]:
     if name not in one.per_query:
         runs = [run["collections"][grid.collections[name]]["per_query"][grid.measures[0]] for run in one.runs]
         if any(run.keys() != runs[0].keys() for run in runs):
-            raise ValueError("the queries of two seeds differ")
+            raise _queries_differ(grid, name, one, one)
         one.per_query[name] = {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
     return one.per_query[name]
+
+
+def _queries_differ(grid: Grid, name: str, ours: Found, theirs: Found) -> GradretError:
+    systems = " and ".join(dict.fromkeys((ours.cell.system, theirs.cell.system)))
+    return GradretError(
+        f"rows of {systems} on {grid.collections[name]}: the queries differ, so the collection has changed since; "
+        "measure again with --fresh"
+    )

@@ -173,25 +173,35 @@ def _wrap(caption: str, head: str, lines: Sequence[str], kind: str = "") -> str:
 
 
 def _show_tests(document: dict, experiment: dict) -> str:
-    """A table for each encoder and baseline: of every column the four p-values."""
+    """A table for each encoder and baseline: of every column the four p-values; then those of the curves' changes."""
+    tables = []
+    changes = [(change, find_label(document, change["system"])) for change in experiment["changes"]]
+    for encoder, rows in group_by_encoder(experiment).items():
+        named = [(row, name_row(row, experiment)) for row in rows]
+        changed = [(change, label) for change, label in changes if change["encoder"] == encoder]
+        for entries, what in ((named, ""), (changed, "the change of ")):
+            for baseline in document["baselines"]:
+                caption = f"{experiment['title']}: p against {what}{find_label(document, baseline)}"
+                caption += f", encoder {encoder}, {document['measures'][0]}"
+                tables.append(_show_p_values(document, experiment, entries, baseline, caption))
+    return "\n".join(filter(None, tables))
+
+
+def _show_p_values(
+    document: dict, experiment: dict, entries: Sequence[tuple[dict, str]], baseline: str, caption: str
+) -> str:
+    """A table of entries with their names; "" where none was tested against the baseline."""
     columns = find_columns(experiment, list(document["collections"]))
     groups = "".join(f'<th scope="colgroup" colspan="{len(P_NAMES)}">{escape(name_column(c))}</th>' for c in columns)
-    kinds = "".join(f'<th scope="col">{escape(name[3:])}</th>' for name in P_NAMES.values()) * len(columns)
-    tables = []
-    for encoder, rows in group_by_encoder(experiment).items():
-        for baseline in document["baselines"]:
-            lines = []
-            for row in rows:
-                found = [row["columns"].get(c, {}).get("p", {}).get(baseline) for c in columns]
-                if any(found):
-                    cells = "".join(f"<td>{show_p(p and p[kind])}</td>" for p in found for kind in P_NAMES)
-                    lines.append(f'<tr><th scope="row">{escape(name_row(row, experiment))}</th>{cells}</tr>')
-            if lines:
-                caption = f"{experiment['title']}: p against {find_label(document, baseline)}"
-                caption += f", encoder {encoder}, {document['measures'][0]}"
-                head = f'<tr><th scope="col" rowspan="2">system</th>{groups}</tr>\n<tr>{kinds}</tr>'
-                tables.append(_wrap(caption, head, lines))
-    return "\n".join(tables)
+    kinds = "".join(f'<th scope="col">{escape(name)}</th>' for name in P_NAMES.values()) * len(columns)
+    lines = []
+    for entry, name in entries:
+        found = [entry["columns"].get(c, {}).get("p", {}).get(baseline) for c in columns]
+        if any(found):
+            cells = "".join(f"<td>{show_p(p and p[kind])}</td>" for p in found for kind in P_NAMES)
+            lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    head = f'<tr><th scope="col" rowspan="2">system</th>{groups}</tr>\n<tr>{kinds}</tr>'
+    return _wrap(caption, head, lines) if lines else ""
 
 
 def _show_setup(document: dict) -> str:
@@ -200,7 +210,7 @@ def _show_setup(document: dict) -> str:
     hardware = list(dict.fromkeys(tuple(str(v.get(name)) for name in HARDWARE) for v in document["versions"]))
     names = list(dict.fromkeys(name for v in document["versions"] for name in v if name not in HARDWARE))
     versions = list(dict.fromkeys(tuple(show_setting(v.get(name)) for name in names) for v in document["versions"]))
-    seconds = document["fit_seconds"]
+    training = document["training"]
     tables = [
         _show_facts(
             "Systems",
@@ -219,11 +229,11 @@ def _show_setup(document: dict) -> str:
         _show_facts("Versions", names, [list(line) for line in versions]) if names else "",
         _show_facts("Hardware", ["device", "threads", "run on"], hardware) if hardware else "",
         _show_facts(
-            "Training time",
-            ["system", "runs", "mean seconds"],
-            [[find_label(document, k), str(len(v)), f"{sum(v) / len(v):.1f}"] for k, v in seconds.items() if v],
+            "Training",
+            ["system", "runs", "lists", "steps", "mean seconds"],
+            [_show_training(find_label(document, system), runs) for system, runs in training.items()],
         )
-        if any(seconds.values())
+        if training
         else "",
         "<details><summary>Every setting</summary>\n"
         + _show_facts(
@@ -237,6 +247,14 @@ def _show_setup(document: dict) -> str:
     return "\n".join(
         [f'<section id="{SETUP}">', "<h2>Settings, data, versions</h2>", *filter(None, tables), command, "</section>"]
     )
+
+
+def _show_training(label: str, runs: Sequence[dict]) -> list[str]:
+    ranges = []
+    for name in ("lists", "steps"):
+        values = sorted(run[name] for run in runs)
+        ranges.append(f"{values[0]} to {values[-1]}" if values[0] < values[-1] else str(values[0]))
+    return [label, str(len(runs)), *ranges, f"{sum(run['seconds'] for run in runs) / len(runs):.1f}"]
 
 
 def _show_facts(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -25,9 +25,9 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
     """Everything measured so far, table by table.
 
     The p-values of a table's column compare, of the first measure, each query's mean over seeds with the baseline's.
-    They are given where all runs of both systems are done, and corrected (Holm) for the systems of the table that were
-    compared with this baseline in this column. An experiment that varies a number has "changes", see
-    quality_compare.compare_changes.
+    They are given where all runs of both systems are done, with several seeds where one is trained, and corrected
+    (Holm) for the systems of the table that were compared with this baseline in this column. An experiment that varies
+    a number has "changes", see quality_compare.compare_changes.
 
     Args:
         grid: what is to be run; its cells are the rows of the tables.
@@ -77,7 +77,7 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
             "data": grid.data,
             "collections": facts["collections"],
             "versions": versions,
-            "fit_seconds": _collect_seconds(found),
+            "training": _collect_training(found),
             "experiments": [
                 {
                     "name": experiment.name,
@@ -165,15 +165,16 @@ def _summarise(measures: Sequence[str], seeds: list[dict]) -> dict:
     }
 
 
-def _collect_seconds(found: Mapping[str, list[Found]]) -> dict[str, list[float]]:
-    """Seconds of each training by its system, every run once, though several tables show it."""
-    seconds: dict[str, dict[int, float]] = {}
+def _collect_training(found: Mapping[str, list[Found]]) -> dict[str, list[dict]]:
+    """Lists, steps and seconds of each training by its system, every run once, though several tables show it."""
+    training: dict[str, dict[int, dict]] = {}
     for rows in found.values():
         for one in rows:
             for run in one.runs:
                 if run["run"]["ranker"] == "fit":
-                    seconds.setdefault(one.cell.system, {})[id(run)] = run["fit_seconds"]
-    return {system: list(runs.values()) for system, runs in seconds.items()}
+                    facts = {"lists": run["lists"], "steps": run["steps"], "seconds": run["fit_seconds"]}
+                    training.setdefault(one.cell.system, {})[id(run)] = facts
+    return {system: list(runs.values()) for system, runs in training.items()}
 
 
 def _to_json(content):

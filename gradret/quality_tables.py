@@ -6,10 +6,10 @@ from dataclasses import dataclass
 MEAN = "mean"  # the column of the mean over the collections
 DASH = "–"
 P_NAMES = {  # of the document -> shown
-    "t": "p, t-test",
-    "t_holm": "p, t-test, Holm",
-    "randomisation": "p, randomisation",
-    "randomisation_holm": "p, randomisation, Holm",
+    "t": "t-test",
+    "t_holm": "t-test, Holm",
+    "randomisation": "randomisation",
+    "randomisation_holm": "randomisation, Holm",
 }
 P_SHOWN = "randomisation_holm"
 
@@ -65,6 +65,11 @@ def find_columns(experiment: dict, collections: Sequence[str]) -> list[str]:
 def name_column(column: str) -> str:
     """The column's name in a header."""
     return "mean of collections" if column == MEAN else column
+
+
+def name_axis(vary: str) -> str:
+    """What an experiment varies, for people."""
+    return "share of the lists shuffled" if vary == "shuffle" else vary.replace("_", " ")
 
 
 def name_row(row: dict, experiment: dict) -> str:
@@ -150,11 +155,12 @@ def _make_curve_table(
     values = [show_setting(value) for value in experiment["values"]]
     cells = [[_take(at.get((system, value)), column, measure, True) for value in values] for system in systems]
     changes = {c["system"]: c["columns"][column] for c in experiment["changes"] if c["encoder"] == rows[0]["encoder"]}
-    baseline = next((name for name in document["baselines"] if name in changes), None)
-    header, note = [experiment["vary"], *values], ""
+    tested = {name for change in changes.values() for name in change["p"]}
+    baseline = next((name for name in document["baselines"] if name in tested), None)
+    header, note = [name_axis(experiment["vary"]), *values], ""
     if changes:
         header.append("change")
-    if baseline is not None and len(changes) > 1:
+    if baseline is not None:
         header.append("p")
         note = f"change: from {values[0]} to {values[-1]}. " + _explain_p(document, baseline, column, "change of")
     shown = []

@@ -237,6 +237,10 @@ def test_what_is_wanted_decides_whether_a_row_will_do(plan, capsys):
     assert len(run_grid(read_grid(plan), ".", max_runs=0).rows) == 2
     plan.write_text(text.replace('"RR@10"', '"AP"'))
     assert run_grid(read_grid(plan), ".", max_runs=0).rows == {}
+    capsys.readouterr()
+    run_grid(read_grid(plan), ".", max_runs=1, progress=False)
+    told = capsys.readouterr().err
+    assert "2 runs were done without a measure or a collection that is wanted now: again" in told
     plan.write_text(text.replace('"nDCG@10", "RR@10"', '"RR@10", "nDCG@10"'))  # no query's RR@10 is kept
     assert run_grid(read_grid(plan), ".", max_runs=0).rows == {}
 
@@ -251,6 +255,27 @@ def test_other_words_in_a_file_make_another_run(plan, tmp_path, capsys):
     assert "1 run was done with data, an encoder or a collection that changed since: again" in told
     assert "2 of 8 runs are done already" in told
     assert [row["lists"] for row in outcome.rows.values()] == [None, None, 49]
+
+
+def test_rows_of_other_settings_are_told_and_kept(plan, tmp_path, capsys):
+    run_grid(read_grid(plan), ".", max_runs=3, progress=False)
+    plan.write_text(plan.read_text().replace("max_steps = 2", "max_steps = 1"))
+    capsys.readouterr()
+    run_grid(read_grid(plan), ".", max_runs=1, progress=False)
+    told = capsys.readouterr().err
+    assert "1 run was done with other settings or collections than are planned now: kept, not used" in told
+    assert "2 of 8 runs are done already" in told and len(read_lines(tmp_path / "rows.jsonl")) == 4
+
+
+def test_other_passages_make_the_untrained_rows_anew(plan, tmp_path, capsys):
+    run_grid(read_grid(plan), ".", max_runs=2, progress=False)
+    text = (tmp_path / "sample.jsonl").read_text()
+    plan.write_text(plan.read_text().replace("sample?", "sample.jsonl?"))
+    run_grid(read_grid(plan), ".", max_runs=2, progress=False)
+    (tmp_path / "sample.jsonl").write_text(text.replace(" the ", " a "))
+    capsys.readouterr()
+    run_grid(read_grid(plan), ".", max_runs=2, progress=False)
+    assert "2 runs were done with data, an encoder or a collection that changed since: again" in capsys.readouterr().err
 
 
 def test_other_queries_in_a_file_make_another_run(plan, tmp_path, capsys):
@@ -349,16 +374,28 @@ def test_a_package_that_a_run_needs_is_asked_for_first(plan, monkeypatch, packag
         assert run_grid(read_grid(plan), ".", max_runs=1, progress=False).error is None
 
 
-def test_a_run_that_fails_is_named_and_the_rows_before_are_shown(plan, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise GradretError("step 1: loss is nan")
+def test_runs_that_fail_are_named_and_the_others_done(plan, tmp_path, monkeypatch):
+    fit, failing = gradret.bench.fit, {0}
+
+    def fail(settings, *arguments, **options):
+        if settings.loss == "infonce" and settings.seed in failing:
+            raise GradretError("step 1: loss is nan")
+        return fit(settings, *arguments, **options)
 
     monkeypatch.setattr(gradret.bench, "fit", fail)
-    result = invoke("--config", plan, "--out", "out")
+    result = invoke("--config", plan, "--out", "out", "--max-runs", 4)
     assert result.exit_code == 1
     title = "run 3 of 8: infonce, seed 0 (tiny, all)"
+    assert f"\n{title}: step 1: loss is nan; going on with the others\n" in result.stderr
     assert result.stderr.endswith(f"\nError: {title}: step 1: loss is nan\n")
-    assert json.loads((tmp_path / "out" / "quality.json").read_text())["done"] == 2
+    assert json.loads((tmp_path / "out" / "quality.json").read_text())["done"] == 3
+    failing.add(1)
+    (tmp_path / "out" / "rows.jsonl").unlink()
+    result = invoke("--config", plan, "--out", "out", "--max-runs", 4)
+    assert result.stderr.splitlines()[-1] == (
+        f"Error: 2 runs failed, which the same command tries again: {title}: step 1: loss is nan; "
+        "run 4 of 8: infonce, seed 1 (tiny, all): step 1: loss is nan"
+    )
 
 
 def test_each_run_is_told_with_what_is_left(plan, capsys):

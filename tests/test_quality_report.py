@@ -139,7 +139,8 @@ def test_the_rest_of_the_document():
     assert document["settings"].keys().isdisjoint({"data", "exclude", "seed", "model"})
     assert document["systems"]["wasserstein"]["settings"] == {"loss": "wasserstein", "order": 2}
     assert document["versions"] == [VERSIONS | {"ran_on": "cpu"}, VERSIONS | {"threads": 8, "ran_on": "cpu"}]
-    assert document["fit_seconds"] == {"infonce": [10.0, 11.0], "wasserstein": [10.0, 11.0]}
+    runs = [{"lists": 80, "steps": 5, "seconds": seconds} for seconds in (10.0, 11.0)]
+    assert document["training"] == {"infonce": runs, "wasserstein": runs}
     assert document["collections"]["A"] == {"source": "beir/a/test", "queries": 4, "documents": 9}
     assert document["command"] == "gradret bench quality --config 'g.toml'"
     assert [e["name"] for e in document["experiments"]] == ["main", "again"]
@@ -195,8 +196,21 @@ def test_systems_are_compared_at_the_same_value_and_encoder():
     assert tested == {("small", 0.1), ("small", 0.2), ("large", 0.1)}
 
 
+def test_what_is_trained_once_is_not_tested():
+    grid = make_grid(make_experiment(), make_experiment("curve", vary="temperature", values=(0.1, 0.2)), seeds=1)
+    document = make_filled(grid)
+    found = rows_of(document)
+    assert found["bm25"]["columns"]["A"]["p"].keys() == {"untrained"}
+    assert found["infonce"]["columns"]["A"]["p"] == found["wasserstein"]["columns"]["mean"]["p"] == {}
+    changes = {change["system"]: change["columns"]["A"] for change in document["experiments"][1]["changes"]}
+    assert changes["wasserstein"] == {"change": pytest.approx(-0.1), "p": {}}
+    assert changes["bm25"]["p"].keys() == {"untrained"}
+    table = make_tables(document, document["experiments"][1])[0]
+    assert [row[-2:] for row in table.rows][-1] == ["-0.1000", "–"]
+
+
 def test_one_query_gives_no_p_value():
-    grid = make_grid(make_experiment(collections=("A",)), collections={"A": COLLECTIONS["A"]}, seeds=1)
+    grid = make_grid(make_experiment(collections=("A",)), collections={"A": COLLECTIONS["A"]})
     rows = {run.key: make_row(run, {"A": [0.5]}) for run in grid.wanted()}
     document = make_document(grid, rows, make_facts(grid))
     p = rows_of(document)["bm25"]["columns"]["A"]["p"]["infonce"]
@@ -211,6 +225,12 @@ def test_rows_of_another_collection_are_refused():
     run = find_cell(grid, "bm25").runs[0]
     rows[run.key] = make_row(run, {"A": [0.5, 0.6], "B": [0.5, 0.6]})
     with pytest.raises(GradretError, match="^rows of bm25 and infonce on beir/a/test: the queries differ, .* --fresh$"):
+        make_document(grid, rows, make_facts(grid))
+    grid = make_grid(make_experiment(systems=("wasserstein",), vary="temperature", values=(0.1, 0.2)), baselines=())
+    rows = fill_rows(grid, LEVELS)
+    run = find_cell(grid, "wasserstein", value=0.1).runs[1]
+    rows[run.key] = make_row(run, {"A": [0.5, 0.6], "B": [0.5, 0.6]})
+    with pytest.raises(GradretError, match="^rows of wasserstein on beir/a/test: the queries differ, .* --fresh$"):
         make_document(grid, rows, make_facts(grid))
 
 
@@ -290,12 +310,12 @@ def test_the_change_along_a_curve_is_compared_with_the_baselines():
     # From .1 to .3 InfoNCE loses .2 on every query, the others less, by another amount on each query of A.
     systems = ("infonce", "wasserstein")
     experiment = make_experiment(vary="temperature", values=(0.1, 0.2, 0.3), systems=systems)
-    grid = make_grid(experiment, seeds=1)
+    grid = make_grid(experiment)
     rows = fill_rows(grid, LEVELS)
     kept = [0.15, 0.12, 0.2, 0.11]
-    run = find_cell(grid, "wasserstein", value=0.3).runs[0]
-    values = list(rows[run.key]["collections"]["beir/a/test"]["per_query"]["nDCG@10"].values())
-    rows[run.key] = make_row(run, {"A": [v + k for v, k in zip(values, kept, strict=True)], "B": [0.35, 0.25]})
+    for run in find_cell(grid, "wasserstein", value=0.3).runs:
+        values = list(rows[run.key]["collections"]["beir/a/test"]["per_query"]["nDCG@10"].values())
+        rows[run.key] = make_row(run, {"A": [v + k for v, k in zip(values, kept, strict=True)], "B": [0.35, 0.25]})
     document = make_document(grid, rows, make_facts(grid))
     found = {change["system"]: change["columns"] for change in document["experiments"][0]["changes"]}
     assert found["infonce"]["mean"] == {"change": pytest.approx(-0.2), "p": {}}
@@ -335,7 +355,7 @@ def test_nothing_is_done_yet(tmp_path):
     for vary in ({}, {"vary": "temperature", "values": (0.1, 0.2)}):
         grid = make_grid(make_experiment(**vary))
         document = make_document(grid, {}, make_facts(grid))
-        assert (document["done"], document["versions"], document["fit_seconds"]) == (0, [], {})
+        assert (document["done"], document["versions"], document["training"]) == (0, [], {})
         assert format_quality(document).splitlines()[-1].startswith("0 of ")
         draw_quality(document, tmp_path / "empty.png")
         assert read_png_size(tmp_path / "empty.png")[0] > 300
@@ -399,8 +419,7 @@ def test_curves():
         make_experiment(vary="temperature", values=(0.2, 0.1), systems=systems, encoders=("small", "large"))
     )
     rows = fill_rows(grid, LEVELS)
-    for run in find_cell(grid, "infonce", value=0.2).runs:
-        del rows[run.key]
+    del rows[find_cell(grid, "infonce", value=0.2).runs[1].key]  # a point that not all seeds have is none
     document = make_document(grid, rows, make_facts(grid))
     figure = make_figure(document, document["experiments"][0])
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -474,8 +493,8 @@ def test_the_readmes_tables(monkeypatch):
         "",
         "| W2 against | A | mean | only B |",
         "|---|---:|---:|---:|",
-        "| InfoNCE | +0.1000 (0.375) | +0.1000 (0.094) | – |",
-        "| Untrained | +0.3100 (0.375) | +0.3100 (0.094) | – |",
+        "| InfoNCE | +0.1000 (0.375; 2/2) | +0.1000 (0.094; 2/2) | – |",
+        "| Untrained | +0.3100 (0.375; 2/2) | +0.3100 (0.094; 2/2) | – |",
     ]
     missing = find_cell(grid, "wasserstein").runs[1].key
     rows = {key: row for key, row in fill_rows(grid, levels).items() if key != missing}
