@@ -501,3 +501,20 @@ def test_the_readmes_tables(monkeypatch):
     lines = quality_table.make_tables(make_document(grid, rows, make_facts(grid)))
     assert lines[5] == "| W2 | 0.7000 (1 of 2) | 0.6500 (1 of 2) | 0.6100 ± 0.0141 |"
     assert lines[9] == "| InfoNCE | – | – | – |"
+
+
+def test_the_table_of_claims_apart(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import apart
+
+    monkeypatch.setattr(apart, "COLLECTION", "A")
+    grid = make_grid(make_experiment(systems=("bm25", "wasserstein")), make_experiment("other"))
+    rows = {find_cell(grid, "bm25").runs[0].key: make_row(find_cell(grid, "bm25").runs[0], {"A": [0.1, 0.2, 0.3, 0.6]})}
+    for run, values in zip(find_cell(grid, "wasserstein").runs, ([0.4] * 4, [0.8, 0.8, 0.4, 0.4]), strict=True):
+        rows[run.key] = make_row(run, {"A": values})
+    assert apart.make_table(grid, rows, {"q0", "q1"}) == [
+        "| nDCG@10, A | all | apart | near |",
+        "|---|---:|---:|---:|",
+        "| BM25, small | 0.3000 | 0.1500 | 0.4500 |",
+        "| W2, small | 0.5000 | 0.6000 | 0.4000 |",
+    ]
