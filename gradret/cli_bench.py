@@ -20,7 +20,8 @@ class Bench(click.Group):
     """A group that runs `quality` when no command is named."""
 
     def parse_args(self, ctx, args):
-        if not args or (args[0].startswith("-") and args[0] not in ctx.help_option_names):
+        named = bool(args) and (not args[0].startswith("-") or args[0] in ctx.help_option_names)
+        if not named and not ctx.resilient_parsing:  # a shell that completes asks for the commands
             args = ["quality", *args]
         return super().parse_args(ctx, args)
 

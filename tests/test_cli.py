@@ -218,6 +218,26 @@ def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
     assert result.stderr == "Error: matplotlib is not installed; install it: pip install 'gradret[bench]'\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("gradret be", {"bench"}),
+        ("gradret bench ", {"eval", "fit", "gen", "loss", "quality"}),
+        ("gradret bench quality --max", {"--max-runs", "--max-steps"}),
+        ("gradret fit --loss ", {"wasserstein", "gaussian", "infonce", "kl", "ranknet", "sorted"}),
+    ],
+)
+def test_a_shell_completes(words, completed):
+    environment = os.environ | {
+        "_GRADRET_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split(" ")) - 1),
+    }
+    code = "from gradret.cli import main; main(prog_name='gradret')"
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert {line.partition(",")[2] for line in result.stdout.split()} == completed
+
+
 def test_the_module_runs_as_the_command():
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
