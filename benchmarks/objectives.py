@@ -1,0 +1,295 @@
+"""Which list-wise objective is worth real training? A small network on frozen vectors tries each candidate in seconds.
+
+    python benchmarks/objectives.py FILE.jsonl
+
+Run from the repository, with the lists in graded/. Its lists and development collections are those of dev.toml,
+embedded once by the three-layer encoder there. Each of SETTINGS trains the network with three seeds and appends a
+line to FILE: nDCG@10 on each collection, their mean, and its standard deviation over seeds; a setting that FILE has is
+skipped. What it is not: a result on reported queries, or proof of what the encoder itself would learn. It decides what
+the runs of dev.toml try.
+
+The candidates, with p = softmax(scores / temperature) and q a list's target mass:
+
+- infonce (van den Oord et al., arXiv 1807.03748): the highest grade positive or, as SyCL compares (arXiv 2503.23239),
+  grades 2 and 3; cumulative sums it over every threshold between grades.
+- kl: ListNet (Cao et al., ICML 2007). cost_augmented gives its documents a margin that grows with their distance from
+  the target mass, after softmax-margin (Gimpel and Smith, NAACL 2010).
+- gaussian: SyCL's own.
+- wasserstein: exact W_1 or W_2^2 along the grade axis (Peyré and Cuturi, 2019). Its gradient vanishes where p has
+  collapsed on a wrong document; log_wasserstein and a share of kl (kl_share) are two ways to keep one there.
+- threshold: cross-entropy at every threshold between grades, as of cumulative links in ordinal regression (McCullagh,
+  JRSS B 1980), where p's mass above a threshold stands for the link.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from gradret import losses
+from gradret.batches import collate, draw_lists
+from gradret.collection import Collection
+from gradret.encoder_load import load
+from gradret.evaluation import measure_run
+from gradret.grades import place_grades, weigh_grades
+from gradret.grid_file import read_grid
+from gradret.lists import RankingList, decode_json, query_words
+from gradret.losses import infonce_loss, kl_loss, wasserstein_loss
+from gradret.mix import MixedLists, check_lists
+from gradret.reference import normalize_mass
+from gradret.retrieve import default_cache, embed_corpus, top_k
+from gradret.settings import FitSettings, count_steps, learning_rate_at
+from gradret.sources import open_collection, parse_source
+from gradret.versions import versions
+
+PLAN = Path(__file__).with_name("dev.toml")
+EVALUATED = ("beir/scifact/test", "cranfield?queries=even")  # reported elsewhere: their queries are not trained on
+MEASURE, DEPTH = "nDCG@10", 10
+SEEDS = (0, 1, 2)
+TRAINING = {"epochs": 4.0, "batch_lists": 16, "learning_rate": 1e-4}  # of every setting; the rest as fit's defaults
+HIDDEN, DROPOUT = 1536, 0.1
+
+# --- the candidates that gradret does not have: scores (B, N), grades (B, N), every document present
+
+
+def log_wasserstein_loss(scores, grades, *, order: int, temperature: float, targets: str, ground: str) -> Tensor:
+    """Mean of -log(1 - W / W_max), W = W_p^p and W_max its highest value: all of p at the axis's end far from q.
+
+    The logarithm steepens as p collapses there, where W's own gradient vanishes. 0 for a list without target mass.
+    """
+    q, places = place_mass(grades, targets, ground)
+    ends = torch.stack([places.amin(-1), places.amax(-1)], -1)  # (B, 2)
+    worst = (q[:, None] * (places[:, None] - ends[..., None]).abs() ** order).sum(-1).amax(-1)  # (B,)
+    options = {"order": order, "temperature": temperature, "targets": targets, "ground": ground}
+    cost = wasserstein_loss(scores.double(), grades, reduction="none", **options)  # float32 rounds 1 - W / W_max to 0
+    return -torch.log((1 - cost / worst.clamp_min(1e-12)).clamp_min(1e-12)).mean()
+
+
+def threshold_loss(scores, grades, *, temperature: float, targets: str, ground: str) -> Tensor:
+    """Mean of sum_i g_i KL(Bernoulli(mass of q above threshold i) || Bernoulli(mass of p above it)).
+
+    The thresholds lie between neighbouring grades of the batch, g_i apart under the ground distance.
+    """
+    q, places = place_mass(grades, targets, ground)
+    logits = scores.double() / temperature
+    levels = places.unique()  # (L,), ascending
+    above = places[:, None] > levels[:-1, None]  # (B, L - 1, N)
+    loss = 0
+    for side in (above, ~above):
+        mass = (q[:, None] * side).sum(-1)  # (B, L - 1)
+        # A finite floor stands for -inf: with no document on a side, and so no mass, it counts as 0 and not NaN.
+        floored = logits[:, None].masked_fill(~side, torch.finfo(logits.dtype).min)
+        log_mass = floored.logsumexp(-1) - logits.logsumexp(-1, keepdim=True)
+        loss = loss + torch.xlogy(mass, mass) - mass * log_mass
+    return (levels.diff() * loss).sum(-1).mean()
+
+
+def cost_augmented_loss(scores, grades, *, temperature: float, targets: str, ground: str, margin: float) -> Tensor:
+    """kl_loss with margin * (mean distance from the target mass) added to each document's score / temperature."""
+    q, places = place_mass(grades, targets, ground)
+    cost = (q[:, None] * (places[:, :, None] - places[:, None]).abs()).sum(-1)  # (B, N)
+    return kl_loss(scores + temperature * margin * cost, grades, temperature=temperature, targets=targets)
+
+
+def cumulative_loss(scores, grades, *, temperature: float, ground: str) -> Tensor:
+    """Sum over thresholds between neighbouring grades of infonce_loss, what is above being positive, times the gap."""
+    levels = grades.unique()  # (L,), ascending
+    gaps = place_grades(levels, ground).diff().tolist()
+    terms = zip(levels[1:].tolist(), gaps, strict=True)
+    return sum(gap * infonce_loss(scores, grades, temperature=temperature, positive_from=level) for level, gap in terms)
+
+
+def place_mass(grades: Tensor, targets: str, ground: str) -> tuple[Tensor, Tensor]:
+    """Target mass (B, N), 1 in each row with any, and the documents' places on the axis (B, N); float64."""
+    return normalize_mass(weigh_grades(grades, None, targets, torch.float64)), place_grades(grades, ground).double()
+
+
+LOSSES = losses.LOSSES | {
+    "log_wasserstein": log_wasserstein_loss,
+    "threshold": threshold_loss,
+    "cost_augmented": cost_augmented_loss,
+    "cumulative": cumulative_loss,
+}
+
+
+def make_objective(setting: dict) -> Callable[[Tensor, Tensor], Tensor]:
+    """The setting's loss(scores, grades), mixed with its share of kl at the same temperature and targets."""
+    options = {k: v for k, v in setting.items() if k not in ("loss", "kl_share")}
+    loss, share = partial(LOSSES[setting["loss"]], **options), setting.get("kl_share", 0.0)
+    if not share:
+        return loss
+    kl = partial(kl_loss, temperature=setting["temperature"], targets=setting["targets"])
+    return lambda scores, grades: (1 - share) * loss(scores, grades) + share * kl(scores, grades)
+
+
+# --- the settings
+
+SQRT = {"targets": "sqrt", "ground": "sqrt"}
+W1, W2 = ({"loss": "wasserstein", "order": order} for order in (1, 2))
+LOG_W1, LOG_W2 = ({"loss": "log_wasserstein", "order": order} | SQRT for order in (1, 2))
+THRESHOLD, COST = {"loss": "threshold"} | SQRT, {"loss": "cost_augmented"} | SQRT
+KL, GAUSSIAN = {"loss": "kl"}, {"loss": "gaussian"}
+INFONCE = ({"loss": "infonce"}, {"loss": "infonce", "positive_from": 2}, {"loss": "cumulative", "ground": "sqrt"})
+GRADED = (KL | {"targets": "sqrt"}, GAUSSIAN | {"targets": "softmax"}, COST | {"margin": 1.0}, THRESHOLD)
+CANDIDATES = (*INFONCE, *GRADED, W1 | SQRT, W2 | SQRT, LOG_W1, LOG_W2)
+AXES = (("gain", "grade"), ("softmax", "grade"), ("sqrt", "grade"), ("sqrt", "gain"))
+VARIANTS = (
+    *(KL | {"targets": targets} for targets in ("gain", "softmax")),
+    *(GAUSSIAN | {"targets": "sqrt"}, COST | {"margin": 2.0}),
+    *(w | {"targets": targets, "ground": ground} for w in (W1, W2) for targets, ground in AXES),
+    *(candidate | {"kl_share": 0.5} for candidate in (THRESHOLD, LOG_W1, LOG_W2)),
+)
+MIXTURES = tuple(w | SQRT | {"kl_share": share} for w in (W1, W2) for share in (0.1, 0.3, 0.5, 0.6, 0.8))
+SETTINGS = (
+    {"loss": "untrained"},
+    *(candidate | {"temperature": temperature} for candidate in CANDIDATES for temperature in (0.01, 0.02, 0.05)),
+    *(variant | {"temperature": 0.02} for variant in VARIANTS),
+    *(mixture | {"temperature": temperature} for mixture in MIXTURES for temperature in (0.015, 0.02)),
+)
+
+# --- the network, its training and its measurement
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Frozen embeddings, each (D,) or (n, D) float32.
+
+    Attributes:
+        lists: to train on.
+        queries, documents: text -> embedding, of the lists.
+        collections: name -> the collection, its documents' ids, their embeddings, its queries' embeddings.
+    """
+
+    lists: Sequence[RankingList]
+    queries: dict[str, Tensor]
+    documents: dict[str, Tensor]
+    collections: dict[str, tuple[Collection, list[str], Tensor, Tensor]]
+
+
+def embed() -> Vectors:
+    """Embed PLAN's lists, without those that have the words of a measured or evaluated query, and its collections."""
+    grid = read_grid(PLAN)
+    opened = {name: open_collection(parse_source(source)) for name, source in grid.collections.items()}
+    measured = [*opened.values(), *(open_collection(parse_source(source)) for source in EVALUATED)]
+    words = {query_words(text) for collection in measured for text in collection.queries.values()}
+    mixed = MixedLists([parse_source(source) for source in grid.data["lists"]])
+    lists = [mixed[int(i)] for i in check_lists(mixed, refuse_negative=True, exclude=words).kept]
+    options = dict(grid.encoders["three-layers"])
+    encoder = load(options.pop("model"), device="cpu", **options)
+
+    def encode(texts: Sequence[str], kind: str) -> Tensor:
+        return torch.from_numpy(encoder.encode(texts, kind, precision=grid.settings.precision))
+
+    collections = {}
+    for name, collection in opened.items():
+        corpus = embed_corpus(encoder, collection, default_cache(), precision=grid.settings.precision)
+        doc_ids = [doc_id.decode() for doc_id in corpus.doc_ids.tolist()]
+        queries = encode([*collection.queries.values()], "query")
+        collections[name] = collection, doc_ids, torch.tensor(corpus.vectors), queries
+    texts = ("query", [r.query for r in lists]), ("document", [p.content for r in lists for p in r.passages])
+    queries, documents = (dict(zip(found, encode(found, kind), strict=True)) for kind, found in texts)
+    return Vectors(lists, queries, documents, collections)
+
+
+class Network(nn.Module):
+    """(n, D) unit vectors x to unit vectors along x + linear(x) + perceptron(x), of queries and documents alike.
+
+    Both parts start at 0: untrained, it changes no ranking.
+    """
+
+    def __init__(self, dimension: int):
+        super().__init__()
+        self.dropout = nn.Dropout(DROPOUT)
+        self.linear = nn.Linear(dimension, dimension, bias=False)
+        self.inner, self.outer = nn.Linear(dimension, HIDDEN), nn.Linear(HIDDEN, dimension)
+        for parameter in (self.linear.weight, self.outer.weight, self.outer.bias):
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(x)
+        hidden = torch.relu(self.inner(8 * x))  # beside a bias, the entries of a unit vector, about .05, are small
+        return nnf.normalize(x + self.linear(x) + self.outer(hidden), dim=-1)
+
+
+def train(vectors: Vectors, setting: dict, seed: int) -> Network:
+    """A network trained on the lists; every other list's documents join a list at grade 0, as in fit."""
+    torch.manual_seed(seed)
+    network = Network(len(next(iter(vectors.queries.values()))))
+    if setting["loss"] == "untrained":
+        return network
+    objective, fit = make_objective(setting), FitSettings(**TRAINING, seed=seed)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=fit.weight_decay)
+    count, steps = len(vectors.lists), count_steps(fit, len(vectors.lists))
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, steps, fit)
+        drawn = draw_lists(step, count=count, size=min(fit.batch_lists, count), seed=seed)
+        batch = collate([vectors.lists[i] for i in drawn])
+        queries = network(torch.stack([vectors.queries[text] for text in batch.queries]))  # (B, D)
+        documents = network(torch.stack([vectors.documents[text] for text in batch.documents]))  # (N, D)
+        loss = objective(queries @ documents.T, batch.spread_grades(0.0))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), fit.clip)
+        optimizer.step()
+    return network
+
+
+def measure(vectors: Vectors, network: Network) -> dict[str, float]:
+    """The measure on each collection."""
+    network.eval()
+    found = {}
+    for name, (collection, doc_ids, documents, queries) in vectors.collections.items():
+        with torch.inference_mode():
+            _, rows = top_k(network(queries).numpy(), network(documents).numpy(), DEPTH)
+        ranked = zip(collection.queries, rows, strict=True)
+        run = {query_id: [(doc_ids[i], -rank) for rank, i in enumerate(row)] for query_id, row in ranked}
+        found[name] = measure_run(run, collection, [MEASURE]).measures[MEASURE]
+    return found
+
+
+def try_setting(vectors: Vectors, setting: dict) -> dict:
+    """The setting's row, JSON-serialisable."""
+    began = time.perf_counter()
+    runs = [measure(vectors, train(vectors, setting, seed)) for seed in SEEDS]
+    means = [statistics.fmean(run.values()) for run in runs]
+    return {
+        "setting": setting,
+        MEASURE: {name: statistics.fmean(run[name] for run in runs) for name in runs[0]},
+        "mean": statistics.fmean(means),
+        "sd": statistics.stdev(means),
+        "seconds": round(time.perf_counter() - began, 1),
+        "training": {**TRAINING, "seeds": len(SEEDS), "lists": len(vectors.lists)},
+    }
+
+
+def list_remaining(path: Path) -> list[dict]:
+    """The settings without a row in the file. Raises: GradretError when a line of it is not JSON."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    done = [decode_json(line, f"{path}:{number}")["setting"] for number, line in enumerate(lines, 1)]
+    return [setting for setting in SETTINGS if setting not in done]
+
+
+def main(path: Path) -> None:
+    """Append a row to the file for each setting that has none."""
+    remaining, found = list_remaining(path), versions()
+    vectors = embed() if remaining else None
+    for setting in remaining:
+        row = try_setting(vectors, setting) | {"versions": found}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{row['mean']:.4f} ± {row['sd']:.4f}  {json.dumps(setting)}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))
