@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 
 from gradret.errors import GradretError
@@ -126,6 +126,7 @@ class Grid:
         encoders: name -> fields of FitSettings: the encoder's own, and others that suit it, such as a learning rate.
         data: name -> sources.
         collections: name shown -> source.
+        tuned: encoder -> system -> fields of FitSettings for the two together, over those of either.
         where: the file it was read from, which opens messages; "" for none.
     Raises: GradretError where settings do not go together.
     """
@@ -141,6 +142,7 @@ class Grid:
     collections: Mapping[str, str]
     systems: Mapping[str, System]
     experiments: tuple[Experiment, ...]
+    tuned: Mapping[str, Mapping[str, Mapping]] = field(default_factory=dict)
     where: str = ""
 
     def cells(self) -> list[Cell]:
@@ -168,6 +170,7 @@ class Grid:
         layers = [
             (f"[encoders.{encoder}]", self.encoders[encoder]),
             (f"[systems.{system.name}]", system.settings),
+            (f"[encoders.{encoder}.systems.{system.name}]", self.tuned.get(encoder, {}).get(system.name, {})),
             (f"[[experiments]] {experiment.name}", varied),
         ]
         settings = self._merge(layers)

@@ -58,12 +58,16 @@ def read_grid(path: str | Path) -> Grid:
         raise place.error(str(error)) from None
     data = {k: _read_data(Place(path, "[data]", {}), k, v) for k, v in table("data").items()}
     encoders = {
-        name: {"model": settings.model} | Place(path, f"[encoders.{name}]", found).read_settings(fields)
+        name: {"model": settings.model} | Place(path, f"[encoders.{name}]", found).read_settings(fields, ("systems",))
         for name, found in table("encoders").items()
     } or {_short_name(settings.model): {"model": settings.model}}
     systems = {
         name: _read_system(Place(path, f"[systems.{name}]", found), name, data, fields)
         for name, found in table("systems").items()
+    }
+    tuned = {
+        name: _read_tuned(Place(path, f"[encoders.{name}.systems]", found.get("systems", {})), systems, fields)
+        for name, found in table("encoders").items()
     }
     if not systems:
         raise top.error("[systems.NAME]: none is there; name one at least")
@@ -88,6 +92,7 @@ def read_grid(path: str | Path) -> Grid:
         collections=collections,
         systems=systems,
         experiments=tuple(experiments),
+        tuned={name: found for name, found in tuned.items() if found},
         where=str(path),
     )
     grid.cells()  # whatever does not go together shows here
@@ -120,6 +125,17 @@ def _read_system(place: Place, name: str, data: Mapping, fields: Sequence[str]) 
     settings = place.read_settings(fields, SYSTEM_KEYS)
     own_data = place.find("data", place.read("data", str), data)
     return System(name, label, ranker, settings, own_data, place.read_count("seeds"))
+
+
+def _read_tuned(place: Place, systems: Mapping[str, System], fields: Sequence[str]) -> dict[str, dict]:
+    place.know(*systems)
+    found = {}
+    for name, content in place.content.items():
+        own = Place(place.path, f"{place.where[:-1]}.{name}]", content)
+        if systems[name].ranker != FIT:
+            raise own.error(f"'{name}' is not trained, so it has no settings")
+        found[name] = own.read_settings(fields)
+    return found
 
 
 def _read_experiment(place: Place, *, data: Mapping, encoders: Mapping, systems: Mapping, collections: Mapping):

@@ -210,7 +210,7 @@ def _show_setup(document: dict) -> str:
     hardware = list(dict.fromkeys(tuple(str(v.get(name)) for name in HARDWARE) for v in document["versions"]))
     names = list(dict.fromkeys(name for v in document["versions"] for name in v if name not in HARDWARE))
     versions = list(dict.fromkeys(tuple(show_setting(v.get(name)) for name in names) for v in document["versions"]))
-    training = document["training"]
+    training, tuned = document["training"], document["tuned"]
     tables = [
         _show_facts(
             "Systems",
@@ -220,6 +220,13 @@ def _show_setup(document: dict) -> str:
         _show_facts(
             "Encoders", ["encoder", "settings"], [[k, _show_settings(v)] for k, v in document["encoders"].items()]
         ),
+        _show_facts(
+            "Systems with one encoder",
+            ["encoder", "system", "settings"],
+            [[e, find_label(document, s), _show_settings(v)] for e, own in tuned.items() for s, v in own.items()],
+        )
+        if tuned
+        else "",
         _show_facts("Data", ["name", "sources"], [[k, ", ".join(v)] for k, v in document["data"].items()]),
         _show_facts(
             "Collections",

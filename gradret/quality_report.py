@@ -70,6 +70,7 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
             "planned": len(wanted),
             "settings": {name: value for name, value in asdict(grid.settings).items() if name not in own},
             "encoders": grid.encoders,
+            "tuned": grid.tuned,
             "systems": {
                 name: {"label": s.label, "ranker": s.ranker, "settings": s.settings, "data": s.data}
                 for name, s in grid.systems.items()

@@ -171,6 +171,21 @@ def test_a_system_in_bfloat16_is_measured_so_untrained_too(read):
     assert untrained.runs[0].record()["settings"] == {"precision": "bfloat16"}
 
 
+def test_a_systems_settings_with_one_encoder(read):
+    tuned = "[encoders.long.systems]\nours = { learning_rate = 3e-4, temperature = 0.2 }\n"
+    grid = read(PLAN.replace("[data]", f"{tuned}[data]"))
+    assert grid.tuned == {"long": {"ours": {"learning_rate": 3e-4, "temperature": 0.2}}}
+    assert "systems" not in grid.encoders["long"]
+    cells = {(c.encoder, c.system): c.runs[0].settings for c in grid.cells() if c.experiment == "main"}
+    found = [(s.learning_rate, s.temperature) for s in (cells["long", "ours"], cells["long", "infonce"])]
+    assert found == [(3e-4, 0.2), (1e-4, 0.05)]
+    assert (cells["small", "ours"].learning_rate, cells["small", "ours"].temperature) == (2e-5, 1.0)
+    # What an experiment varies comes last.
+    grid = read(PLAN.replace("[data]", f"{tuned.replace('long', 'small')}[data]"))
+    heat = [c.runs[0].settings for c in grid.cells() if c.experiment == "heat" and c.system == "ours"]
+    assert [(s.learning_rate, s.temperature) for s in heat] == [(3e-4, 0.05), (3e-4, 1.0)]
+
+
 def test_what_a_later_table_mends_is_no_mistake(read):
     text = PLAN.replace("[systems.ours]", "[systems.ours]\nlora_alpha = 8\n")
     with pytest.raises(GradretError, match=r"\[systems.ours\]: lora_alpha needs lora, the adapters' rank, above 0$"):
@@ -183,6 +198,26 @@ def test_what_a_later_table_mends_is_no_mistake(read):
 
 
 BAD = [
+    (
+        "[data]",
+        "[encoders.long.systems.our]\n[data]",
+        "[encoders.long.systems]: 'our' is not known; did you mean 'ours'?",
+    ),
+    (
+        "[data]",
+        "[encoders.long.systems.ours]\nheat = 1\n[data]",
+        "[encoders.long.systems.ours]: 'heat' is not known; ...",
+    ),
+    (
+        "[data]",
+        "[encoders.long.systems.bm25]\norder = 1\n[data]",
+        "[encoders.long.systems.bm25]: 'bm25' is not trained, so it has no settings",
+    ),
+    (
+        "[data]",
+        "[encoders.long.systems.ours]\ntemperature = 0\n[data]",
+        "[encoders.long.systems.ours]: temperature must be above 0, got 0.0",
+    ),
     ("seeds = 2", "seeds 2", "not valid TOML (Expected '=' after a key in a key/value pair (at line 4, column 7))"),
     ("seeds = 2", "seed = 2", "'seed' is not known; did you mean 'seeds'?"),
     ("seeds = 2", "seeds = 0", "seeds: expected a whole number above 0, got 0"),

@@ -87,6 +87,7 @@ def grid():
         make_experiment(
             "targets", title="Targets", vary="targets", values=("gain", "softmax"), systems=("wasserstein",)
         ),
+        tuned={"small": {"wasserstein": {"learning_rate": 0.001}}},
     )
 
 
@@ -140,6 +141,7 @@ def test_the_other_tables(grid, tmp_path):
         ["W2", "fit", "loss wasserstein, order 2", ""],
     ]
     assert page.tables["Encoders"] == [["encoder", "settings"], ["small", "model M"], ["large", "model L"]]
+    assert page.tables["Systems with one encoder"][1:] == [["small", "W2", "learning_rate 0.001"]]
     assert page.tables["Data"] == [["name", "sources"], ["lists", "lists.jsonl"]]
     assert page.tables["Collections"][1] == ["A", "beir/a/test", "4", "9"]
     assert page.tables["Versions"] == [["gradret", "commit", "torch"], ["0.6.0", "abc", "2.13"]]
