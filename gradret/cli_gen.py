@@ -190,23 +190,27 @@ def bench_gen(model, queries, out, as_json, **given):
 
 
 @click.command()
-@click.argument("lists", type=click.Path())
-@click.option("--format", "form", required=True, type=click.Choice(["beir", "tevatron", "trove"]))
-@click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron, file.")
+@click.argument("source")
+@click.option("--format", "form", required=True, type=click.Choice(["beir", "tevatron", "trove", "trec", "lists"]))
+@click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
 @click.option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
 @JSON
-def export(lists, form, out, positive_from, as_json):
-    """Write a ranking-list file in a neighbour's format.
+def export(source, form, out, positive_from, as_json):
+    """Write ranking lists in a neighbour's format, or what a neighbour has as ranking lists.
+
+    SOURCE is what fit --data takes: a ranking-list file, Tevatron's JSONL, a directory in BEIR's, Trove's or TREC's
+    layout, an ir_datasets id.
 
     \b
     gradret export lists.jsonl --format beir --out lists-beir
+    gradret export lists-trove --format lists --out lists.jsonl
     """
     require_one("export")
     from gradret.export import export_lists
 
     if positive_from is not None and form != "tevatron":
         raise click.UsageError("--positive-from is for --format tevatron; the other formats keep the grades")
-    counts = export_lists(lists, form, Path(out), positive_from=positive_from)
+    counts = export_lists(source, form, Path(out), positive_from=positive_from)
     click.echo(
         json.dumps({"out": out, **counts}) if as_json else f"{out}: " + ", ".join(f"{v} {k}" for k, v in counts.items())
     )

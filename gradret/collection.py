@@ -12,8 +12,7 @@ import numpy as np
 
 from gradret.errors import GradretError
 from gradret.lists import ListFile, Passage, decode_json, hash64, open_file
-
-QRELS_HEADER = ["query-id", "corpus-id", "score"]
+from gradret.qrels import read_qrels
 
 
 @dataclass(slots=True)
@@ -57,14 +56,18 @@ class Collection(ABC):
 
 
 class BeirCollection(Collection):
-    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv."""
+    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels as qrels.read_qrels takes them.
 
-    def __init__(self, directory: Path, split: str):
+    Args:
+        queries: a file in place of the directory's queries.jsonl, in its form; None for that one.
+    """
+
+    def __init__(self, directory: Path, split: str, queries: Path | None = None):
         self.name = f"{directory}:{split}"
         self._corpus = directory / "corpus.jsonl"
         self.drop_self = is_self_retrieving(directory.resolve().name)
-        self.qrels = _read_qrels(directory, split)
-        queries = directory / "queries.jsonl"
+        self.qrels = read_qrels(directory, split)
+        queries = directory / "queries.jsonl" if queries is None else queries
         texts: dict[str, str] = {}
         for record, _ in read_records(queries, ("_id", "text")):
             if texts.setdefault(record["_id"], record["text"]) != record["text"]:
@@ -194,30 +197,3 @@ def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict, int]
                         raise GradretError(f"{path}:{number}: expected a JSON object with the string '{key}'")
                 yield record, offset
             offset += len(line)
-
-
-def _read_qrels(directory: Path, split: str) -> dict[str, dict[str, float]]:
-    path = directory / "qrels" / f"{split}.tsv"
-    if not path.exists():
-        splits = ", ".join(sorted(p.stem for p in path.parent.glob("*.tsv"))) or "none"
-        raise GradretError(f"{path}: no such file; splits with qrels here: {splits}")
-    qrels: dict[str, dict[str, float]] = {}
-    with open_file(path) as file:
-        header = file.readline().decode("utf-8", "replace").rstrip("\r\n")
-        if header.split("\t") != QRELS_HEADER:
-            raise GradretError(
-                f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{header[:60]}'; "
-                "add it as the first line"
-            )
-        for number, line in enumerate(file, 2):
-            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-            if fields == [""]:
-                continue
-            try:
-                query_id, doc_id, score = fields
-                qrels.setdefault(query_id, {})[doc_id] = int(score)
-            except ValueError:
-                raise GradretError(
-                    f"{path}:{number}: expected 'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
-                ) from None
-    return qrels

@@ -1,38 +1,44 @@
-"""Ranking lists in the formats of BEIR, Tevatron and Trove."""
+"""Ranking lists in the formats of BEIR, Tevatron, Trove and TREC, and any source as ranking lists."""
 
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
-from gradret.collection import QRELS_HEADER
 from gradret.errors import GradretError
-from gradret.lists import ListFile, Passage, RankingList, hash64
+from gradret.lists import Passage, RankingList, format_list, hash64
+from gradret.qrels import BEIR_HEADER
+from gradret.sources import Source, open_lists, parse_source
 
-FORMS = ("beir", "tevatron", "trove")
-QRELS = {"beir": "qrels/train.tsv", "trove": "qrels.jsonl"}
-UNFIT_FOR_TSV = re.compile(r'[\t\r\n]|^"')  # BEIR's reader takes a quotation mark at the start for CSV quoting
+FORMS = ("beir", "tevatron", "trove", "trec", "lists")
+QRELS = {"beir": "qrels/train.tsv", "trove": "qrels.jsonl", "trec": "qrels/train.txt"}
+ONE_FILE = ("tevatron", "lists")
+UNFIT = {  # BEIR's reader takes a quotation mark at the start for CSV quoting
+    "beir": (re.compile(r'[\t\r\n]|^"'), "BEIR's", "tabs, line breaks and a quotation mark at its start"),
+    "trec": (re.compile(r"\s|^$"), "TREC's", "white space"),
+}
 
 
-def export_lists(path: Path, form: str, out: Path, *, positive_from: float | None = None) -> dict:
-    """Write a file of ranking lists in a neighbour's format.
+def export_lists(source: str, form: str, out: Path, *, positive_from: float | None = None) -> dict:
+    """Write ranking lists in a neighbour's format, or what a neighbour has as ranking lists.
 
     A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document, which a query
     judges once, by the first grade.
 
     Args:
-        path: the lists.
-        form: "beir", a directory of corpus.jsonl, queries.jsonl and qrels/train.tsv with whole numbers; "trove", the
-            same corpus.jsonl and queries.jsonl, and qrels.jsonl with real numbers, as MaterializedQRelConfig reads
-            them (ir-trove 0.0.2); "tevatron", one JSONL file with the texts under positive_passages and
-            negative_passages (Tevatron 1; Tevatron 2 reads it beside its newer format with ids and a corpus).
+        source: the lists as `fit --data` names them, without options but query_file.
+        form: "beir", a directory of corpus.jsonl, queries.jsonl and qrels/train.tsv with whole numbers; "trec", the
+            same with trec_eval's qrels/train.txt; "trove", the same corpus.jsonl and queries.jsonl, and qrels.jsonl
+            with real numbers, as MaterializedQRelConfig reads them (ir-trove 0.0.2); "tevatron", one JSONL file with
+            the texts under positive_passages and negative_passages (Tevatron 1; Tevatron 2 reads it beside its newer
+            format with ids and a corpus); "lists", ranking lists.
         out: the directory or file to make; an empty directory may be there.
         positive_from: for tevatron: positive are the passages of this grade or above; None for those of the highest
             grade of their list.
@@ -46,15 +52,17 @@ def export_lists(path: Path, form: str, out: Path, *, positive_from: float | Non
     if positive_from is not None and form != "tevatron":
         raise GradretError(f"{form} keeps every grade; only tevatron's passages are positive from some grade on")
     out = Path(out)
-    lists = ListFile(path)
+    lists = _open(source)
     try:
-        if out.exists() and (form == "tevatron" or not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (form in ONE_FILE or not out.is_dir() or any(out.iterdir())):
             raise GradretError(f"{out}: is already there, and nothing is overwritten; name another place")
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # beside it, to be moved in one piece
         try:
             if form == "tevatron":
                 counts = _write_tevatron(lists, work / "out", positive_from)
+            elif form == "lists":
+                counts = _write_lists(lists, work / "out")
             else:
                 counts = _write_collection(lists, form, work / "out")
             os.replace(work / "out", out)
@@ -65,7 +73,25 @@ def export_lists(path: Path, form: str, out: Path, *, positive_from: float | Non
     return counts
 
 
-def _write_tevatron(lists: ListFile, path: Path, positive_from: float | None) -> dict:
+def _open(source: str) -> Sequence[RankingList]:
+    parsed = parse_source(source)
+    if parsed != Source(parsed.name, query_file=parsed.query_file):
+        raise GradretError(f"{source}: lists are written as they are; leave out the options after '?' but query_file")
+    return open_lists(parsed)
+
+
+def _write_lists(lists: Sequence[RankingList], path: Path) -> dict:
+    documents, judgements = _Documents(), 0
+    with ExitStack() as files:
+        file = _create(path, files)
+        for ranking_list in _read_in_order(lists):
+            documents.name(ranking_list)
+            file.write(format_list(ranking_list) + "\n")
+            judgements += len(ranking_list.passages)
+    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
+
+
+def _write_tevatron(lists: Sequence[RankingList], path: Path, positive_from: float | None) -> dict:
     documents, judgements = _Documents(), 0
     with ExitStack() as files:
         file = _create(path, files)
@@ -87,21 +113,21 @@ def _write_tevatron(lists: ListFile, path: Path, positive_from: float | None) ->
     return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
 
 
-def _write_collection(lists: ListFile, form: str, directory: Path) -> dict:
+def _write_collection(lists: Sequence[RankingList], form: str, directory: Path) -> dict:
     documents, judgements = _Documents(), 0
     with ExitStack() as files:
         corpus, queries, qrels = (
             _create(directory / name, files) for name in ("corpus.jsonl", "queries.jsonl", QRELS[form])
         )
         if form == "beir":
-            qrels.write("\t".join(QRELS_HEADER) + "\n")
+            qrels.write("\t".join(BEIR_HEADER) + "\n")
         for ranking_list in _read_in_order(lists):
             judged, new = documents.name(ranking_list)
             for doc_id in new:
                 _write_line(corpus, _describe(doc_id, judged[doc_id], "_id"))
             _write_line(queries, {"_id": ranking_list.query_id, "text": ranking_list.query})
-            if form == "beir":
-                qrels.writelines(_format_qrel(ranking_list, doc_id, p.grade) for doc_id, p in judged.items())
+            if form in UNFIT:
+                qrels.writelines(_format_qrel(form, ranking_list, doc_id, p.grade) for doc_id, p in judged.items())
             else:  # all real: readers of JSON lines guess one type for the column
                 scores = [float(p.grade) for p in judged.values()]
                 _write_line(qrels, {"qid": ranking_list.query_id, "docid": list(judged), "score": scores})
@@ -109,19 +135,21 @@ def _write_collection(lists: ListFile, form: str, directory: Path) -> dict:
     return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
 
 
-def _format_qrel(ranking_list: RankingList, doc_id: str, grade: float) -> str:
+def _format_qrel(form: str, ranking_list: RankingList, doc_id: str, grade: float) -> str:
+    unfit, whose, what = UNFIT[form]
     if grade != int(grade):
         raise GradretError(
-            f"{_place(ranking_list)} has the grade {grade:g}, but BEIR's are whole numbers; "
+            f"{_place(ranking_list)} has the grade {grade:g}, but {whose} are whole numbers; "
             "round the grades in the lists, or export to trove, which takes real ones"
         )
     for identifier in (ranking_list.query_id, doc_id):
-        if UNFIT_FOR_TSV.search(identifier):
+        if unfit.search(identifier):
             raise GradretError(
-                f"{ranking_list.where}: the id {json.dumps(identifier)} does not fit into a line of BEIR's qrels; "
-                "rename it, without tabs, line breaks and a quotation mark at its start"
+                f"{ranking_list.where}: the id {json.dumps(identifier)} does not fit into a line of {whose} qrels; "
+                f"rename it, without {what}"
             )
-    return f"{ranking_list.query_id}\t{doc_id}\t{int(grade)}\n"
+    fields = [ranking_list.query_id, doc_id, str(int(grade))]
+    return "\t".join(fields) + "\n" if form == "beir" else " ".join([fields[0], "0", *fields[1:]]) + "\n"
 
 
 class _Documents:
@@ -150,7 +178,7 @@ class _Documents:
         return judged, new
 
 
-def _read_in_order(lists: ListFile) -> Iterator[RankingList]:
+def _read_in_order(lists: Sequence[RankingList]) -> Iterator[RankingList]:
     for index in tqdm(range(len(lists)), desc="exporting", unit="list", delay=2, disable=None):
         yield lists[index]
 

@@ -16,6 +16,7 @@ from gradret.errors import GradretError
 GRADE_LIMIT = 1000  # 2^grade still fits a float64
 PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
 LIST_KEYS = ("query_id", "query", "passages", "meta")
+TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
 JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -52,7 +53,7 @@ def parse_list(record: object, where: str) -> RankingList:
     """A checked RankingList from one decoded JSON object.
 
     Args:
-        record: the decoded line.
+        record: the decoded line; one of Tevatron's with texts has positive passages of grade 1 and negative ones of 0.
         where: "FILE:LINE", opens every message.
 
     Raises: GradretError when a key is missing or of the wrong type, a list has no passages, or a grade
@@ -68,6 +69,8 @@ def parse_list(record: object, where: str) -> RankingList:
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
         raise GradretError(f"{where}: query {_quote(query)} of list '{query_id}' is not a non-empty string")
+    if "passages" not in record and all(isinstance(record.get(key), list) for key in TEVATRON_KEYS):
+        record = _read_tevatron(record, where)
     passages = record.get("passages")
     if not isinstance(passages, list) or not passages:
         raise GradretError(f"{where}: list '{query_id}' has no passages; give it at least one or remove the line")
@@ -79,6 +82,19 @@ def parse_list(record: object, where: str) -> RankingList:
         {key: value for key, value in record.items() if key not in LIST_KEYS},
         where,
     )
+
+
+def _read_tevatron(record: dict, where: str) -> dict:
+    """The same with the passages as gradret has them."""
+    passages = []
+    for key, grade in TEVATRON_KEYS.items():
+        for passage in record[key]:
+            if not isinstance(passage, dict):
+                raise GradretError(f"{where}: {key} holds {_quote(passage)}; expected JSON objects with docid and text")
+            others = {k: v for k, v in passage.items() if k not in ("docid", "title")}
+            titled = {"title": passage["title"]} if passage.get("title") else {}
+            passages.append({"grade": grade, "doc_id": passage.get("docid")} | titled | others)
+    return {k: v for k, v in record.items() if k not in TEVATRON_KEYS} | {"passages": passages}
 
 
 def _parse_passage(record: object, where: str) -> Passage:

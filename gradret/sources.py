@@ -35,6 +35,8 @@ class Source:
         drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
         labels: which of the grades of generated lists to train on: `intended`, those asked for; `judged`, those the
             model gave afterwards, real numbers; `agreed`, those asked for, of lists where both are in one order.
+        query_file: the texts of a directory's queries, in the form of BEIR's queries.jsonl, where it has none itself:
+            SyCL's published lists have MS MARCO's.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Source:
     queries: str | None = None
     drop_self: bool | None = None
     labels: str = "intended"
+    query_file: str | None = None
 
 
 def parse_source(text: str) -> Source:
@@ -64,7 +67,7 @@ def parse_source(text: str) -> Source:
             options[key] = int(value)
         elif key == "shuffle":
             options[key] = _parse_share(value, text)
-        elif key == "queries" and value:
+        elif key in ("queries", "query_file") and value:
             options[key] = value
         elif key == "drop_self" and value in ("yes", "no"):
             options[key] = value == "yes"
@@ -73,8 +76,8 @@ def parse_source(text: str) -> Source:
         else:
             raise GradretError(
                 f"{text}: option '{option}' is not known; "
-                "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, labels=intended|judged|agreed "
-                "or drop_self=yes|no"
+                "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+                "labels=intended|judged|agreed or drop_self=yes|no"
             )
     if options.get("labels") == "judged" and "grades" in options:
         raise GradretError(
@@ -133,10 +136,13 @@ def open_collection(source: Source) -> Collection:
         if (value := getattr(source, name)) != default:
             raise GradretError(f"{source.name}: {name}={value} is for training lists, not for a collection to measure")
     path = find_path(source.name)
+    if source.query_file is not None and not (path and path.is_dir()):
+        raise GradretError(f"{source.name}: query_file is for a directory without queries.jsonl; leave it out")
     if path is None:
         collection = IrDatasetsCollection(source.name)
     elif path.is_dir():
-        collection = BeirCollection(*_split_directory(source.name))
+        queries = None if source.query_file is None else Path(source.query_file)
+        collection = BeirCollection(*_split_directory(source.name), queries)
     else:
         collection = ListCollection(path)
     if source.queries is not None:
@@ -187,13 +193,13 @@ def open_lists(source: Source) -> Sequence[RankingList]:
     if source.drop_self is not None:
         raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
     path = find_path(source.name)
-    if path is not None and path.is_file():
+    if path is not None and path.is_file() and source.query_file is None:
         return ListFile(path)
     if source.labels != "intended":
         raise GradretError(
             f"{source.name}: labels={source.labels} is for the ranking-list files of gradret gen --judge; leave it out"
         )
-    return JudgedLists(open_collection(Source(source.name)))
+    return JudgedLists(open_collection(Source(source.name, query_file=source.query_file)))
 
 
 class JudgedLists(Sequence):

@@ -22,7 +22,7 @@ LAYERS = """
     contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub
     processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
-    mix sources collection lists console settings versions resident launch files errors
+    mix sources collection qrels lists console settings versions resident launch files errors
 """.split()
 CORE = [
     "errors",
@@ -31,6 +31,7 @@ CORE = [
     "console",
     "lists",
     "collection",
+    "qrels",
     "sources",
     "mix",
     "hub",

@@ -1,7 +1,8 @@
+import shutil
+
 import pytest
 from conftest import list_record
 
-from gradret.collection import QRELS_HEADER
 from gradret.errors import GradretError
 from gradret.mix import MixedLists, check_lists
 from gradret.sources import Source, open_collection, open_lists, parse_grade_map, parse_source
@@ -29,8 +30,8 @@ def test_spelling():
         (
             "a?size=3",
             "a?size=3: option 'size=3' is not known; "
-            "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, labels=intended|judged|agreed "
-            "or drop_self=yes|no",
+            "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+            "labels=intended|judged|agreed or drop_self=yes|no",
         ),
         (
             "a?labels=judged&grades=3",
@@ -68,9 +69,82 @@ def test_a_qrels_file_with_the_wrong_header(beir_directory):
     assert str(error.value) == (
         f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got 'q1\td1\t1'; add it as the first line"
     )
-    path.write_text("\t".join(QRELS_HEADER) + "\nq1\td1\tone\n")
+    path.write_text("query-id\tcorpus-id\tscore\nq1\td1\tone\n")
     with pytest.raises(GradretError, match=r"test\.tsv:2: expected .* with a whole number as score"):
         open_collection(Source(str(beir_directory)))
+
+
+def test_trecs_qrels(beir_directory):
+    (beir_directory / "qrels" / "test.tsv").unlink()
+    for suffix in ("txt", "qrels", "trec"):
+        path = beir_directory / "qrels" / f"test.{suffix}"
+        path.write_text("q1 0 d1 1\n\nq2\t0\td2\t2\r\nq2 Q0 d3 -1\n")
+        assert open_collection(Source(str(beir_directory))).qrels == {"q1": {"d1": 1}, "q2": {"d2": 2, "d3": -1}}
+        path.write_text("q1 0 d1 1\nq2 d2 2\n")
+        with pytest.raises(
+            GradretError, match=rf"test\.{suffix}:2: expected 'QUERY 0 DOCUMENT GRADE' with a whole num"
+        ):
+            open_collection(Source(str(beir_directory)))
+        path.unlink()
+
+
+def test_troves_qrels_serve_every_split(beir_directory):
+    shutil.rmtree(beir_directory / "qrels")
+    path = beir_directory / "qrels.jsonl"
+    path.write_text('{"qid": "q1", "docid": ["d1"], "score": [1]}\n\n{"qid": "q2", "docid": [], "score": []}\n')
+    for split in ("", ":train"):
+        assert open_collection(Source(f"{beir_directory}{split}")).qrels == {"q1": {"d1": 1}}
+    for line in (
+        "[]",
+        '{"qid": "q1", "docid": ["d1"]}',
+        '{"qid": 1, "docid": ["d1"], "score": [1]}',
+        '{"qid": "q1", "docid": [2], "score": [1]}',
+        '{"qid": "q1", "docid": ["d1"], "score": ["1"]}',
+        '{"qid": "q1", "docid": ["d1"], "score": [NaN]}',
+        '{"qid": "q1", "docid": ["d1", "d2"], "score": [1]}',
+        '{"qid": "q1", "docid": 3, "score": [1]}',
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(
+            GradretError, match=r"qrels\.jsonl:1: expected a JSON object with a string qid and two list"
+        ):
+            open_collection(Source(str(beir_directory)))
+
+
+def test_sycls_layout_with_the_queries_of_another_collection(beir_directory, tmp_path):
+    """Synthetic passages of grades 0 to 3 under ids of their own, for queries that are MS MARCO's."""
+    lists = tmp_path / "llama33_70b"
+    (lists / "qrels").mkdir(parents=True)
+    passages = [f'{{"_id": "q1_l_{grade}", "text": "of grade {grade}"}}\n' for grade in (3, 2, 1, 0)]
+    (lists / "corpus.jsonl").write_text("".join(passages))
+    qrels = "".join(f"q1\tq1_l_{grade}\t{grade}\n" for grade in (3, 2, 1, 0))
+    (lists / "qrels" / "train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{qrels}")
+    with pytest.raises(GradretError, match=r"llama33_70b/queries\.jsonl: no such file"):
+        open_lists(parse_source(f"{lists}:train"))
+    source = parse_source(f"{lists}:train?query_file={beir_directory}/queries.jsonl")
+    (found,) = MixedLists([source])
+    assert (found.query_id, found.query) == ("q1", "why tides")
+    assert [(p.grade, p.text, p.doc_id) for p in found.passages] == [
+        (grade, f"of grade {grade}", f"q1_l_{grade}") for grade in (3, 2, 1, 0)
+    ]
+    assert open_collection(source).document_count == 4
+    for name in ("sample", "cranfield"):
+        for opened in (open_lists, open_collection):
+            with pytest.raises(GradretError, match=f"^{name}: query_file is for a directory without queries.jsonl"):
+                opened(Source(name, query_file="queries.jsonl"))
+
+
+def test_tevatrons_records_that_do_not_do(write_jsonl):
+    passage = {"docid": "d", "title": "", "text": "x"}
+    record = {"query_id": "q", "query": "w", "positive_passages": [passage], "negative_passages": [3]}
+    with pytest.raises(GradretError, match=r"1: negative_passages holds 3; expected JSON objects with docid and text"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
+    record["negative_passages"] = [{"docid": "e"}]
+    with pytest.raises(GradretError, match=r"1: passage 2: text null is not a string"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
+    del record["negative_passages"]
+    with pytest.raises(GradretError, match="1: list 'q' has no passages"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
 
 
 def test_a_missing_split_names_those_there(beir_directory):
