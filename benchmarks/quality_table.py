@@ -17,7 +17,10 @@ COLUMNS = (  # experiment, its column, shown
 
 
 def make_tables(document: dict) -> list[str]:
-    """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead."""
+    """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead.
+
+    A column, or an encoder, for which nothing has been trained yet is left out.
+    """
     lines: list[str] = []
     shown = {experiment for experiment, *_ in COLUMNS}
     for encoder in document["encoders"]:
@@ -27,21 +30,23 @@ def make_tables(document: dict) -> list[str]:
             for row in e["rows"]
             if row["encoder"] == encoder and row["columns"] and e["name"] in shown
         }
-        if rows:
-            lines += [""] * bool(lines) + _show_systems(document, encoder, rows) + [""]
-            lines += _show_lead(document, rows)
+        trained = {(e, column) for (e, _), row in rows.items() if row["data"] for column in row["columns"]}
+        columns = [column for column in COLUMNS if column[:2] in trained]
+        if columns:
+            lines += [""] * bool(lines) + _show_systems(document, encoder, rows, columns) + [""]
+            lines += _show_lead(document, rows, columns)
     return lines
 
 
-def _show_systems(document: dict, encoder: str, rows: dict) -> list[str]:
+def _show_systems(document: dict, encoder: str, rows: dict, columns: list[tuple]) -> list[str]:
     measure = document["measures"][0]
     labels: dict[str, list[str]] = {}  # systems of one label stand for one another: each has its experiment's data
     for _, system in rows:
         labels.setdefault(find_label(document, system), []).append(system)
-    lines = _open_table(f"{measure}, {encoder}", [shown for *_, shown in COLUMNS])
+    lines = _open_table(f"{measure}, {encoder}", [shown for *_, shown in columns])
     for label, systems in labels.items():
         cells = []
-        for experiment, column, _ in COLUMNS:
+        for experiment, column, _ in columns:
             row = next((r for s in systems if (r := rows.get((experiment, s)))), None)
             found = row and row["columns"].get(column)
             missing = f" ({row['runs']} of {row['wanted']})" if row and row["runs"] < row["wanted"] else ""
@@ -50,16 +55,16 @@ def _show_systems(document: dict, encoder: str, rows: dict) -> list[str]:
     return lines
 
 
-def _show_lead(document: dict, rows: dict) -> list[str]:
+def _show_lead(document: dict, rows: dict, columns: list[tuple]) -> list[str]:
     """The primary system's mean less a baseline's, the p-value of that, and in how many seeds it is above 0."""
     measure, primary = document["measures"][0], document["primary"]
-    lines = _open_table(f"{find_label(document, primary)} against", [shown for *_, shown in COLUMNS])
+    lines = _open_table(f"{find_label(document, primary)} against", [shown for *_, shown in columns])
     labels: dict[str, list[str]] = {}
     for baseline in document["baselines"]:
         labels.setdefault(find_label(document, baseline), []).append(baseline)
     for label, baselines in labels.items():
         cells = []
-        for experiment, column, _ in COLUMNS:
+        for experiment, column, _ in columns:
             ours = rows.get((experiment, primary), {}).get("columns", {}).get(column, {})
             found = [(rows[experiment, b]["columns"][column], p) for b in baselines if (p := ours.get("p", {}).get(b))]
             cells.append(_show_difference(ours, *found[0], measure) if found else DASH)

@@ -501,6 +501,11 @@ def test_the_readmes_tables(monkeypatch):
     lines = quality_table.make_tables(make_document(grid, rows, make_facts(grid)))
     assert lines[5] == "| W2 | 0.7000 (1 of 2) | 0.6500 (1 of 2) | 0.6100 ± 0.0141 |"
     assert lines[9] == "| InfoNCE | – | – | – |"
+    rows = {key: row for key, row in rows.items() if row["run"]["data"] != ["other.jsonl"]}
+    for run in find_cell(grid, "infonce").runs:
+        del rows[run.key]
+    assert quality_table.make_tables(make_document(grid, rows, make_facts(grid)))[0] == "| nDCG@10, small | A | mean |"
+    assert quality_table.make_tables(make_document(grid, {}, make_facts(grid))) == []
 
 
 def test_the_table_of_claims_apart(monkeypatch):
