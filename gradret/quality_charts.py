@@ -38,13 +38,14 @@ def make_figure(document: dict, experiment: dict):
 
     Rows of a table are horizontal bars in the table's order; where numbers are varied, a line a system. The primary
     system is set off in colour. What is not done yet has no bar; where some of its runs are missing, it has no point.
+    An encoder with which nothing has been trained yet is left out where another one has been.
 
     Returns: a matplotlib Figure that knows how to be a PNG.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups, measure, curves = group_by_encoder(experiment), document["measures"][0], is_curve(experiment)
+    groups, measure, curves = _choose_groups(experiment), document["measures"][0], is_curve(experiment)
     columns = find_columns(experiment, list(document["collections"])) or [next(iter(document["collections"]))]
     width, height = (2.7, 3.0) if curves else (2.3, 0.27 * max(map(len, groups.values())) + 0.9)
     figure = Figure(figsize=(2.4 + width * len(columns), 0.3 + height * len(groups)), layout="constrained")
@@ -68,6 +69,12 @@ def make_figure(document: dict, experiment: dict):
         names = [textwrap.fill(label, LABEL) for label in labels]
         figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _choose_groups(experiment: dict) -> dict[str, list[dict]]:
+    groups = group_by_encoder(experiment)
+    begun = {e: rows for e, rows in groups.items() if any(row["data"] and row["columns"] for row in rows)}
+    return begun or groups
 
 
 def describe_chart(document: dict, experiment: dict) -> str:

@@ -413,6 +413,16 @@ def test_bars():
     assert whiskers == [pytest.approx([0.61 - 0.0141421, 0.61 + 0.0141421]), pytest.approx([0.6958579, 0.7241421])]
 
 
+def test_an_encoder_without_results_has_no_panel():
+    grid = make_grid(make_experiment(encoders=("small", "large")))
+    rows = {key: row for key, row in fill_rows(grid, LEVELS).items() if row["run"]["encoder"].get("model") != "L"}
+    document = make_document(grid, rows, make_facts(grid))
+    figure = make_figure(document, document["experiments"][0])
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["A", "B", "mean of collections"]
+    nothing = make_document(grid, {}, make_facts(grid))
+    assert len(make_figure(nothing, nothing["experiments"][0]).axes) == 2
+
+
 def test_curves():
     systems = ("untrained", "infonce", "wasserstein")
     grid = make_grid(
