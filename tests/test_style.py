@@ -37,9 +37,10 @@ def test_the_readme_opens_with_its_two_commands():
 
 
 @pytest.mark.parametrize(
-    ("script", "results", "lines"), [("loss", "loss-cpu", 30), ("gen", "gen-cpu", 5), ("fit", "fit-cpu", 14)]
+    ("script", "results", "lines"),
+    [("loss", "loss-cpu", 30), ("gen", "gen-cpu", 5), ("fit", "fit-cpu", 14), ("quality", "quality/quality", 20)],
 )
-def test_the_readmes_tables_of_speed_are_the_results(script, results, lines):
+def test_the_readmes_tables_are_the_results(script, results, lines):
     benchmarks = REPOSITORY / "benchmarks"
     command = [sys.executable, benchmarks / f"{script}_table.py", benchmarks / "results" / f"{results}.json"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
