@@ -1,7 +1,7 @@
 """Judgments beside a corpus: BEIR's qrels/SPLIT.tsv, TREC's qrels/SPLIT.txt, or Trove's qrels.jsonl."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gradret.errors import GradretError
@@ -52,32 +52,32 @@ def _read_beir(path: Path) -> Iterator[tuple[str, str, float]]:
                 f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{header[:60]}'; "
                 "add it as the first line"
             )
-        for number, line in enumerate(file, 2):
-            fields = line.decode("utf-8", "replace").rstrip("\r\n").split("\t")
-            if fields == [""]:
-                continue
-            try:
-                query_id, doc_id, score = fields
-                yield query_id, doc_id, int(score)
-            except ValueError:
-                raise GradretError(
-                    f"{path}:{number}: expected 'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
-                ) from None
+        expected = "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
+        yield from _read_lines(file, path, 2, lambda line: line.split("\t"), expected)
 
 
 def _read_trec(path: Path) -> Iterator[tuple[str, str, float]]:
+    def split(line: str) -> list[str]:
+        query_id, _, *others = line.split()
+        return [query_id, *others]
+
     with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            fields = line.decode("utf-8", "replace").split()
-            if not fields:
-                continue
-            try:
-                query_id, _, doc_id, grade = fields
-                yield query_id, doc_id, int(grade)
-            except ValueError:
-                raise GradretError(
-                    f"{path}:{number}: expected 'QUERY 0 DOCUMENT GRADE' with a whole number as grade"
-                ) from None
+        yield from _read_lines(file, path, 1, split, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade")
+
+
+def _read_lines(
+    lines: Iterable[bytes], path: Path, first: int, split: Callable[[str], list[str]], expected: str
+) -> Iterator[tuple[str, str, float]]:
+    """Judgments of lines that `split` cuts into query, document and grade; the first line has the number `first`."""
+    for number, line in enumerate(lines, first):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if not text.strip():
+            continue
+        try:
+            query_id, doc_id, grade = split(text)
+            yield query_id, doc_id, int(grade)
+        except ValueError:
+            raise GradretError(f"{path}:{number}: expected {expected}") from None
 
 
 def _read_trove(path: Path) -> Iterator[tuple[str, str, float]]:
