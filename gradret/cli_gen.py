@@ -10,6 +10,7 @@ import click
 
 from gradret.console import StopRequest, command_line
 from gradret.errors import GradretError, Interrupted
+from gradret.export import FORMS
 from gradret.files import open_folder, write_json
 from gradret.gen_options import (
     DEFAULTS,
@@ -191,7 +192,7 @@ def bench_gen(model, queries, out, as_json, **given):
 
 @click.command()
 @click.argument("source")
-@click.option("--format", "form", required=True, type=click.Choice(["beir", "tevatron", "trove", "trec", "lists"]))
+@click.option("--format", "form", required=True, type=click.Choice(FORMS))
 @click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
 @click.option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
 @JSON

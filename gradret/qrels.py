@@ -71,7 +71,7 @@ def _read_lines(
     """Judgments of lines that `split` cuts into query, document and grade; the first line has the number `first`."""
     for number, line in enumerate(lines, first):
         text = line.decode("utf-8", "replace").rstrip("\r\n")
-        if not text.strip():
+        if not text:
             continue
         try:
             query_id, doc_id, grade = split(text)

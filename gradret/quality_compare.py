@@ -131,10 +131,10 @@ def compare_changes(grid: Grid, experiment: Experiment, rows: Sequence[Found], c
 
 
 def _find_differences(grid: Grid, name: str, ours: Found, theirs: Found) -> np.ndarray:
-    ours_per_query, theirs_per_query = _mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs)
-    if ours_per_query.keys() != theirs_per_query.keys():
-        raise _queries_differ(grid, name, ours, theirs)
-    return find_differences(ours_per_query, theirs_per_query)
+    try:
+        return find_differences(_mean_per_query(grid, name, ours), _mean_per_query(grid, name, theirs))
+    except ValueError:
+        raise _queries_differ(grid, name, ours, theirs) from None
 
 
 def _mean_per_query(grid: Grid, name: str, one: Found) -> dict[str, float]:
