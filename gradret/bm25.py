@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from gradret.collection import Collection
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 
 # A function of B queries and a depth: for each the positions of its best documents and, descending, their scores.
@@ -37,7 +38,8 @@ def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], N
     tokenizer = bm25s.tokenization.Tokenizer()
 
     def read_contents() -> Iterator[str]:
-        for document in collection.documents():
+        documents, total = collection.documents(), collection.document_count
+        for document in show_bar(documents, total=total, desc="indexing for BM25", unit="doc", delay=PATIENCE_S):
             check()
             yield document.content
 
@@ -49,7 +51,8 @@ def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], N
 
     def rank(queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         rankings = []
-        for words in tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False):
+        tokenized = tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False)
+        for words in show_bar(tokenized, total=len(queries), desc="ranking by BM25", unit="query", delay=PATIENCE_S):
             check()
             scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
             found = np.flatnonzero(scores)

@@ -2,6 +2,7 @@
 
 DIR/gradret.json                whose it is, see claim.Claim
 DIR/metrics.jsonl               a line a step; dev.jsonl a line a dev evaluation
+DIR/tensorboard/                the same for TensorBoard, see board.Board
 DIR/mined-0.npy                 mined passages as positions, until the run has finished
 DIR/checkpoints/step-000000050  the last one alone: model, optimizer and best weights, state.json
 DIR/config.json ...             once finished, the encoder as a sentence-transformers directory with its card
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from gradret.board import Board
 from gradret.claim import Claim
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
@@ -42,7 +44,18 @@ class RunState:
 
 
 class Run(Claim):
-    """A run's directory, claimed, with what the run has done so far. See Claim for the arguments."""
+    """A run's directory, claimed, with what the run has done so far. See Claim for the arguments.
+
+    Attributes:
+        board: gets every line that is appended, too; None for none.
+    """
+
+    board: Board | None = None
+
+    def close(self) -> None:
+        super().close()
+        if self.board is not None:
+            self.board.close()
 
     def read_lines(self, name: str) -> list[dict]:
         """The lines of metrics.jsonl or dev.jsonl; [] before there are any."""
@@ -91,6 +104,8 @@ class Run(Claim):
         try:
             with open(self.directory / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            if self.board is not None:
+                self.board.add(name, record)
         except OSError as error:
             raise self._write_error(error) from error
 

@@ -10,7 +10,7 @@ from gradret.errors import GradretError
 from gradret.files import check_writable, open_folder, replace_json
 from gradret.gen_options import Shard
 from gradret.launch import require_one
-from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, make_settings
+from gradret.options import BUDGET_OPTIONS, DEVICE, ENCODER_OPTIONS, JSON, MEASURES, POSITIVE, QUIET, make_settings
 from gradret.settings import PRECISIONS
 
 BESIDE_CONFIG = ("config", "out", "report", "shard", "max_runs", "fresh", "device", "as_json")
@@ -67,6 +67,7 @@ def bench():
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
 @DEVICE
+@QUIET
 @JSON
 @click.pass_context
 def quality(
@@ -123,7 +124,7 @@ def quality(
             write_page(document, Path(report))
     click.echo(json.dumps(document) if as_json else format_quality(document))
     page = f", {report}/index.html" if report is not None else ""
-    click.echo(f"written: {out}/quality.json, {out}/quality.png{page}", err=True)
+    say(f"written: {out}/quality.json, {out}/quality.png{page}")
     if outcome.error is not None:
         raise GradretError(outcome.error)
 
@@ -167,6 +168,7 @@ def _split_measures(text: str) -> list[str]:
 @click.option("--batch-size", default=32, show_default=True, type=POSITIVE, help="Texts encoded at once.")
 @click.option("--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS), help="Of encoding.")
 @DEVICE
+@QUIET
 @JSON
 def evaluate_command(
     model,
@@ -192,11 +194,12 @@ def evaluate_command(
     """
     from dataclasses import replace
 
-    from gradret.encoder_load import choose_precision, load
+    from gradret.encoder_load import choose_precision, load_encoder
     from gradret.evaluation import evaluate, parse_measures, split_measures
     from gradret.processes import join_processes
     from gradret.report import format_table
-    from gradret.retrieve import default_cache, write_run
+    from gradret.retrieve import default_cache
+    from gradret.runs import write_run
     from gradret.sources import open_collection, parse_grade_map, parse_source
     from gradret.versions import versions
 
@@ -209,7 +212,7 @@ def evaluate_command(
             flags["grades"] = parse_grade_map(grade_map) if grade_map else None
             source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
             collection = open_collection(source)
-            encoder = load(model, device=where, **encoder_options)
+            encoder = load_encoder(model, device=where, **encoder_options)
             precision = choose_precision(precision, encoder.device)
         if processes.is_first:
             size = f"{len(collection.queries)} queries, {collection.document_count} documents"

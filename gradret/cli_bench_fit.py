@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line
+from gradret.console import command_line, say
 from gradret.files import open_folder, write_json
 from gradret.launch import require_one
-from gradret.options import DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, make_settings, option
+from gradret.options import DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, QUIET, make_settings, option
 from gradret.settings import PRECISIONS
 
 
@@ -52,6 +52,7 @@ class Sizes(click.ParamType):
 )
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where fit.json goes.")
 @DEVICE
+@QUIET
 @JSON
 def fit(data, max_length, chunk, steps, rounds, memory, out, device, as_json, **given):
     """Time gradret fit against sentence-transformers' own trainer.
@@ -81,4 +82,4 @@ def fit(data, max_length, chunk, steps, rounds, memory, out, device, as_json, **
     )
     write_json(Path(out, "fit.json"), result)
     click.echo(json.dumps(result) if as_json else format_fit_speed(result))
-    click.echo(f"written: {out}/fit.json", err=True)
+    say(f"written: {out}/fit.json")

@@ -7,7 +7,17 @@ import click
 
 from gradret.errors import GradretError
 from gradret.files import read_object
-from gradret.options import BUDGET_OPTIONS, DEFAULTS, DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, make_settings, option
+from gradret.options import (
+    BUDGET_OPTIONS,
+    DEFAULTS,
+    DEVICE,
+    ENCODER_OPTIONS,
+    JSON,
+    POSITIVE,
+    QUIET,
+    make_settings,
+    option,
+)
 from gradret.settings import LOSS_NAMES
 
 
@@ -35,10 +45,12 @@ from gradret.settings import LOSS_NAMES
 @option("--dev-measure", help="An ir_measures name.")
 @option("--patience", type=POSITIVE, help="End after so many dev measurements without a new best.")
 @option("--checkpoint-every", type=POSITIVE, help="Steps between checkpoints.")
+@click.option("--tensorboard", is_flag=True, help="Write the run's curves for TensorBoard, too, to OUT/tensorboard.")
 @DEVICE
+@QUIET
 @JSON
 @click.pass_context
-def fit(ctx, out, resume, device, as_json, **given):
+def fit(ctx, out, resume, tensorboard, device, as_json, **given):
     """Fine-tune an encoder on graded lists and save it as a sentence-transformers directory.
 
     SOURCE is a JSONL file of ranking lists, a BEIR directory (DIR or DIR:SPLIT), an ir_datasets id, or `sample`, the
@@ -65,7 +77,7 @@ def fit(ctx, out, resume, device, as_json, **given):
             # What was spelled out must agree with the run.
             given |= {k: v for k, v in stored.items() if k in given and k not in named}
         settings = make_settings(_as_tuples(given))
-        result = train(settings, out, resume=resume, device=device)
+        result = train(settings, out, resume=resume, device=device, tensorboard=tensorboard)
     if not processes.is_first:
         return
     document = {

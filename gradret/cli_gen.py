@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from gradret.console import StopRequest, command_line
+from gradret.console import StopRequest, command_line, say
 from gradret.errors import GradretError, Interrupted
 from gradret.export import FORMS
 from gradret.files import open_folder, write_json
@@ -23,7 +23,7 @@ from gradret.gen_options import (
     check_engine_options,
 )
 from gradret.launch import require_one
-from gradret.options import JSON, POSITIVE
+from gradret.options import JSON, POSITIVE, QUIET
 from gradret.settings import SAMPLE, GenSettings
 from gradret.sources import find_path
 
@@ -41,6 +41,7 @@ from gradret.sources import find_path
 @LLAMA_OPTIONS
 @ENDPOINT_OPTIONS
 @click.option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")
+@QUIET
 @JSON
 @click.pass_context
 def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings, shard, show_prompt, as_json, **given):
@@ -106,7 +107,7 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
             )
         )
         journal.check_queries(wanted)
-        click.echo(f"gen: {len(wanted)} queries, {engine.describe()}", err=True)
+        say(f"gen: {len(wanted)} queries, {engine.describe()}")
         summary = generate(wanted, engine, prompts, checks, journal, settings)
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
     click.echo(json.dumps(document) if as_json else format_summary(document))
@@ -161,6 +162,7 @@ def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
 @GPU_LAYERS
 @THREADS
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
+@QUIET
 @JSON
 def bench_gen(model, queries, out, as_json, **given):
     """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion.
@@ -187,7 +189,7 @@ def bench_gen(model, queries, out, as_json, **given):
         result = {"command": command_line()} | measure_engine(path, prompts, sample[:queries], settings, **given)
     write_json(Path(out, "gen.json"), result)
     click.echo(json.dumps(result) if as_json else format_engine_speed(result))
-    click.echo(f"written: {out}/gen.json", err=True)
+    say(f"written: {out}/gen.json")
 
 
 @click.command()
@@ -195,6 +197,7 @@ def bench_gen(model, queries, out, as_json, **given):
 @click.option("--format", "form", required=True, type=click.Choice(FORMS))
 @click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
 @click.option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
+@QUIET
 @JSON
 def export(source, form, out, positive_from, as_json):
     """Write ranking lists in a neighbour's format, or what a neighbour has as ranking lists.

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line
+from gradret.console import command_line, say
 from gradret.files import open_folder, write_json
 from gradret.launch import require_one
-from gradret.options import DEVICE, JSON, POSITIVE
+from gradret.options import DEVICE, JSON, POSITIVE, QUIET
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -77,6 +77,7 @@ class ShapeOrNone(Shape):
     "--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where loss.json and loss.png go."
 )
 @DEVICE
+@QUIET
 @JSON
 def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_json):
     """Time losses side by side, forward and backward, and measure their peak memory.
@@ -102,7 +103,7 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
 
     where = choose_device(device)
     open_folder(out, "loss.json", "loss.png")
-    click.echo(f"path: {describe_backend(where)}", err=as_json)
+    (say if as_json else click.echo)(f"path: {describe_backend(where)}")
     result = {"command": command_line()} | measure_speed(
         shapes,
         device=where,
@@ -115,4 +116,4 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     write_json(Path(out, "loss.json"), result)
     draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
-    click.echo(f"written: {out}/loss.json, {out}/loss.png", err=True)
+    say(f"written: {out}/loss.json, {out}/loss.png")

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 from gradret.lists import ListFile, Passage, decode_json, hash64, open_file
 from gradret.qrels import read_qrels
@@ -76,7 +78,8 @@ class BeirCollection(Collection):
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes a document, to find an id used twice
-        for record, offset in read_records(self._corpus, ("_id", "text")):
+        records = read_records(self._corpus, ("_id", "text"))
+        for record, offset in show_bar(records, desc=f"reading {self._corpus}", unit="doc", delay=PATIENCE_S):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
                 self._offsets[record["_id"]] = offset
@@ -114,7 +117,7 @@ class IrDatasetsCollection(Collection):
             hint = f"name one that has, such as {', '.join(splits[:3])}" if splits else "name a dataset that has"
             raise GradretError(f"{dataset_id}: this ir_datasets id has no qrels; {hint}")
         self.drop_self = is_self_retrieving(*dataset_id.split("/"))
-        self._store = None
+        self._store: Any = None
         try:
             self.document_count = self._dataset.docs_count() or sum(1 for _ in self._dataset.docs_iter())
             self.qrels = {}
@@ -144,7 +147,8 @@ class ListCollection(Collection):
     def __init__(self, path: Path):
         self.name = str(path)
         self.drop_self = False
-        self.queries, self.qrels, self._documents = {}, {}, {}
+        self.queries, self.qrels = {}, {}
+        self._documents: dict[str, str] = {}
         doc_ids: dict[str, str] = {}
         lists = ListFile(path)
         for ranking_list in (lists[i] for i in range(len(lists))):
@@ -166,7 +170,7 @@ class ListCollection(Collection):
         return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
 
 
-def load_dataset(dataset_id: str):
+def load_dataset(dataset_id: str) -> Any:
     """The dataset of an ir_datasets id. Raises: GradretError when there is none."""
     import ir_datasets
 
@@ -185,7 +189,7 @@ def is_self_retrieving(*names: str) -> bool:
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
 
 
-def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict, int]]:
+def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], int]]:
     """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
     offset = 0
     with open_file(path) as file:

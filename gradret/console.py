@@ -5,16 +5,32 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 SECOND_THOUGHT_S = 2.0
+PATIENCE_S = 2  # work that is done sooner needs no progress bar
+
+_quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Whether from now on there are neither lines nor bars; results and errors are not written here."""
+    global _quiet
+    _quiet = quiet
 
 
 def say(line: str) -> None:
     """A line for the user, on stderr, above any progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    if not _quiet:
+        tqdm.write(line, file=sys.stderr)
+
+
+def show_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
+    """A progress bar on stderr where that is a terminal, see tqdm for the options; hidden if not `shown`."""
+    return tqdm(iterable, disable=None if shown and not _quiet else True, **options)
 
 
 class StopRequest:

@@ -4,10 +4,10 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,8 +32,9 @@ class Encoder(nn.Module):
         config: see EncoderConfig.
     """
 
-    def __init__(self, transformer: nn.Module, tokenizer, config: EncoderConfig):
+    def __init__(self, transformer: Any, tokenizer: Any, config: EncoderConfig):
         super().__init__()
+        self.transformer: Any  # a module with more than nn.Module has
         self.transformer, self.tokenizer, self.config = transformer, tokenizer, config
         if tokenizer.pad_token is None:  # padding is masked out: any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -52,7 +53,7 @@ class Encoder(nn.Module):
 
     @property
     def dimension(self) -> int:
-        return self.transformer.config.hidden_size
+        return int(self.transformer.config.hidden_size)
 
     def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
         """Token ids of n queries or documents, with prefix and special tokens, cut to the maximum length; int32."""
@@ -187,6 +188,6 @@ def pool_tokens(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), position]
 
 
-def autocast(device: torch.device, precision: str):
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """Autocast to bfloat16 on the device, or nothing for float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()

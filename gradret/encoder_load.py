@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,14 +26,14 @@ from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 MAX_LENGTH_CAP = 8192  # where neither tokenizer nor model says how much it can read
 
 
-def load(
+def load_encoder(
     name: str = DEFAULT_ENCODER,
     *,
     device: str | torch.device | None = None,
     weights: str = "float32",
     layers: int | None = None,
     trust_remote_code: bool = False,
-    **overrides,
+    **overrides: Any,
 ) -> Encoder:
     """An Encoder from a transformers or sentence-transformers directory or hub repository.
 
@@ -48,7 +49,7 @@ def load(
     """
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
     device = choose_device(device)
-    transformer, tokenizer = _load_parts(find_weights(directory), name, weights, layers, trust_remote_code)
+    transformer, tokenizer = _load_parts(find_weights(directory) or directory, name, weights, layers, trust_remote_code)
     readable = _count_positions(transformer)
     config = read_config(directory, name, min(tokenizer.model_max_length, readable))
     config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
@@ -63,7 +64,9 @@ def load(
     return Encoder(transformer, tokenizer, config).to(device).eval()
 
 
-def _load_parts(directory: Path, name: str, weights: str, layers: int | None, trust_remote_code: bool) -> tuple:
+def _load_parts(
+    directory: Path, name: str, weights: str, layers: int | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """The transformer, all of whose weights were found, and its tokenizer."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     transformers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Retrieval quality of one encoder: measures by ir_measures."""
+"""Retrieval quality of an encoder, or of anything that embeds texts: measures by ir_measures."""
 
 import math
 import re
@@ -6,14 +6,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gradret.collection import Collection
 from gradret.console import say
-from gradret.encoder import Encoder
+from gradret.embedders import Embedder, EmbeddingFunction, OutsideEmbedder, as_embedder
 from gradret.errors import GradretError
 from gradret.processes import ALONE, Processes
 from gradret.retrieve import embed_corpus, search
 from gradret.settings import DEFAULT_MEASURES
+from gradret.sources import open_collection, parse_source
 
 DEFAULT_DEPTH = 1000
 
@@ -38,7 +40,7 @@ def split_measures(text: str) -> list[str]:
     return [name.strip() for name in re.split(r",(?![^(]*\))", text)]
 
 
-def parse_measures(names: Sequence[str], depth: int | None = None) -> dict:
+def parse_measures(names: Sequence[str], depth: int | None = None) -> dict[str, Any]:
     """ir_measures' measure objects by their canonical names, each once.
 
     Raises: GradretError when a name is unknown, ir_measures can not compute it, or it looks below `depth`.
@@ -67,8 +69,8 @@ def parse_measures(names: Sequence[str], depth: int | None = None) -> dict:
 
 
 def evaluate(
-    encoder: Encoder,
-    collection: Collection,
+    model: Embedder | EmbeddingFunction | str | Path,
+    collection: Collection | str,
     *,
     measures: Sequence[str] = DEFAULT_MEASURES,
     depth: int = DEFAULT_DEPTH,
@@ -82,30 +84,42 @@ def evaluate(
     """Embed, search exactly and measure; several processes share the embedding of the documents.
 
     Args:
-        encoder: see encoder_load.load.
-        collection: see sources.open_collection.
+        model: an Encoder or the name of one; a sentence-transformers model; or a function of a list of n texts and
+            their kind, "query" or "document", to (n, D) embeddings, an array or a tensor, whose dot product is the
+            similarity. See embedders.as_embedder.
+        collection: its name, as the command line takes it, such as beir/scifact/test; or see sources.open_collection.
         measures: any ir_measures names; a grade that is not whole is rounded for them, halves upwards.
         depth: documents ranked for each query.
-        cache: folder that keeps the corpus embeddings; None throws them away.
+        cache: folder that keeps the corpus embeddings; None throws them away. For an Encoder only: what other
+            embeddings depend on is not known.
+        batch_size: texts at once, for a function all that are encoded together (at most 1,024).
+        precision: "float32" or, for an Encoder, "bfloat16".
         processes: all of them must call.
         check: called now and then; what it raises ends the work. By default whether the other processes are there.
-    Raises: GradretError.
+    Raises: GradretError; ValueError for a cache or a precision with what is no Encoder, and see as_embedder.
     """
     parse_measures(measures, depth)
-    options = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
+    encoder = as_embedder(model)
+    if isinstance(encoder, OutsideEmbedder) and (cache is not None or precision != "float32"):
+        raise ValueError("cache and precision are for an Encoder; leave them out for a model that is not gradret's")
+    if isinstance(collection, str):
+        collection = open_collection(parse_source(collection))
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
     result = None
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         folder = cache or Path(temporary)
         corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
         with processes.agree():
             if corpus is not None:
-                run = search(encoder, collection, corpus, depth=depth, **options)
+                run = search(encoder, collection, corpus, depth=depth, progress=progress, **options)
                 result = measure_run(run, collection, measures)
     shared = processes.broadcast(replace(result, run={}) if result is not None else None)
     return result or shared
 
 
-def measure_run(run: dict, collection: Collection, measures: Sequence[str] = DEFAULT_MEASURES) -> Evaluation:
+def measure_run(
+    run: dict[str, list[tuple[str, float]]], collection: Collection, measures: Sequence[str] = DEFAULT_MEASURES
+) -> Evaluation:
     """Measure a ranking against the collection's qrels, over the collection's queries.
 
     The ranking counts as it stands: ir_measures' providers, which break ties in different ways, are given ranks

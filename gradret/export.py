@@ -10,8 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from tqdm import tqdm
-
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, format_list, hash64
 from gradret.qrels import BEIR_HEADER
@@ -179,7 +178,7 @@ class _Documents:
 
 
 def _read_in_order(lists: Sequence[RankingList]) -> Iterator[RankingList]:
-    for index in tqdm(range(len(lists)), desc="exporting", unit="list", delay=2, disable=None):
+    for index in show_bar(range(len(lists)), desc="exporting", unit="list", delay=PATIENCE_S):
         yield lists[index]
 
 

@@ -19,7 +19,7 @@ from gradret.batches import Batch, collate
 from gradret.checkpoint import Run
 from gradret.console import say
 from gradret.encoder import Encoder
-from gradret.encoder_load import choose_device, choose_precision, load
+from gradret.encoder_load import choose_device, choose_precision, load_encoder
 from gradret.errors import GradretError, Interrupted
 from gradret.fit_lists import WORDS, choose_lists, draw_fit_batches, passage_texts
 from gradret.fit_memory import check_memory, measure_memory
@@ -136,7 +136,7 @@ def measure_fit(
 
 
 def _open_encoder(settings: FitSettings, device: torch.device, max_length: int) -> Encoder:
-    encoder = load(settings.model, device=device, **settings.encoder_options)
+    encoder = load_encoder(settings.model, device=device, **settings.encoder_options)
     names = ("query_max_length", "document_max_length")
     lengths = {name: getattr(settings, name) or min(max_length, getattr(encoder.config, name)) for name in names}
     encoder.config = replace(encoder.config, **lengths)

@@ -6,10 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
-from tqdm import tqdm
-
 from gradret.checks import Checks
-from gradret.console import StopRequest, say
+from gradret.console import StopRequest, say, show_bar
 from gradret.errors import GradretError, Interrupted
 from gradret.journal import Journal
 from gradret.judge import Agreement, expected_grade
@@ -219,7 +217,7 @@ def generate(
     summary.skipped = sum(query.key in journal.done for query in queries)
     summary.rejected_before = len(queries) - len(left) - summary.skipped
     waiting = iter(left)
-    bar = tqdm(total=len(left), unit="list", disable=None if progress else True)
+    bar = show_bar(shown=progress, total=len(left), unit="list")
     with StopRequest() as stop, bar:
         try:
             while True:

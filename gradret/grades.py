@@ -27,13 +27,13 @@ class Tables(NamedTuple):
     values: (B, L) grades, ascending. mass: (B, L) target mass, 1 in all or 0 everywhere. counts: (B,) int32.
     """
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not the method of tuples
     values: Tensor
     mass: Tensor
     counts: Tensor
 
     @property
-    def pointers(self) -> tuple:
+    def pointers(self) -> tuple[int | bool, ...]:
         """As the kernels' arguments."""
         index, values, mass, counts = self
         return (
@@ -64,9 +64,11 @@ class PreparedGrades:
         """The same on another device."""
         dtype = table_dtype(torch.device(device))
         index, values, mass, counts = self.tables
-        move = {"device": device, "non_blocking": non_blocking}
-        tables = Tables(index.to(**move), values.to(dtype).to(**move), mass.to(dtype).to(**move), counts.to(**move))
-        return PreparedGrades(tables)
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return PreparedGrades(Tables(move(index), move(values.to(dtype)), move(mass.to(dtype)), move(counts)))
 
 
 def prepare_grades(
@@ -129,7 +131,7 @@ def place_targets(
     Kernels know an axis of grades and the targets that stand in _TARGET_CODES: all others become weights here.
     Raises: ValueError when the ground distance is unknown.
     """
-    if targets not in _TARGET_CODES or (ground != "grade" and targets is not None):
+    if targets is not None and (targets not in _TARGET_CODES or ground != "grade"):
         weights, targets = weigh_grades(grades, mask, targets, table_dtype(grades.device)), None
     return place_grades(grades, ground), weights, targets
 
@@ -195,7 +197,7 @@ def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
     return (torch.exp2(values - top.clamp_min(0)) * -torch.expm1(-math.log(2) * values)).clamp_min(0)
 
 
-def _make_tables_compiled(grades, mask, weights, targets) -> Tables:
+def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables:
     rows, columns = grades.shape
     if grades.dtype not in _GRADE_CODES:
         grades = grades.to(torch.float32 if grades.is_floating_point() else torch.int64)
@@ -224,7 +226,9 @@ def _make_tables_compiled(grades, mask, weights, targets) -> Tables:
     return Tables(index, values, mass, counts)
 
 
-def _sort_grades(grades, mask, weights, targets, dtype) -> Tables:
+def _sort_grades(
+    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, dtype: torch.dtype
+) -> Tables:
     device, (rows, columns) = grades.device, grades.shape
     real = grades.detach().to(dtype)
     if backend(device) == "cuda" and dtype == torch.float32 and columns <= compiled.MAX_SORT_COLUMNS:
@@ -260,13 +264,13 @@ def _sort_grades(grades, mask, weights, targets, dtype) -> Tables:
     present = torch.arange(columns, device=device) < counts[:, None]
     if weights is None:
         top = values[:, -1:]
-        mass = target_weights(values, targets, top)
+        mass = target_weights(values, str(targets), top)
     else:
         mass = weights.detach().to(dtype).gather(-1, long_index)
     return Tables(index, values, _normalize(mass.masked_fill(~present, 0)), counts)
 
 
-def _find_levels(grades, mask, weights, targets) -> Tables | None:
+def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables | None:
     """The level form with one table of grades for all lists, or None when the batch has more than 32 grades."""
     device, (rows, _) = grades.device, grades.shape
     real = grades.detach().to(table_dtype(device))
@@ -281,7 +285,7 @@ def _find_levels(grades, mask, weights, targets) -> Tables | None:
     if weights is None:
         # The list's own highest grade: relative to the batch's a gain could underflow.
         top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
-        weight = target_weights(distinct, targets, torch.where(top.isfinite(), top, 0))
+        weight = target_weights(distinct, str(targets), torch.where(top.isfinite(), top, 0))
         mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
     values = distinct.expand(rows, -1).contiguous()

@@ -11,7 +11,7 @@ import torch
 from gradret.bm25 import import_bm25s
 from gradret.collection import Collection, IrDatasetsCollection
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import parse_measures
 from gradret.grid import BM25, FIT, Grid, Run
@@ -88,7 +88,7 @@ class GridInputs:
         options = settings.encoder_options
         name = (settings.model, *options.values())
         if name not in self._others:
-            self._others[name] = _digest_weights(load(settings.model, device="cpu", **options))
+            self._others[name] = _digest_weights(load_encoder(settings.model, device="cpu", **options))
         return self._others[name]
 
     def _check_lists(self, settings: FitSettings) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 
 from gradret.adapters import adapt
 from gradret.capacity import check_chunk, measure_capacity
-from gradret.encoder_load import choose_precision, load
+from gradret.encoder_load import choose_precision, load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import parse_measures
 from gradret.lists import query_words
@@ -72,7 +72,7 @@ class Job:
         if mining is not None:
             kept, best = self.summary.kept, self.summary.best
             self.miner = Miner(mining, self.lists, kept, kept[best > mining.grade])
-        self.encoder = load(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
+        self.encoder = load_encoder(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
         self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
         if self.miner is not None:
             self.content["pool"] = self.miner.fingerprint

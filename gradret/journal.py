@@ -6,14 +6,12 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from tqdm import tqdm
-
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
 
-from gradret.console import say
+from gradret.console import PATIENCE_S, say, show_bar
 from gradret.errors import GradretError
 from gradret.files import open_folder, read_json, replace_json
 from gradret.lists import RankingList, decode_json, format_list, parse_list, query_key
@@ -162,7 +160,7 @@ class Journal:
         size, offset = os.fstat(fd).st_size, 0
         with (
             open(path, "rb") as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=2, disable=None) as bar,
+            show_bar(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=PATIENCE_S) as bar,
         ):
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"

@@ -2,22 +2,23 @@
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch  # before the module, so that both use the same OpenMP threads
 
 INTERFACE = 2
 
+compiled: Any = None  # the module, where it was built and loads
+missing: str | None = None  # why it is not there
+
 try:
     from gradret import _kernels as compiled
 except ModuleNotFoundError:
-    compiled = None
     missing = "gradret was built without them"
 except ImportError as error:  # built, but a library that it needs is not there
-    compiled = None
     missing = str(error)
     warnings.warn(f"gradret's compiled kernels do not load, losses run in PyTorch: {error}", stacklevel=2)
 else:
-    missing = None
     if getattr(compiled, "INTERFACE", 0) != INTERFACE:  # a checkout that moved on after it was installed
         compiled = None
         missing = "they were built from other sources; install gradret again"

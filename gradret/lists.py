@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 
 GRADE_LIMIT = 1000  # 2^grade still fits a float64
@@ -29,7 +30,7 @@ class Passage:
     text: str
     title: str | None = None
     doc_id: str | None = None
-    extra: dict = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def content(self) -> str:
@@ -44,8 +45,8 @@ class RankingList:
     query_id: str
     query: str
     passages: list[Passage]
-    meta: dict | None = None
-    extra: dict = field(default_factory=dict)
+    meta: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
 
@@ -84,7 +85,7 @@ def parse_list(record: object, where: str) -> RankingList:
     )
 
 
-def _read_tevatron(record: dict, where: str) -> dict:
+def _read_tevatron(record: dict[str, Any], where: str) -> dict[str, Any]:
     """The same with the passages as gradret has them."""
     passages = []
     for key, grade in TEVATRON_KEYS.items():
@@ -143,7 +144,7 @@ def format_list(ranking_list: RankingList) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def decode_json(line: bytes, where: str) -> object:
+def decode_json(line: bytes, where: str) -> Any:
     """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
     try:
         record = json.loads(line.rstrip())
@@ -163,7 +164,7 @@ def decode_json(line: bytes, where: str) -> object:
     return record
 
 
-def open_file(path: str | os.PathLike):
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """The file opened for reading bytes. Raises: GradretError when it can not be."""
     try:
         return open(path, "rb")
@@ -173,14 +174,14 @@ def open_file(path: str | os.PathLike):
         raise GradretError(f"{path}: can not be read ({error.strerror})") from None
 
 
-def write_lists(path: str | os.PathLike, lists: Iterable[RankingList]) -> None:
+def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> None:
     """Write ranking lists as JSONL, UTF-8."""
     with open(path, "w", encoding="utf-8") as file:
         for ranking_list in lists:
             file.write(format_list(ranking_list) + "\n")
 
 
-def read_lists(path: str | os.PathLike) -> Iterator[RankingList]:
+def read_lists(path: str | os.PathLike[str]) -> Iterator[RankingList]:
     """Every ranking list of a JSONL file in order, one at a time. Raises: GradretError as parse_list."""
     with open_file(path) as file:
         for number, line in enumerate(file, 1):
@@ -215,7 +216,7 @@ def query_words(query: str) -> str:
     return " ".join(query.lower().split())
 
 
-class ListFile(Sequence):
+class ListFile(Sequence[RankingList]):
     """Ranking lists of a JSONL file by position; only an index of 28 bytes a list stays in memory.
 
     One pass over the file decodes every line, so that a torn line or a query id used twice shows at once;
@@ -227,7 +228,7 @@ class ListFile(Sequence):
     Raises: GradretError.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._file = open_file(path)
         if not self._file.seekable():
@@ -235,9 +236,8 @@ class ListFile(Sequence):
         size = os.fstat(self._file.fileno()).st_size
         offsets, numbers, ids, keys = (np.zeros(1024, dtype) for dtype in (np.int64, np.int32, np.uint64, np.uint64))
         digest, count, offset = hashlib.blake2b(digest_size=16), 0, 0
-        with tqdm(
-            total=size, unit="B", unit_scale=True, desc=f"indexing {self.path.name}", delay=2, disable=None
-        ) as bar:
+        bytes_read: dict[str, Any] = {"total": size, "unit": "B", "unit_scale": True, "delay": PATIENCE_S}
+        with show_bar(desc=f"indexing {self.path.name}", **bytes_read) as bar:
             for number, line in enumerate(self._file, 1):
                 digest.update(line)
                 if line.strip():
@@ -272,7 +272,7 @@ class ListFile(Sequence):
     def __len__(self) -> int:
         return len(self._offsets)
 
-    def __getitem__(self, index: int) -> RankingList:
+    def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
         where = f"{self.path}:{self._numbers[index]}"
         self._file.seek(int(self._offsets[index]))
         return parse_list(decode_json(self._file.readline(), where), where)

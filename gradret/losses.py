@@ -8,7 +8,9 @@ mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -66,7 +68,9 @@ def wasserstein_loss(
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     if not torch.is_grad_enabled():
         scores = scores.detach()  # then no gradient is computed
-    return Transport.apply(scores, grades, mask, weights, name, int(order), float(temperature), reduction)
+    options = (int(order), float(temperature), reduction)
+    loss: Tensor = Transport.apply(scores, grades, mask, weights, name, *options)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def gaussian_loss(
@@ -97,7 +101,7 @@ def gaussian_loss(
     e_p, e_q = (p - mean_p) * alive, (q - mean_q) * alive
     try:
         sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
-    except torch.linalg.LinAlgError:  # it does not converge on NaN
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it does not converge on NaN
         return (p.sum() * torch.nan).to(result_dtype(scores))
     # Rows without spread leave null directions, whose singular vectors are arbitrary: keep them out of the gradient.
     sigma = torch.where(sigma > sigma.detach().amax() * 1e-12, sigma, 0)
@@ -199,7 +203,7 @@ def sorted_loss(
     return difference.square().sum(-1).mean()
 
 
-LOSSES = {
+LOSSES: dict[str, Callable[..., Tensor]] = {
     "wasserstein": wasserstein_loss,
     "gaussian": gaussian_loss,
     "infonce": infonce_loss,
@@ -209,7 +213,7 @@ LOSSES = {
 }
 
 
-def make_loss(name: str, **options):
+def make_loss(name: str, **options: Any) -> Callable[..., Tensor]:
     """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
     taken = inspect.signature(LOSSES[name]).parameters
     return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
@@ -234,11 +238,13 @@ def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor
     return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
 
 
-def _target_weights(scores, grades, targets, temperature, mask) -> tuple[Tensor, Tensor]:
+def _target_weights(
+    scores: Tensor, grades: Tensor, targets: str | Tensor, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Unnormalised target mass (B, N), 0 where masked, and the mask."""
     mask = _check_list(scores, grades, temperature, mask)
     _, weights, name = check_grades(grades, targets, mask)
     dtype = result_dtype(scores)
     if weights is None:
-        weights = weigh_grades(grades, mask, name, dtype)
+        weights = weigh_grades(grades, mask, str(name), dtype)
     return weights.to(dtype).masked_fill(~mask, 0), mask

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gradret.bm25 import import_bm25s, index_bm25
+from gradret.console import show_bar
 from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, hash64, query_words
@@ -113,7 +113,7 @@ class Miner:
     def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
         mining, twins = self.mining, self._find_twins()
         result = np.full((len(self.rows), min(mining.k, self.pool.document_count)), -1, np.int64)
-        with tqdm(total=len(result), desc="mining", unit="list", disable=None if progress else True) as bar:
+        with show_bar(shown=progress, total=len(result), desc="mining", unit="list") as bar:
             for start in range(0, len(result), QUERY_BLOCK):
                 check()
                 rows = self.rows[start : start + QUERY_BLOCK].tolist()

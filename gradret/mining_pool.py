@@ -9,9 +9,9 @@ from itertools import compress
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from gradret.collection import Collection, Document, is_self_retrieving, load_dataset, read_records
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, decode_json, hash64, open_file, query_words
 from gradret.mix import MixedLists
@@ -42,8 +42,8 @@ class Pool(Collection):
         self.name, self.drop_self, self.queries, self.qrels = name, drop_self, {}, {}
         keys, places, ids = array("Q"), array("q"), array("Q")
         digest = hashlib.blake2b(digest_size=16)
-        for place, doc_id, content in tqdm(
-            self._scan(), desc="reading documents to mine from", unit="doc", delay=2, disable=None
+        for place, doc_id, content in show_bar(
+            self._scan(), desc="reading documents to mine from", unit="doc", delay=PATIENCE_S
         ):
             digest.update(f"{doc_id}\0{content}\0".encode())
             if content.strip():

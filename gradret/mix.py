@@ -6,8 +6,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
+from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 from gradret.lists import GRADE_LIMIT, JUDGED, Passage, RankingList, grades_agree, query_words
 from gradret.sources import Source, open_lists, query_selector
@@ -168,7 +168,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
     kept = np.zeros(len(lists), bool)
     passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
     longest, best = "", array("d")
-    for index in tqdm(range(len(lists)), desc="checking lists", unit="list", delay=2, disable=None):
+    for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=PATIENCE_S):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:

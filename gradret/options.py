@@ -2,6 +2,7 @@
 
 import click
 
+from gradret.console import be_quiet
 from gradret.settings import (
     AUTO,
     DEFAULT_MEASURES,
@@ -19,6 +20,14 @@ DEFAULTS = FitSettings()
 POSITIVE = click.IntRange(min=1)
 ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+QUIET = click.option(
+    "--quiet",
+    "-q",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, param, given: be_quiet(given),
+    help="Only results and errors: no progress, no notes.",
+)
 DEVICE = click.option("--device", help="cuda, cuda:1, mps or cpu; by default the first of them that is there.")
 MEASURES = click.option(
     "--measures",

@@ -22,7 +22,7 @@ class ShortLists(NamedTuple):
     members: Tensor
     slots: Tensor
     targets: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # not the method of tuples
     values: Tensor
     mass: Tensor
     counts: Tensor
@@ -50,13 +50,16 @@ class PreparedPairs:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedPairs":
         """The same on another device."""
-        move = {"device": device, "non_blocking": non_blocking}
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
         lists = []
         for part in self.lists:
             tables = PreparedGrades(part.tables).to(device, non_blocking=non_blocking).tables
-            targets = part.targets.to(accumulation_dtype(torch.device(device))).to(**move)
-            lists.append(ShortLists(*(t.to(**move) for t in part[:3]), targets, *tables))
-        where = self.offsets.to(**move), self.columns.to(**move)
+            targets = move(part.targets.to(accumulation_dtype(torch.device(device))))
+            lists.append(ShortLists(move(part.rows), move(part.members), move(part.slots), targets, *tables))
+        where = move(self.offsets), move(self.columns)
         return PreparedPairs(self.shape, *where, tuple(lists), self.others_weigh)
 
 

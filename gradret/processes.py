@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -92,7 +92,7 @@ class Processes:
             dist.gather_object(value, found or None, dst=0)
         return found
 
-    def broadcast(self, value):
+    def broadcast(self, value: Any) -> Any:
         """The first process's value; the others' is ignored."""
         if self.size == 1:
             return value

@@ -5,7 +5,8 @@ through one log-sum-exp a query. Scores are made a tile at a time, folded into i
 tile again. What is left for the loss is a short list a query: its graded documents, and one for all others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,10 +76,11 @@ def wasserstein_retrieval_loss(
     if kl_share and grades.others_weigh:
         raise ValueError("kl_share needs targets that give documents of the default grade no mass, such as gain and 0")
     options = (int(order), float(temperature), float(kl_share), reduction)
-    return _RetrievalTransport.apply(queries, documents, grades, *options)
+    loss: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
+    return loss
 
 
-def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype):
+def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yields (rows, columns, their scores in `dtype`), rows outermost; each tile in the memory of the one before."""
     height = max(min(len(queries), TILE_ROWS), 1)
     width = max(min(len(documents), TILE_ELEMENTS // height), 1)
@@ -108,7 +110,7 @@ def _transport(
     `lists` are the tensors of all ShortLists, one after the other.
     """
     rows = len(queries)
-    new = {"dtype": result_dtype(queries), "device": queries.device}
+    new: dict[str, Any] = {"dtype": result_dtype(queries), "device": queries.device}
     folded = Folded(
         torch.full((rows,), -torch.inf, **new),
         torch.zeros(rows, dtype=accumulation_dtype(queries.device), device=queries.device),
@@ -124,6 +126,7 @@ def _transport(
         short.view(-1)[group.slots] = pairs.values[group.members]
         short[:, -1] = others[group.rows]
         value, gradient = transport(short, group.tables, order, temperature, "none", True)
+        assert gradient is not None  # as it was asked for
         if kl_share:
             divergence, slope = _diverge(short, group.targets, temperature)
             value, gradient = value.lerp(divergence, kl_share), gradient.lerp(slope, kl_share)
@@ -175,13 +178,13 @@ def _transport_backward(
     with torch.autocast(queries.device.type, enabled=False):
         for r, c, tile in _score_tiles(queries, documents, dtype):
             unfold_tile(tile, r.start, c.start, pairs, Folded(top, total), temperature, weight)
-            if needs_queries:
+            if of_queries is not None:
                 of_queries[r].addmm_(tile, documents[c].to(dtype))
-            if needs_documents:
+            if of_documents is not None:
                 of_documents[c].addmm_(tile.T, queries[r].to(dtype))
     return (
-        of_queries.to(queries.dtype) if needs_queries else None,
-        of_documents.to(documents.dtype) if needs_documents else None,
+        of_queries.to(queries.dtype) if of_queries is not None else None,
+        of_documents.to(documents.dtype) if of_documents is not None else None,
     )
 
 
@@ -201,7 +204,7 @@ def retrieval_transport_op(
 
 
 @retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction):
+def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction):  # type: ignore[no-untyped-def]
     new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
     total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
     loss = torch.empty(rows if reduction == "none" else (), **new)
@@ -222,17 +225,21 @@ def retrieval_transport_backward_op(
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
     saved = (of_pairs, of_others, top, total)
-    return _transport_backward(queries, documents, offsets, columns, *saved, grad_loss, temperature)
+    found = _transport_backward(queries, documents, offsets, columns, *saved, grad_loss, temperature)
+    assert found[0] is not None and found[1] is not None  # both are made by default
+    return found[0], found[1]
 
 
 @retrieval_transport_backward_op.register_fake
-def _(queries, documents, offsets, columns, of_pairs, of_others, top, total, grad_loss, temperature):
+def _(  # type: ignore[no-untyped-def]
+    queries, documents, offsets, columns, of_pairs, of_others, top, total, grad_loss, temperature
+):
     return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, reduction):
+    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, reduction):  # type: ignore[no-untyped-def]
         run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
         lists = [tensor for group in prepared.lists for tensor in group]
         where = (prepared.offsets, prepared.columns)
@@ -243,9 +250,10 @@ class _RetrievalTransport(torch.autograd.Function):
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
         if torch.compiler.is_compiling():
             found = retrieval_transport_backward_op(*ctx.saved_tensors, grad_loss, ctx.temperature)
         else:
-            found = _transport_backward(*ctx.saved_tensors, grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
+            options = (grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
+            found = _transport_backward(*ctx.saved_tensors, *options)
         return *found, *(None,) * 5

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from gradret.collection import Collection
-from gradret.encoder import Encoder
+from gradret.console import PATIENCE_S, show_bar
+from gradret.embedders import Embedder
 from gradret.errors import GradretError
 from gradret.files import replace_json
 from gradret.processes import ALONE, Processes
@@ -58,7 +58,7 @@ class CorpusEmbeddings:
 
 
 def embed_corpus(
-    encoder: Encoder,
+    encoder: Embedder,
     collection: Collection,
     cache: Path,
     *,
@@ -86,8 +86,8 @@ def embed_corpus(
             store = CorpusStore(encoder, collection, cache, precision, check)
     done, count = processes.broadcast((store.done, store.count) if store is not None else None)
     documents = collection.documents(done)
-    hidden = None if progress and processes.is_first else True
-    with tqdm(total=count, initial=done, desc="embedding documents", unit="doc", disable=hidden) as bar:
+    options = {"total": count, "initial": done, "desc": "embedding documents", "unit": "doc"}
+    with show_bar(shown=progress and processes.is_first, **options) as bar:
         while done < count:
             size = min(ENCODE_BLOCK * processes.size, count - done)
             own = processes.split(size)
@@ -119,7 +119,7 @@ class CorpusStore:
     """
 
     def __init__(
-        self, encoder: Encoder, collection: Collection, cache: Path, precision: str, check: Callable[[], None]
+        self, encoder: Embedder, collection: Collection, cache: Path, precision: str, check: Callable[[], None]
     ):
         self._name = collection.name
         with explain_errors(self._name, cache):
@@ -184,7 +184,10 @@ def explain_errors(name: str, folder: Path) -> Iterator[None]:
 def _digest_documents(collection: Collection, check: Callable[[], None]) -> tuple[str, int, int]:
     """Digest of all ids and texts, how many, and the longest id in bytes."""
     digest, count, id_width = hashlib.blake2b(digest_size=16), 0, 1
-    for document in collection.documents():
+    documents = collection.documents()
+    for document in show_bar(
+        documents, total=collection.document_count, desc="looking over documents", unit="doc", delay=PATIENCE_S
+    ):
         if count % ENCODE_BLOCK == 0:
             check()
         doc_id = document.doc_id.encode()
@@ -201,6 +204,7 @@ def top_k(
     device: str | torch.device = "cpu",
     block: int = SEARCH_BLOCK,
     check: Callable[[], None] = lambda: None,
+    progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k documents of highest dot product for each query, exactly.
 
@@ -212,6 +216,7 @@ def top_k(
         documents: (N, D) float32; may be memory-mapped.
         k: at most N are given.
         check: called before each block of documents; what it raises ends the search.
+        progress: whether a bar shows up where a block of queries takes long.
     Returns: scores (B, k) float32, descending, and positions (B, k) int64.
     """
     k = min(k, len(documents))
@@ -219,7 +224,8 @@ def top_k(
     for start in range(0, len(queries), QUERY_BLOCK):
         rows = torch.from_numpy(queries[start : start + QUERY_BLOCK]).to(device)
         best, positions = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
-        for first in range(0, len(documents), block):
+        blocks = range(0, len(documents), block)
+        for first in show_bar(blocks, shown=progress, desc="searching", unit="block", delay=PATIENCE_S):
             check()
             part = torch.from_numpy(np.array(documents[first : first + block])).to(device)
             # What is held so far stands to the left: earlier documents, so "leftmost first" is "earlier first".
@@ -246,7 +252,7 @@ def _leftmost_top(scores: Tensor, k: int) -> Tensor:
 
 
 def search(
-    encoder: Encoder,
+    encoder: Embedder,
     collection: Collection,
     corpus: CorpusEmbeddings,
     *,
@@ -254,6 +260,7 @@ def search(
     batch_size: int = 32,
     precision: str = "float32",
     check: Callable[[], None] = lambda: None,
+    progress: bool = True,
 ) -> dict[str, list[tuple[str, float]]]:
     """Rank the corpus for every query: query id -> [(doc id, score)], best first, at most `depth`.
 
@@ -267,7 +274,8 @@ def search(
         found = encoder.encode(part, "query", batch_size=batch_size, precision=precision)
         vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
     best = depth + collection.drop_self
-    scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, device=encoder.device, check=check)
+    options = {"device": encoder.device, "check": check, "progress": progress}
+    scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, **options)
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
         check()
@@ -278,18 +286,3 @@ def search(
         ranking.sort(key=lambda pair: -pair[1])
         run[query_id] = ranking[:depth]
     return run
-
-
-def write_run(path: str | os.PathLike, run: dict[str, Sequence[tuple[str, float]]], tag: str = "gradret") -> None:
-    """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has.
-
-    Raises: GradretError when an id holds white space, which the format can not carry.
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        for query_id, ranking in run.items():
-            for rank, (doc_id, score) in enumerate(ranking, 1):
-                if query_id.split() != [query_id] or doc_id.split() != [doc_id]:
-                    raise GradretError(
-                        f"{path}: a TREC run can not hold the ids '{query_id}' and '{doc_id}': white space"
-                    )
-                file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -101,7 +102,7 @@ class FitSettings:
     document_max_length: int | None = None
     trust_remote_code: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, allowed in (
             ("loss", LOSS_NAMES),
             ("targets", TARGETS),
@@ -154,10 +155,10 @@ class FitSettings:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
 
     @property
-    def encoder_options(self) -> dict:
-        """What encoder_load.load takes besides the name and the device."""
-        names = ("layers", "pooling", "normalize", "similarity", "query_prefix", "document_prefix")
-        names += ("query_max_length", "document_max_length", "trust_remote_code")
+    def encoder_options(self) -> dict[str, Any]:
+        """What encoder_load.load_encoder takes besides the name and the device."""
+        names = ["layers", "pooling", "normalize", "similarity", "query_prefix", "document_prefix"]
+        names += ["query_max_length", "document_max_length", "trust_remote_code"]
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -195,7 +196,7 @@ class GenSettings:
     seed: int = 0
     judge: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
         for name in ("temperature", "top_p"):

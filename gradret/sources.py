@@ -3,11 +3,12 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def parse_source(text: str) -> Source:
     name, _, query = text.partition("?")
     if not name:
         raise GradretError(f"source '{text}': expected a file, a BEIR directory or an ir_datasets id before the '?'")
-    options: dict = {}
+    options: dict[str, Any] = {}
     for option in filter(None, query.split("&")):
         key, _, value = option.partition("=")
         if key in options:
@@ -138,6 +139,7 @@ def open_collection(source: Source) -> Collection:
     path = find_path(source.name)
     if source.query_file is not None and not (path and path.is_dir()):
         raise GradretError(f"{source.name}: query_file is for a directory without queries.jsonl; leave it out")
+    collection: Collection
     if path is None:
         collection = IrDatasetsCollection(source.name)
     elif path.is_dir():
@@ -159,7 +161,7 @@ def open_collection(source: Source) -> Collection:
     return collection
 
 
-def query_selector(selection: str):
+def query_selector(selection: str) -> Callable[[str], bool]:
     """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
         with open_file(selection) as file:
@@ -202,7 +204,7 @@ def open_lists(source: Source) -> Sequence[RankingList]:
     return JudgedLists(open_collection(Source(source.name, query_file=source.query_file)))
 
 
-class JudgedLists(Sequence):
+class JudgedLists(Sequence[RankingList]):
     """A collection's judgments as ranking lists: each query with its judged documents, read when asked for."""
 
     def __init__(self, collection: Collection):
@@ -216,7 +218,7 @@ class JudgedLists(Sequence):
     def __len__(self) -> int:
         return len(self._query_ids)
 
-    def __getitem__(self, index: int) -> RankingList:
+    def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
         query_id = self._query_ids[index]
         grades = self._collection.qrels[query_id]
         documents = self._collection.read_documents(grades)

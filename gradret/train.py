@@ -3,7 +3,9 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from gradret.board import check_board
 from gradret.checkpoint import Run
 from gradret.errors import GradretError
 from gradret.job import Job
@@ -13,7 +15,13 @@ from gradret.trainer import FitResult, Trainer
 
 
 def fit(
-    settings: FitSettings, out: str | Path, *, resume: bool = False, device: str | None = None, progress: bool = True
+    settings: FitSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
 ) -> FitResult:
     """Train an encoder on ranking lists and save it in `out` as a sentence-transformers directory.
 
@@ -25,10 +33,13 @@ def fit(
         resume: continue the unfinished run in `out`, if there is one; the number of processes may be another.
         device: None picks cuda (with several processes, that of the local rank), mps or cpu.
         progress: show a bar on a terminal.
+        tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
         when another of the processes has ended.
     """
     began = time.monotonic()
+    if tensorboard:
+        check_board()
     with join_processes(device) as (processes, device):
         with processes.agree():
             job = Job(settings, processes, device, resume=resume)
@@ -41,9 +52,9 @@ def fit(
         try:
             done = processes.broadcast(run.read_lines("metrics.jsonl") if run is not None and run.finished else None)
             if done is not None:
-                last = done[-1] if done else {"step": 0, "loss": None}
+                last: dict[str, Any] = done[-1] if done else {"step": 0, "loss": None}
                 return FitResult(Path(out), last["step"], last["loss"], None, None, 0.0, was_finished=True)
-            trainer = Trainer(job, run, Path(out), progress and processes.is_first)
+            trainer = Trainer(job, run, Path(out), progress and processes.is_first, tensorboard)
             trainer.loop()
             return trainer.finish(time.monotonic() - began)
         finally:
@@ -51,7 +62,7 @@ def fit(
                 run.close()
 
 
-def check_alike(found: Sequence[tuple[dict, str]]) -> None:
+def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:
     """Whether all processes train the same: each one's fingerprints and precision. Raises: GradretError."""
     contents, precisions = zip(*found, strict=True)
     if any(content != contents[0] for content in contents):

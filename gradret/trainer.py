@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from gradret.adapters import merge_adapters
 from gradret.batches import Batch, draw_batches
+from gradret.board import Board
 from gradret.capacity import is_out_of_memory
 from gradret.card import write_card
 from gradret.checkpoint import Run, RunState
-from gradret.console import StopRequest, say
+from gradret.console import StopRequest, say, show_bar
 from gradret.contexts import Contexts
 from gradret.endings import Endings, StepGivenUp
 from gradret.errors import GradretError, ProcessLost
@@ -55,7 +56,7 @@ class Trainer(Endings):
     Raises: GradretError, see train.fit.
     """
 
-    def __init__(self, job: Job, run: Run | None, out: Path, progress: bool):
+    def __init__(self, job: Job, run: Run | None, out: Path, progress: bool, tensorboard: bool = False):
         self.job, self.run, self.out, self.progress = job, run, out, progress
         self.settings, self.encoder, self.processes = job.settings, job.encoder, job.processes
         self.lists, self.mined_round = job.lists, None
@@ -65,6 +66,8 @@ class Trainer(Endings):
         self.find_chunk()
         self.contexts = self.make_contexts()
         if run is not None:
+            if tensorboard:
+                run.board = Board(run.directory)
             loss = self.settings.loss
             if loss == "wasserstein":
                 loss += f" on {describe_backend(self.encoder.device)}"
@@ -106,10 +109,9 @@ class Trainer(Endings):
     def loop(self) -> None:
         """Steps until the end."""
         state, steps = self.state, self.job.steps
-        quiet = None if self.progress else True
         with (
             self.stop as stop,
-            tqdm(total=steps, initial=state.step, desc="fit", unit="step", disable=quiet) as bar,
+            show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar,
         ):
             try:
                 while True:

@@ -9,7 +9,7 @@ from test_contexts import LOSSES, make_batch
 from gradret.batches import Batch
 from gradret.contexts import Contexts
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.evaluation import evaluate
 from gradret.objective import Objective
 from gradret.processes import Processes, end_process, join_processes
@@ -36,10 +36,10 @@ def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> 
 def main(model: str, out: str) -> None:
     with join_processes("cpu") as (processes, _):
         # In the tiny encoder's vectors all texts are alike, so that sums cancel and float32's rounding is what remains.
-        found = find_all_gradients(load(model).double(), make_batch(6), processes)
-        found |= find_all_gradients(load(DEFAULT_ENCODER), make_batch(3), processes)
+        found = find_all_gradients(load_encoder(model).double(), make_batch(6), processes)
+        found |= find_all_gradients(load_encoder(DEFAULT_ENCODER), make_batch(3), processes)
         collection = open_collection(parse_source("sample"))
-        result = evaluate(load(model), collection, cache=Path(out), processes=processes, progress=False)
+        result = evaluate(load_encoder(model), collection, cache=Path(out), processes=processes, progress=False)
         for rank, measures in enumerate(processes.gather_objects(result.measures)):
             found |= {f"{rank}/{name}": torch.tensor(value) for name, value in measures.items()}
     if processes.is_first:

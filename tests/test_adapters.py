@@ -28,7 +28,7 @@ from gradret.adapters import adapt, merge_adapters
 from gradret.cli import main
 from gradret.encoder import Encoder
 from gradret.encoder_config import EncoderConfig
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import Evaluation
 from gradret.settings import FitSettings
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def adapted(model: Path, *, weights: str = "float32", **settings) -> Encoder:
     """The encoder in `model` with adapters of rank 4."""
-    encoder = load(str(model), weights=weights)
+    encoder = load_encoder(str(model), weights=weights)
     adapt(encoder, FitSettings(model=str(model), weights=weights, **{"lora": 4, **settings}))
     return encoder
 
@@ -98,7 +98,7 @@ def test_an_adapter_by_hand(tiny_encoder):
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 def test_adapters_change_nothing_at_the_start(tiny_encoder, weights):
-    plain = load(str(tiny_encoder), weights=weights)
+    plain = load_encoder(str(tiny_encoder), weights=weights)
     encoder = adapted(tiny_encoder, weights=weights, lora_dropout=0.5)
     np.testing.assert_array_equal(encoder.encode(TEXTS), plain.encode(TEXTS))
     fill_adapters(encoder)
@@ -172,7 +172,7 @@ def test_without_peft(tiny_encoder, tmp_path, monkeypatch):
         1,
         "Error: --lora needs the package peft: pip install 'gradret[lora]'\n",
     )
-    adapt(load(str(tiny_encoder)), FitSettings(gradient_checkpointing=True))  # needs no peft
+    adapt(load_encoder(str(tiny_encoder)), FitSettings(gradient_checkpointing=True))  # needs no peft
 
 
 def test_layers_that_peft_knows_not_to_work(tiny_encoder):
@@ -205,7 +205,7 @@ def make_gpt2(tiny_encoder: Path, directory: Path) -> Path:
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_merged_adapters_leave_embeddings_and_no_trace(tiny_encoder, tmp_path, family):
     model = tiny_encoder if family == "bert" else make_gpt2(tiny_encoder, tmp_path / "gpt2")
-    plain = load(str(model))
+    plain = load_encoder(str(model))
     encoder = adapted(model)
     fill_adapters(encoder)
     before = encoder.encode(TEXTS)
@@ -229,13 +229,13 @@ def test_merged_adapters_leave_embeddings_and_no_trace(tiny_encoder, tmp_path, f
         with safe_open(tmp_path / directory / "model.safetensors", "pt") as tensors:
             keys.append(sorted(tensors.keys()))
     assert keys[0] == keys[1]
-    np.testing.assert_allclose(load(str(tmp_path / "saved")).encode(TEXTS), before, atol=1e-6)
+    np.testing.assert_allclose(load_encoder(str(tmp_path / "saved")).encode(TEXTS), before, atol=1e-6)
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode_document(TEXTS)
     np.testing.assert_allclose(theirs, before, atol=1e-5)
 
 
 def test_merging_without_adapters_changes_nothing(tiny_encoder):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     before = encoder.fingerprint()
     merge_adapters(encoder)
     assert encoder.fingerprint() == before
@@ -347,7 +347,7 @@ def test_the_best_adapters_on_dev_are_merged(tiny_encoder, tmp_path, monkeypatch
     fit(run_settings(tiny_encoder, dev="sample?queries=even", dev_every=2, max_steps=4), tmp_path / "out")
     assert len(seen) == 3
     assert np.abs(seen[2] - seen[1]).max() > 0.001
-    np.testing.assert_allclose(load(str(tmp_path / "out")).encode(TEXTS), seen[1], atol=1e-6)
+    np.testing.assert_allclose(load_encoder(str(tmp_path / "out")).encode(TEXTS), seen[1], atol=1e-6)
 
 
 class Killed(Exception):

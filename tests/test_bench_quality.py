@@ -120,7 +120,7 @@ def test_no_training_list_has_an_evaluated_query(in_one_go):
 
 
 def test_a_run_is_what_fit_and_evaluate_give_by_hand(in_one_go, plan, tmp_path):
-    from gradret.encoder_load import load
+    from gradret.encoder_load import load_encoder
     from gradret.evaluation import evaluate
     from gradret.train import fit
 
@@ -128,7 +128,7 @@ def test_a_run_is_what_fit_and_evaluate_give_by_hand(in_one_go, plan, tmp_path):
     run = next(run for run in read_grid(plan).wanted() if run.settings.loss == "infonce")
     result = fit(run.settings, tmp_path / "by-hand", progress=False)
     collection = open_collection(parse_source("sample?queries=even"))
-    expected = evaluate(load(str(result.out)), collection, measures=["nDCG@10", "RR@10"], progress=False)
+    expected = evaluate(load_encoder(str(result.out)), collection, measures=["nDCG@10", "RR@10"], progress=False)
     assert row["collections"]["sample?queries=even"]["measures"] == expected.measures
 
 

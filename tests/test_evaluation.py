@@ -1,10 +1,14 @@
 import math
+import zlib
 
+import numpy as np
 import pytest
+import torch
 from conftest import list_record
 
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
-from gradret.evaluation import measure_run, parse_measures, split_measures
+from gradret.evaluation import evaluate, measure_run, parse_measures, split_measures
 from gradret.sources import Source, open_collection
 
 
@@ -69,3 +73,66 @@ def test_a_measure_below_the_depth():
         GradretError, match="measure 'R@100' looks at 100 documents, but only 5 are ranked; raise --depth"
     ):
         parse_measures(["R@100"], 5)
+
+
+def hash_words(texts, kind):
+    """(n, 64) counts of words by their hash: an embedding function that knows no kinds."""
+    found = np.zeros((len(texts), 64))
+    for row, text in zip(found, texts, strict=True):
+        for word in text.lower().split():
+            row[zlib.crc32(word.encode()) % 64] += 1
+    return found
+
+
+def test_any_function_that_embeds_texts(collection):
+    found = evaluate(hash_words, collection, measures=["nDCG@10"], progress=False)
+    documents = list(collection.documents())
+    scores = (
+        hash_words(list(collection.queries.values()), "query")
+        @ hash_words([d.content for d in documents], "document").T
+    )
+    for (query_id, ranking), row in zip(found.run.items(), scores, strict=True):
+        assert dict(ranking) == dict(zip((d.doc_id for d in documents), row, strict=True)), query_id
+    assert found.measures == measure_run(found.run, collection, ["nDCG@10"]).measures
+
+
+def test_a_function_learns_which_texts_are_queries(collection):
+    kinds = {}
+
+    def embed(texts, kind):
+        kinds.setdefault(kind, []).extend(texts)
+        return torch.ones(len(texts), 3, requires_grad=True)
+
+    evaluate(embed, collection, progress=False)
+    assert kinds["query"][-2:] == list(collection.queries.values())
+    assert kinds["document"] == [d.content for d in collection.documents()]
+
+
+def test_an_encoder_and_a_collection_by_name(tiny_encoder):
+    found = evaluate(str(tiny_encoder), "sample?queries=even", progress=False)
+    encoder, collection = load_encoder(str(tiny_encoder)), open_collection(Source("sample", queries="even"))
+    assert found == evaluate(encoder, collection, progress=False)
+    assert evaluate(encoder.encode, collection, progress=False).run.keys() == found.run.keys()
+
+
+@pytest.mark.parametrize(
+    ("embed", "message"),
+    [
+        (lambda texts, kind: [[0.0]] * len(texts), r"an array of shape \(1, D\), got a list"),
+        (lambda texts, kind: np.ones(3), r"an array of shape \(1, D\), got the shape \(3,\)"),
+        (lambda texts, kind: np.ones((5, 3)), r"an array of shape \(1, D\), got the shape \(5, 3\)"),
+        (lambda texts, kind: np.ones((len(texts), 3 + (kind == "document"))), "have 4 dimensions, not 3"),
+        (lambda texts, kind: np.full((len(texts), 3), np.nan), "embeddings of document texts are not finite"),
+    ],
+)
+def test_embeddings_of_another_shape(embed, message, collection):
+    with pytest.raises(ValueError, match=message):
+        evaluate(embed, collection, progress=False)
+
+
+def test_what_a_function_can_not_have(collection, tmp_path):
+    for option in ({"cache": tmp_path}, {"precision": "bfloat16"}):
+        with pytest.raises(ValueError, match="cache and precision are for an Encoder"):
+            evaluate(hash_words, collection, progress=False, **option)
+    with pytest.raises(TypeError, match="expected an Encoder, its name, a SentenceTransformer or a function"):
+        evaluate(torch.nn.Linear(2, 2), collection, progress=False)

@@ -11,7 +11,7 @@ from conftest import REPOSITORY, list_record, make_tiny_encoder
 
 from gradret import fit_memory, fit_rivals, fit_speed
 from gradret.cli import main
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.fit_lists import choose_lists, draw_fit_batches, make_lists, passage_texts
 from gradret.fit_report import SYSTEMS, describe_lengths, format_fit_speed, summarize_times
@@ -44,7 +44,7 @@ def make_rival(tmp_path, trainer):
     """(encoder, Rival) of a tiny encoder without dropout, on three batches of four made lists."""
 
     def make(config: dict | None = None, **changes):
-        encoder = load(str(make_tiny_encoder(tmp_path / "tiny", dropout=0.0)), device="cpu")
+        encoder = load_encoder(str(make_tiny_encoder(tmp_path / "tiny", dropout=0.0)), device="cpu")
         encoder.config = replace(encoder.config, **(config or {}))
         encoder.save(tmp_path / "model")
         lists = make_lists(12)

@@ -26,7 +26,7 @@ from transformers import (
 from gradret import trainer
 from gradret.adapters import merge_adapters
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.lists import read_lists, write_lists
 from gradret.settings import FitSettings
 from gradret.train import fit
@@ -106,7 +106,7 @@ def test_last_token_pooling_pads_on_either_side(tmp_path, family, has_pad, appen
     found = {}
     for side in ("left", "right"):
         options = {"side": side, "has_pad": has_pad, "appends_end": appends_end}
-        encoder = load(str(make_tiny_decoder(tmp_path / side, family, **options)), pooling="last")
+        encoder = load_encoder(str(make_tiny_decoder(tmp_path / side, family, **options)), pooling="last")
         assert encoder.tokenizer.padding_side == side
         assert encoder.tokenizer.pad_token_id == (PAD if has_pad else END)
         found[side] = encoder.encode(TEXTS)
@@ -124,7 +124,7 @@ def test_last_token_pooling_pads_on_either_side(tmp_path, family, has_pad, appen
 
 
 def test_a_text_without_any_token_has_an_embedding(tmp_path):
-    encoder = load(str(make_tiny_decoder(tmp_path, appends_end=False)), pooling="last")
+    encoder = load_encoder(str(make_tiny_decoder(tmp_path, appends_end=False)), pooling="last")
     assert encoder.tokenizer("")["input_ids"] == []
     embeddings = encoder.encode(["", "tea"])
     assert np.isfinite(embeddings).all()
@@ -132,7 +132,7 @@ def test_a_text_without_any_token_has_an_embedding(tmp_path):
 
 
 def test_a_text_cut_short_keeps_its_end_token(tiny_decoder):
-    encoder = load(str(tiny_decoder), pooling="last", document_max_length=8)
+    encoder = load_encoder(str(tiny_decoder), pooling="last", document_max_length=8)
     (ids,) = encoder.tokenize(TEXTS[2:3], "document")
     assert ids[-1] == END
     assert len(ids) == 8
@@ -140,8 +140,8 @@ def test_a_text_cut_short_keeps_its_end_token(tiny_decoder):
 
 
 def test_instructions_stand_before_queries_alone(tiny_decoder, tmp_path):
-    encoder = load(str(tiny_decoder), pooling="last", query_prefix=INSTRUCTION)
-    plain = load(str(tiny_decoder), pooling="last")
+    encoder = load_encoder(str(tiny_decoder), pooling="last", query_prefix=INSTRUCTION)
+    plain = load_encoder(str(tiny_decoder), pooling="last")
     (query,), (document,) = (encoder.tokenize(["tea"], kind) for kind in ("query", "document"))
     assert encoder.tokenizer.decode(query) == f"{INSTRUCTION}tea<|endoftext|>"
     assert encoder.tokenizer.decode(document) == "tea<|endoftext|>"
@@ -203,9 +203,9 @@ def test_adapters_train_beside_weights_in_bfloat16(tmp_path, six_lists, monkeypa
         original = start[name.removeprefix("transformer.base_model.model.").replace(".base_layer", "")]
         assert torch.equal(kept[name], original.bfloat16()), name
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
-    saved = load(str(tmp_path / "out"), weights="bfloat16")
+    saved = load_encoder(str(tmp_path / "out"), weights="bfloat16")
     rounding = np.abs(saved.encode(TEXTS) - embeddings).max()  # of the merged weights
-    moved = np.abs(load(str(model), pooling="last").encode(TEXTS) - embeddings).max()
+    moved = np.abs(load_encoder(str(model), pooling="last").encode(TEXTS) - embeddings).max()
     assert rounding < 0.03 < 0.1 < moved
 
 
@@ -219,7 +219,7 @@ def test_adapters_checkpointing_and_chunks_together(tiny_decoder, six_lists, tmp
     assert_falls(found)
     # The same gradients in less memory, to rounding.
     np.testing.assert_allclose(found, losses(tmp_path / "plain"), rtol=1e-4)
-    encoder = load(str(tmp_path / "out"))
+    encoder = load_encoder(str(tmp_path / "out"))
     assert (encoder.config.pooling, encoder.config.query_prefix) == ("last", INSTRUCTION)
     assert_sentence_transformer_agrees(encoder, tmp_path / "out")
 
@@ -230,7 +230,7 @@ def test_all_weights_of_a_decoder_train(tiny_decoder, six_lists, tmp_path):
     start, end = (load_file(path / "model.safetensors") for path in (tiny_decoder, tmp_path / "out"))
     assert start.keys() == end.keys()
     assert not any(torch.equal(start[name], end[name]) for name in start)
-    assert_sentence_transformer_agrees(load(str(tmp_path / "out")), tmp_path / "out")
+    assert_sentence_transformer_agrees(load_encoder(str(tmp_path / "out")), tmp_path / "out")
 
 
 def test_the_command_line(tiny_decoder, six_lists, tmp_path):
@@ -249,6 +249,6 @@ def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     assert start.keys() == end.keys()
     changed = {name.split(".", 2)[2] for name in start if not torch.equal(start[name].bfloat16(), end[name])}
     assert changed == {"self_attn.q_proj.weight", "self_attn.v_proj.weight"}
-    encoder = load(str(out), weights="bfloat16")
+    encoder = load_encoder(str(out), weights="bfloat16")
     assert (encoder.config.pooling, encoder.config.query_prefix) == ("last", "Instruct: find it\nQuery: ")
     assert_sentence_transformer_agrees(encoder, out, atol=1e-2)  # theirs rounds the pooled vector, too

@@ -9,6 +9,11 @@ import pytest
 
 import gradret
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 PACKAGE = Path(gradret.__file__).parent
 # A file imports only from files below it.
 LAYERS = """
@@ -18,9 +23,9 @@ LAYERS = """
     llama_model hub_gguf checks prompts replies scales llm export
     quality_page quality_report quality_compare quality_charts quality_tables significance report
     bench grid_inputs grid_rows grid_file grid_place grid speed memory timers workloads rivals
-    train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint claim snapshot
-    contexts objective batches adapters evaluation retrieve encoder_load encoder chunks encoder_config hub
-    processes peers
+    train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint board claim snapshot
+    contexts objective batches adapters evaluation retrieve runs embedders encoder_load encoder chunks encoder_config
+    hub processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
     mix sources collection qrels lists console settings versions resident launch files errors
 """.split()
@@ -98,6 +103,25 @@ def test_imports_point_down(name):
 def test_the_core_loads_without_torch():
     code = "import sys; import " + ", ".join(f"gradret.{m}" for m in CORE) + "; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {(node.module, alias.asname) for node in block.body for alias in node.names}
+    assert seen == {(f"gradret.{home}", name) for name, home in gradret._HOMES.items()}
+
+
+@pytest.mark.slow
+def test_types_of_the_public_modules():
+    """mypy, strict, on the modules that pyproject.toml names: those of the public names among them."""
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["mypy"]
+    assert settings["strict"] is True
+    assert {f"gradret/{home}.py" for home in gradret._HOMES.values()} <= {*settings["files"]}
+    result = subprocess.run(
+        [sys.executable, "-m", "mypy"], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_public_names_resolve():

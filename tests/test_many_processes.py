@@ -19,7 +19,7 @@ from test_processes import ENVIRONMENT, torchrun
 from test_resume import steps_done
 
 from gradret.cli import main
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.evaluation import evaluate
 from gradret.settings import FitSettings
 from gradret.sources import open_collection, parse_source
@@ -296,7 +296,7 @@ def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
     command += ["--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--device", "cpu"]
     result = run(2, *command)
     assert result.returncode == 0, result.stderr
-    expected = evaluate(load(str(tiny_encoder)), open_collection(parse_source("sample")), progress=False)
+    expected = evaluate(load_encoder(str(tiny_encoder)), open_collection(parse_source("sample")), progress=False)
     assert json.loads(result.stdout)["measures"] == expected.measures
     assert len((tmp_path / "run").read_text().splitlines()) == sum(map(len, expected.run.values()))
     assert "96 queries, 384 documents, 2 processes" in result.stderr

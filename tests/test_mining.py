@@ -9,7 +9,7 @@ from conftest import SAMPLE_FILE
 
 from gradret import mining as mining_module
 from gradret.batches import collate
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.lists import ListFile, Passage, RankingList
 from gradret.mining import MinedLists, Miner, rank_by_bm25
@@ -176,7 +176,7 @@ def test_a_cache_that_can_not_be_written_is_named(write_corpus, tmp_path, monkey
 
 
 def test_a_real_encoder_ranks_as_its_scores_do(tiny_encoder, write_corpus):
-    encoder = load(str(tiny_encoder), device="cpu")
+    encoder = load_encoder(str(tiny_encoder), device="cpu")
     lists = ListFile(SAMPLE_FILE)
     kept = np.arange(0, len(lists), 5)
     miner = Miner(Mining(4, 1.0), lists, kept)

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from gradret import retrieve
 from gradret.encoder import Encoder
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
-from gradret.retrieve import embed_corpus, search, top_k, write_run
+from gradret.retrieve import embed_corpus, search, top_k
+from gradret.runs import write_run
 from gradret.sources import Source, open_collection
 
 
@@ -72,7 +73,7 @@ def count_encoded(monkeypatch) -> list[int]:
 
 
 def test_embeddings_are_computed_once_for_a_model_and_a_corpus(tiny_encoder, collection, tmp_path, monkeypatch):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     counts = count_encoded(monkeypatch)
     first = embed_corpus(encoder, collection, tmp_path)
     assert [i.decode() for i in first.doc_ids] == [d.doc_id for d in collection.documents()]
@@ -80,7 +81,7 @@ def test_embeddings_are_computed_once_for_a_model_and_a_corpus(tiny_encoder, col
     counts.clear()
     assert np.array_equal(embed_corpus(encoder, collection, tmp_path).vectors, first.vectors)
     assert counts == []
-    embed_corpus(load(str(tiny_encoder), document_prefix="x "), collection, tmp_path)  # other settings
+    embed_corpus(load_encoder(str(tiny_encoder), document_prefix="x "), collection, tmp_path)  # other settings
     assert sum(counts) == 40
     counts.clear()
     collection._documents["q0/1"] += " changed"
@@ -89,7 +90,7 @@ def test_embeddings_are_computed_once_for_a_model_and_a_corpus(tiny_encoder, col
 
 
 def test_an_interrupted_embedding_goes_on_where_it_was(tiny_encoder, collection, tmp_path, monkeypatch):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     whole = embed_corpus(encoder, collection, tmp_path / "whole")
     monkeypatch.setattr(retrieve, "ENCODE_BLOCK", 8)
     counts = count_encoded(monkeypatch)
@@ -119,7 +120,7 @@ def test_a_full_disk_is_one_line(tiny_encoder, collection, tmp_path, monkeypatch
     with pytest.raises(
         GradretError, match=r"could not be written \(No space left on device\); free space or set GRADRET_CACHE"
     ):
-        embed_corpus(load(str(tiny_encoder)), collection, tmp_path)
+        embed_corpus(load_encoder(str(tiny_encoder)), collection, tmp_path)
 
 
 def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, write_jsonl):
@@ -136,7 +137,7 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
         }
     ]
     collection = open_collection(Source(str(write_jsonl("f.jsonl", records))))
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     run = search(encoder, collection, embed_corpus(encoder, collection, tmp_path), depth=10)
     order = [doc_id for doc_id, _ in run["q"]]
     assert order.index("b") + 1 == order.index("a")
@@ -152,7 +153,7 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
 
 
 def test_a_broken_record_of_progress_starts_over(tiny_encoder, collection, tmp_path):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     whole = np.array(embed_corpus(encoder, collection, tmp_path / "cache").vectors)
     (folder,) = (tmp_path / "cache").iterdir()
     for torn in ("{", "[]", '{"documents": "40"}', '{"documents": -1}'):

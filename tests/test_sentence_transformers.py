@@ -18,7 +18,7 @@ from torch.utils.data import SequentialSampler
 import gradret.integrations.sentence_transformers
 from gradret.batches import collate
 from gradret.contexts import Contexts
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.integrations.sentence_transformers import WassersteinLoss
 from gradret.lists import RankingList, read_lists
 from gradret.objective import Objective
@@ -36,7 +36,7 @@ OPTIONS = {
 def model_directory(tmp_path_factory):
     """A tiny encoder without dropout, as sentence-transformers saves one."""
     folder = tmp_path_factory.mktemp("model")
-    encoder = load(str(make_tiny_encoder(folder / "plain", dropout=0.0)))
+    encoder = load_encoder(str(make_tiny_encoder(folder / "plain", dropout=0.0)))
     encoder.save(folder / "saved")
     return folder / "saved"
 
@@ -74,7 +74,7 @@ def test_gradients_are_those_of_fit(options, in_batch, model_directory, lists, t
     (inputs,) = trainer.get_train_dataloader()
     loss = trainer.compute_loss(model, inputs)
     loss.backward()
-    encoder = load(str(model_directory))
+    encoder = load_encoder(str(model_directory))
     objective = Objective(FitSettings(in_batch=in_batch, **options), 0.0 if in_batch else None)
     expected = Contexts(encoder, objective, "float32", 4, False).add_gradients(collate(lists), "0")
     assert loss.item() == pytest.approx(expected, rel=1e-5)

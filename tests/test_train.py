@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from conftest import SAMPLE_FILE, list_record, make_tiny_encoder
 from gradret import objective, trainer
 from gradret.batches import collate, draw_batches, draw_lists
 from gradret.contexts import Contexts
-from gradret.encoder_load import load
+from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import Evaluation, evaluate
 from gradret.job import Job, make_optimizer
@@ -70,7 +71,7 @@ def test_steps():
 
 
 def test_biases_and_norms_do_not_decay(tiny_encoder):
-    encoder = load(str(tiny_encoder))
+    encoder = load_encoder(str(tiny_encoder))
     decayed, kept = make_optimizer(encoder, 0.1).param_groups
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in encoder.named_parameters()}
@@ -81,7 +82,7 @@ def test_biases_and_norms_do_not_decay(tiny_encoder):
 
 def test_accumulation_is_the_mean_over_micro_batches(tiny_encoder, tmp_path):
     """In-batch documents stay within a micro-batch: two of 4 lists, each with its own."""
-    encoder = load(str(make_tiny_encoder(tmp_path, dropout=0.0)))
+    encoder = load_encoder(str(make_tiny_encoder(tmp_path, dropout=0.0)))
     lists = list(read_lists(SAMPLE_FILE))[:8]
     kept = torch.arange(8).numpy()
     batches = list(draw_batches(lists, kept, 0, batch_lists=4, accumulate=2, seed=0))
@@ -126,7 +127,7 @@ def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     measure = {"infonce": "RR(rel=3)@10", "gaussian": None, "sorted": None}.get(name, "nDCG@10")
     if measure is not None:
         collection = open_collection(Source(str(tmp_path / "six.jsonl")))
-        assert evaluate(load(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
+        assert evaluate(load_encoder(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
 
 
 def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path, monkeypatch):
@@ -146,7 +147,7 @@ def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path, monkeypatch):
     assert lines == [{"step": s, "nDCG@10": v} for s, v in ((0, 0.3), (2, 0.5), (4, 0.2))]
     assert (result.dev, result.dev_step) == (0.5, 2)
     assert len(set(seen)) == 3
-    assert load(str(result.out)).fingerprint() == seen[1]
+    assert load_encoder(str(result.out)).fingerprint() == seen[1]
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(tiny_encoder, tmp_path, monkeypatch):
@@ -388,3 +389,38 @@ def test_dev_may_be_measured_under_another_name(tiny_encoder, tmp_path):
     settings = small(tiny_encoder, data=("sample?queries=odd",), dev="sample?queries=even", dev_measure="MRR@10")
     assert fit(settings, tmp_path / "out").dev > 0
     assert all("MRR@10" in line for line in (tmp_path / "out" / "dev.jsonl").read_text().splitlines())
+
+
+def test_curves_for_tensorboard_survive_a_resume(tiny_encoder, tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    settings = FitSettings(
+        data=("sample?queries=odd",), dev="sample?queries=even", model=str(tiny_encoder), max_steps=4
+    )
+    settings = replace(settings, checkpoint_every=2, dev_every=4)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # killed in the third step, after the second one's checkpoint
+        steps = iter([trainer.Trainer.train_step] * 3)
+        patched.setattr(trainer.Trainer, "train_step", lambda self, bar: next(steps, stop)(self, bar))
+        with pytest.raises(KeyboardInterrupt):
+            fit(settings, tmp_path / "run", progress=False, tensorboard=True)
+    fit(settings, tmp_path / "run", progress=False, tensorboard=True, resume=True)
+    curves = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    curves.Reload()
+    written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "learning_rate", "gradient_norm", "passages", "step_ms", "epoch"):
+        points = [(event.step, event.value) for event in curves.Scalars(f"train/{name}")]
+        assert points == [(line["step"], pytest.approx(line[name])) for line in written]
+    dev = [json.loads(line) for line in (tmp_path / "run" / "dev.jsonl").read_text().splitlines()]
+    (tag,) = (tag for tag in curves.Tags()["scalars"] if tag.startswith("dev/"))
+    assert [event.step for event in curves.Scalars(tag)] == [line["step"] for line in dev] == [0, 4]
+
+
+def test_tensorboard_has_to_be_installed(tiny_encoder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(GradretError, match=r"--tensorboard needs .* pip install 'gradret\[tensorboard\]'"):
+        fit(FitSettings(model=str(tiny_encoder)), tmp_path / "run", tensorboard=True)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,88 @@
+"""What a terminal is shown while a command works, and what is left of it with --quiet."""
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from click.testing import CliRunner
+
+from gradret import console
+from gradret.cli import main
+from gradret.console import PATIENCE_S, be_quiet, say, show_bar
+
+
+def run_in_a_terminal(*arguments) -> tuple[str, str]:
+    """The command's standard output, and what a terminal on its standard error was sent."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    command = [sys.executable, "-m", "gradret", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 65536)
+            except OSError:  # how Linux says that the other end has been closed
+                break
+            if not part:
+                break
+            shown += part
+        printed = process.stdout.read()
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    return printed, shown.decode()
+
+
+@pytest.fixture(scope="module")
+def commands(tiny_encoder, tmp_path_factory):
+    """A command and whether its work has a bar."""
+    folder = tmp_path_factory.mktemp("quiet")
+    return (
+        ("fit", "--model", tiny_encoder, "--max-steps", "2", "--out", folder / "{}", "| 2/2 ["),
+        ("bench", "eval", "--model", tiny_encoder, "--cache", folder / "{}", "embedding documents:"),
+    )
+
+
+def test_progress_on_a_terminal_and_none_with_quiet(commands):
+    for *command, bar in commands:
+        loud, shown = run_in_a_terminal(*(str(part).format("loud") for part in command))
+        assert bar in shown
+        quiet, nothing = run_in_a_terminal(*(str(part).format("quiet") for part in command), "--quiet")
+        assert nothing == ""
+        assert len(quiet.splitlines()) == len(loud.splitlines()) > 0
+
+
+@pytest.mark.parametrize("command", ["fit", "gen", "export", "bench quality", "bench eval", "bench loss", "bench fit"])
+def test_every_command_can_be_quiet(command):
+    assert "--quiet" in CliRunner().invoke(main, [*command.split(), "--help"]).stdout
+
+
+def test_an_error_is_told_all_the_same(tmp_path):
+    result = CliRunner().invoke(main, ["export", str(tmp_path / "no.jsonl"), "--format", "beir", "--out", "x", "-q"])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "no such file" in result.stderr
+
+
+def test_the_next_command_is_not_quiet(capsys):
+    """Several commands in one process, as in tests and notebooks."""
+    CliRunner().invoke(main, ["fit", "--quiet", "--model", "/no/such/model"])
+    assert console._quiet
+    CliRunner().invoke(main, ["fit", "--model", "/no/such/model"])
+    say("heard")
+    assert capsys.readouterr().err == "heard\n"
+
+
+def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    try:
+        assert not show_bar(range(3), delay=PATIENCE_S).disable
+        assert show_bar(range(3), shown=False).disable
+        be_quiet(True)
+        assert show_bar(range(3)).disable
+    finally:
+        be_quiet(False)
