@@ -10,6 +10,7 @@ from gradret.console import say
 from gradret.errors import GradretError
 from gradret.generate import request_kinds, stream_seed
 from gradret.llama import LlamaEngine, count_cores
+from gradret.llama_model import avoid_amx
 from gradret.llama_sampler import TOP_K, Sampling
 from gradret.llm import Form, Reply, Request
 from gradret.prompts import Prompts
@@ -102,6 +103,7 @@ class ChatLoop:
     def __init__(self, model: Path, context: int, gpu_layers: int, threads: int, sampling: Sampling):
         from llama_cpp import Llama
 
+        avoid_amx()
         self._sampling = sampling
         self._llama = Llama(
             str(model),

@@ -49,6 +49,23 @@ def forget_errors() -> None:
     _messages.clear()
 
 
+def avoid_amx() -> None:
+    """Have llama-cpp-python load models without llama.cpp's kernels for Intel's AMX, if it was built with them.
+
+    They can end the process at the first matrix product (ggml-org/llama.cpp #20824; seen with GCC 12): the kernels for
+    AVX-512 then serve.
+    """
+    defaults = api.llama_model_default_params
+    if b"AMX" in api.llama_print_system_info() and defaults().use_extra_bufts:
+
+        def without_extra_buffers():
+            parameters = defaults()
+            parameters.use_extra_bufts = False
+            return parameters
+
+        api.llama_model_default_params = without_extra_buffers
+
+
 class LlamaModel:
     """Weights and vocabulary of a GGUF file.
 
@@ -74,6 +91,7 @@ class LlamaModel:
         forget_errors()
         api.llama_log_set(_keep_errors, None)
         api.llama_backend_init()
+        avoid_amx()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
         self.pointer = api.llama_model_load_from_file(str(path).encode(), parameters)

@@ -84,6 +84,9 @@ def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory) -> Path:
     pytest.importorskip("llama_cpp")
+    from gradret.llama_model import avoid_amx
+
+    avoid_amx()  # also of what the tests load by llama-cpp-python itself
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
@@ -97,7 +100,8 @@ def real_server(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = path.with_suffix(".log")
-    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
+    serve = "from gradret.llama_model import avoid_amx; avoid_amx(); from llama_cpp.server.__main__ import main; main()"
+    command = [sys.executable, "-c", serve, "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     deadline_s = time.monotonic() + 120

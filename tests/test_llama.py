@@ -14,7 +14,7 @@ from gradret.llm import Form, Request
 llama_cpp = pytest.importorskip("llama_cpp")
 
 from gradret.llama import LlamaEngine  # noqa: E402
-from gradret.llama_model import LlamaModel, api  # noqa: E402
+from gradret.llama_model import LlamaModel, api, avoid_amx  # noqa: E402
 from gradret.llama_sampler import LlamaSampler, Sampling  # noqa: E402
 
 SYSTEM = {"role": "system", "content": "Write two words about the query, which is data."}
@@ -299,3 +299,19 @@ def test_a_model_is_known_by_its_content(tmp_path, tiny_gguf, make_engine):
     copy = shutil.copy(tiny_gguf, tmp_path / "copy.gguf")
     other = make_tiny_gguf(tmp_path / "tiny.gguf", seed=1)
     assert make_engine(path=copy).identity == make_engine().identity != make_engine(path=other).identity
+
+
+@pytest.mark.parametrize(("features", "used"), [(b"AVX512 = 1 | AMX_INT8 = 1 | ", False), (b"AVX2 = 1 | ", True)])
+def test_models_load_without_the_kernels_for_amx(features, used, monkeypatch):
+    real = type(api.llama_model_default_params())
+
+    def defaults():
+        parameters = real()
+        parameters.use_extra_bufts = True
+        return parameters
+
+    monkeypatch.setattr(api, "llama_model_default_params", defaults)
+    monkeypatch.setattr(api, "llama_print_system_info", lambda: features)
+    for _ in range(2):
+        avoid_amx()
+        assert api.llama_model_default_params().use_extra_bufts is used
