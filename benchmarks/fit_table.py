@@ -1,4 +1,4 @@
-"""The README's tables of training from a result of `gradret bench fit`: python benchmarks/fit_table.py FILE.json"""
+"""The tables of docs/training.md from a result of `gradret bench fit`: python benchmarks/fit_table.py FILE.json"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The README's table of engine speed from a result of `gradret bench gen`: python benchmarks/gen_table.py FILE.json"""
+"""The table of docs/generate.md from a result of `gradret bench gen`: python benchmarks/gen_table.py FILE.json"""
 
 import json
 import sys

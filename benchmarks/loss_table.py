@@ -1,4 +1,4 @@
-"""The README's tables of loss speed from a result of `gradret bench loss`: python benchmarks/loss_table.py FILE.json"""
+"""The tables of docs/loss.md from a result of `gradret bench loss`: python benchmarks/loss_table.py FILE.json"""
 
 import json
 import sys

@@ -1,11 +1,10 @@
 """The loss for SentenceTransformerTrainer has the gradients of gradret's own trainer; the documented examples run."""
 
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import REPOSITORY, SAMPLE_FILE, make_tiny_encoder
+from conftest import SAMPLE_FILE, make_tiny_encoder
 from datasets import Dataset
 from sentence_transformers import (
     DefaultBatchSampler,
@@ -151,17 +150,3 @@ def test_rows_that_do_not_do(model_directory):
     model = SentenceTransformer(str(model_directory), device="cpu", similarity_fn_name="euclidean")
     with pytest.raises(ValueError, match="the model's similarity must be 'cosine' or 'dot', got 'euclidean'"):
         WassersteinLoss(model)
-
-
-def test_the_documented_examples_run(model_directory, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copyfile(SAMPLE_FILE, "lists.jsonl")
-    page = (REPOSITORY / "docs" / "sentence-transformers.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        code = block.replace("sentence-transformers/all-MiniLM-L6-v2", str(model_directory))
-        exec(compile(code, "sentence-transformers.md", "exec"), {})
-    before, after = (SentenceTransformer(str(path), device="cpu") for path in (model_directory, "model"))
-    query = ["why do cats purr"]
-    assert not torch.allclose(torch.tensor(before.encode(query)), torch.tensor(after.encode(query)))
