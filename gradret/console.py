@@ -14,12 +14,18 @@ SECOND_THOUGHT_S = 2.0
 PATIENCE_S = 2  # work that is done sooner needs no progress bar
 
 _quiet = False
+_show_as_told = tqdm.__init__
 
 
 def be_quiet(quiet: bool) -> None:
     """Whether from now on there are neither lines nor bars; results and errors are not written here."""
     global _quiet
     _quiet = quiet
+    tqdm.__init__ = _hide if quiet else _show_as_told  # also of other libraries' bars, as ir_datasets' and the hub's
+
+
+def _hide(bar: tqdm, *arguments, **options) -> None:
+    _show_as_told(bar, *arguments, **options | {"disable": True})
 
 
 def say(line: str) -> None:
@@ -30,7 +36,7 @@ def say(line: str) -> None:
 
 def show_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
     """A progress bar on stderr where that is a terminal, see tqdm for the options; hidden if not `shown`."""
-    return tqdm(iterable, disable=None if shown and not _quiet else True, **options)
+    return tqdm(iterable, disable=None if shown else True, **options)
 
 
 class StopRequest:

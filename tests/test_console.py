@@ -9,6 +9,7 @@ import sys
 import termios
 
 import pytest
+import tqdm
 from click.testing import CliRunner
 
 from gradret import console
@@ -84,5 +85,7 @@ def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
         assert show_bar(range(3), shown=False).disable
         be_quiet(True)
         assert show_bar(range(3)).disable
+        assert tqdm.tqdm(range(3), disable=False).disable  # another library's
     finally:
         be_quiet(False)
+    assert not tqdm.tqdm(range(3), disable=False).disable
