@@ -6,6 +6,7 @@ from pathlib import Path
 from gradret.errors import GradretError
 from gradret.files import read_steps
 
+FOLDER = "tensorboard"
 CURVES = {"metrics.jsonl": "train", "dev.jsonl": "dev"}
 
 
@@ -19,13 +20,18 @@ def check_board() -> None:
         raise GradretError("--tensorboard needs the package tensorboard: pip install 'gradret[tensorboard]'") from None
 
 
+def has_board(directory: Path) -> bool:
+    """Whether a run there has written curves before."""
+    return (directory / FOLDER).is_dir()
+
+
 class Board:
     """The curves of the run in `directory`, those of its earlier steps first."""
 
     def __init__(self, directory: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = directory / "tensorboard"
+        folder = directory / FOLDER
         shutil.rmtree(folder, ignore_errors=True)  # steps after the last checkpoint are done again
         self._writer = SummaryWriter(str(folder))
         for name in CURVES:

@@ -53,9 +53,9 @@ class Run(Claim):
     board: Board | None = None
 
     def close(self) -> None:
-        super().close()
         if self.board is not None:
             self.board.close()
+        super().close()
 
     def read_lines(self, name: str) -> list[dict]:
         """The lines of metrics.jsonl or dev.jsonl; [] before there are any."""

@@ -38,7 +38,8 @@ class OutsideEmbedder:
     """A function of texts as an Embedder; what it depends on is not known, so none of it is cached.
 
     Args:
-        embed: texts, their kind and how many at once to (n, D) embeddings, or nothing for no text.
+        embed: n texts, their kind and how many at once to (n, D) embeddings.
+        probe: a query, to learn the dimension from.
         normalize: whether the cosine of two embeddings is their similarity; else their dot product.
         device: where queries are scored.
     """
@@ -46,23 +47,35 @@ class OutsideEmbedder:
     def __init__(
         self,
         embed: Callable[[list[str], Kind, int], Any],
+        probe: str,
         *,
         normalize: bool,
         device: str | torch.device = "cpu",
     ):
         self._embed, self._normalize, self.device = embed, normalize, torch.device(device)
-        self.dimension = self._check(embed(["dimension"], "query", 1), 1)
+        self.dimension = 0
+        self.dimension = self.encode([probe], "query").shape[1]
 
     def encode(
         self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
     ) -> np.ndarray:
-        """(n, D) float32. Raises: ValueError when what the function gave has another shape, or is not finite."""
+        """(n, D) float32. Raises: ValueError when what the function gave is something else, or not finite."""
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
         found = self._embed(list(texts), kind, batch_size)
-        if self._check(found, len(texts)) != self.dimension:
-            raise ValueError(f"the embeddings of {kind} texts have {found.shape[1]} dimensions, not {self.dimension}")
-        result = found.detach().float().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found, np.float32)
+        if isinstance(found, Tensor) and found.layout == torch.strided:
+            found = found.detach().cpu()
+            found = (found.float() if found.is_floating_point() else found).numpy()
+        try:
+            given = np.asarray(found)
+            result = given.astype(np.float32, casting="same_kind" if given.dtype.kind == "c" else "unsafe")
+        except (TypeError, ValueError, RuntimeError):
+            what = f"a {type(found).__name__}"
+            raise ValueError(f"embeddings must be a dense array of real numbers, (n, D), got {what}") from None
+        if result.ndim != 2 or len(result) != len(texts) or not result.shape[1]:
+            raise ValueError(f"embeddings of {len(texts)} texts must be ({len(texts)}, D), got {result.shape}")
+        if self.dimension and result.shape[1] != self.dimension:
+            raise ValueError(f"the embeddings of {kind} texts have {result.shape[1]} dimensions, not {self.dimension}")
         if not np.isfinite(result).all():
             raise ValueError(f"the embeddings of {kind} texts are not finite; expected finite numbers")
         return result
@@ -74,23 +87,15 @@ class OutsideEmbedder:
         """Nothing: see evaluation.evaluate, which keeps none of these embeddings."""
         return ""
 
-    @staticmethod
-    def _check(found: Any, count: int) -> int:
-        """The dimension of what the function gave for `count` texts."""
-        shape = tuple(getattr(found, "shape", ()))
-        if len(shape) != 2 or shape[0] != count or not shape[1]:
-            what = f"the shape {shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
-            raise ValueError(f"embeddings of {count} texts must be an array of shape ({count}, D), got {what}")
-        return int(shape[1])
 
-
-def as_embedder(model: str | Path | Embedder | EmbeddingFunction) -> Embedder:
+def as_embedder(model: str | Path | Embedder | EmbeddingFunction, probe: str) -> Embedder:
     """An Embedder of what the user has.
 
     Args:
         model: an Encoder; the name of one, see load_encoder; a sentence-transformers model, whose encode_query,
             encode_document and similarity are used; or a function of a list of n texts and their kind, "query" or
             "document", to (n, D) embeddings, an array or a tensor, whose dot product is the similarity.
+        probe: a query, to learn the dimension from.
     Raises: TypeError for anything else, ValueError for a similarity without a dot product, GradretError as
         load_encoder.
     """
@@ -108,9 +113,9 @@ def as_embedder(model: str | Path | Embedder | EmbeddingFunction) -> Embedder:
             encode = model.encode_query if kind == "query" else model.encode_document
             return np.asarray(encode(texts, batch_size=batch_size, show_progress_bar=False, convert_to_numpy=True))
 
-        return OutsideEmbedder(embed, normalize=similarity == "cosine", device=model.device)
+        return OutsideEmbedder(embed, probe, normalize=similarity == "cosine", device=model.device)
     if callable(model) and not isinstance(model, nn.Module | type):
-        return OutsideEmbedder(lambda texts, kind, _: model(texts, kind), normalize=False)
+        return OutsideEmbedder(lambda texts, kind, _: model(texts, kind), probe, normalize=False)
     raise TypeError(
         f"expected an Encoder, its name, a SentenceTransformer or a function of texts and their kind, "
         f"got {model!r:.100}"

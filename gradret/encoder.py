@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,8 @@ class Encoder(nn.Module):
         tokenizer: its tokenizer.
         config: see EncoderConfig.
     """
+
+    __call__: Callable[..., Tensor]  # forward's; nn.Module says Any
 
     def __init__(self, transformer: Any, tokenizer: Any, config: EncoderConfig):
         super().__init__()

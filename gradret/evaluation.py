@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradret.collection import Collection
-from gradret.console import say
+from gradret.console import PATIENCE_S, say, show_bar
 from gradret.embedders import Embedder, EmbeddingFunction, OutsideEmbedder, as_embedder
 from gradret.errors import GradretError
 from gradret.processes import ALONE, Processes
@@ -70,11 +70,11 @@ def parse_measures(names: Sequence[str], depth: int | None = None) -> dict[str, 
 
 def evaluate(
     model: Embedder | EmbeddingFunction | str | Path,
-    collection: Collection | str,
+    collection: Collection | str | Path,
     *,
-    measures: Sequence[str] = DEFAULT_MEASURES,
+    measures: Sequence[str] | str = DEFAULT_MEASURES,
     depth: int = DEFAULT_DEPTH,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     batch_size: int = 32,
     precision: str = "float32",
     progress: bool = True,
@@ -88,7 +88,8 @@ def evaluate(
             their kind, "query" or "document", to (n, D) embeddings, an array or a tensor, whose dot product is the
             similarity. See embedders.as_embedder.
         collection: its name, as the command line takes it, such as beir/scifact/test; or see sources.open_collection.
-        measures: any ir_measures names; a grade that is not whole is rounded for them, halves upwards.
+        measures: any ir_measures names, as a sequence or separated by commas; a grade that is not whole is rounded for
+            them, halves upwards.
         depth: documents ranked for each query.
         cache: folder that keeps the corpus embeddings; None throws them away. For an Encoder only: what other
             embeddings depend on is not known.
@@ -96,29 +97,39 @@ def evaluate(
         precision: "float32" or, for an Encoder, "bfloat16".
         processes: all of them must call.
         check: called now and then; what it raises ends the work. By default whether the other processes are there.
-    Raises: GradretError; ValueError for a cache or a precision with what is no Encoder, and see as_embedder.
+    Raises: GradretError; ValueError for values out of range, for a cache or a precision with what is no Encoder, and
+        see as_embedder.
     """
+    measures = split_measures(measures) if isinstance(measures, str) else measures
+    if not measures or depth < 1 or batch_size < 1:
+        raise ValueError(f"expected measures, depth and batch_size from 1 on; got {measures}, {depth}, {batch_size}")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
     parse_measures(measures, depth)
-    encoder = as_embedder(model)
+    if isinstance(collection, str | Path):
+        collection = open_collection(parse_source(str(collection)))
+    encoder = as_embedder(model, next(iter(collection.queries.values())))
     if isinstance(encoder, OutsideEmbedder) and (cache is not None or precision != "float32"):
         raise ValueError("cache and precision are for an Encoder; leave them out for a model that is not gradret's")
-    if isinstance(collection, str):
-        collection = open_collection(parse_source(collection))
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
     result = None
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-        folder = cache or Path(temporary)
+        folder = Path(temporary if cache is None else cache)
         corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
         with processes.agree():
             if corpus is not None:
                 run = search(encoder, collection, corpus, depth=depth, progress=progress, **options)
-                result = measure_run(run, collection, measures)
+                result = measure_run(run, collection, measures, progress=progress)
     shared = processes.broadcast(replace(result, run={}) if result is not None else None)
     return result or shared
 
 
 def measure_run(
-    run: dict[str, list[tuple[str, float]]], collection: Collection, measures: Sequence[str] = DEFAULT_MEASURES
+    run: dict[str, list[tuple[str, float]]],
+    collection: Collection,
+    measures: Sequence[str] = DEFAULT_MEASURES,
+    *,
+    progress: bool = True,
 ) -> Evaluation:
     """Measure a ranking against the collection's qrels, over the collection's queries.
 
@@ -134,13 +145,15 @@ def measure_run(
         say(f"{collection.name}: grades that are not whole are rounded for the measures, halves upwards")
     numbers: dict[str, str] = {}
     qrels, scores = {}, {}
-    for number, query_id in enumerate(collection.queries, 1):
+    bar: dict[str, Any] = {"shown": progress, "unit": "query", "delay": PATIENCE_S}
+    for number, query_id in enumerate(show_bar(collection.queries, desc="reading the ranking", **bar), 1):
         judged = collection.qrels[query_id].items()
         qrels[str(number)] = {_number(numbers, doc_id): math.floor(grade + 0.5) for doc_id, grade in judged}
         ranking = run.get(query_id, ())
         scores[str(number)] = {_number(numbers, d): float(len(ranking) - i) for i, (d, _) in enumerate(ranking)}
     found = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
-    for metric in ir_measures.iter_calc(list(found), qrels, scores):
+    values = ir_measures.iter_calc(list(found), qrels, scores)
+    for metric in show_bar(values, total=len(found) * len(qrels), desc="measuring", **bar | {"unit": "value"}):
         if metric.query_id not in qrels:
             raise RuntimeError(f"{metric.measure} came back for the unknown query '{metric.query_id}'")
         found[metric.measure][metric.query_id] = metric.value

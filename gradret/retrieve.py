@@ -83,7 +83,7 @@ def embed_corpus(
     store, check = None, check or processes.check
     with processes.agree():
         if processes.is_first:
-            store = CorpusStore(encoder, collection, cache, precision, check)
+            store = CorpusStore(encoder, collection, cache, precision, check, progress=progress)
     done, count = processes.broadcast((store.done, store.count) if store is not None else None)
     documents = collection.documents(done)
     options = {"total": count, "initial": done, "desc": "embedding documents", "unit": "doc"}
@@ -119,11 +119,18 @@ class CorpusStore:
     """
 
     def __init__(
-        self, encoder: Embedder, collection: Collection, cache: Path, precision: str, check: Callable[[], None]
+        self,
+        encoder: Embedder,
+        collection: Collection,
+        cache: Path,
+        precision: str,
+        check: Callable[[], None],
+        *,
+        progress: bool,
     ):
         self._name = collection.name
         with explain_errors(self._name, cache):
-            content, self.count, self._id_width = _digest_documents(collection, check)
+            content, self.count, self._id_width = _digest_documents(collection, check, progress)
             if not self.count:
                 raise GradretError(f"{collection.name}: no documents")
             key = f"{encoder.fingerprint(queries=False)} {content} {precision}"
@@ -181,13 +188,11 @@ def explain_errors(name: str, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest_documents(collection: Collection, check: Callable[[], None]) -> tuple[str, int, int]:
+def _digest_documents(collection: Collection, check: Callable[[], None], progress: bool) -> tuple[str, int, int]:
     """Digest of all ids and texts, how many, and the longest id in bytes."""
     digest, count, id_width = hashlib.blake2b(digest_size=16), 0, 1
-    documents = collection.documents()
-    for document in show_bar(
-        documents, total=collection.document_count, desc="looking over documents", unit="doc", delay=PATIENCE_S
-    ):
+    options = {"total": collection.document_count, "desc": "looking over documents", "unit": "doc"}
+    for document in show_bar(collection.documents(), shown=progress, delay=PATIENCE_S, **options):
         if count % ENCODE_BLOCK == 0:
             check()
         doc_id = document.doc_id.encode()
@@ -268,11 +273,13 @@ def search(
     document whose id is the query's is left out. What `check` raises, called now and then, ends the search.
     """
     query_ids, vectors = list(collection.queries), [np.zeros((0, encoder.dimension), np.float32)]
-    for start in range(0, len(query_ids), QUERY_BLOCK):
-        check()
-        part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
-        found = encoder.encode(part, "query", batch_size=batch_size, precision=precision)
-        vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+    with show_bar(shown=progress, total=len(query_ids), desc="embedding queries", unit="query") as bar:
+        for start in range(0, len(query_ids), QUERY_BLOCK):
+            check()
+            part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
+            found = encoder.encode(part, "query", batch_size=batch_size, precision=precision)
+            vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+            bar.update(len(part))
     best = depth + collection.drop_self
     options = {"device": encoder.device, "check": check, "progress": progress}
     scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, **options)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from gradret.console import PATIENCE_S, show_bar
 from gradret.workloads import Row
 
 FEWEST_REPEATS = 3
@@ -123,7 +124,7 @@ def time_in_turns(rows: Sequence[Row], steps: Sequence[Step], repeats: int, devi
     rounds = max(counts, default=0)
     samples: list[list[Sample]] = [[] for _ in rows]
     with _no_collection():
-        for turn in range(rounds):
+        for turn in show_bar(range(rounds), desc="timing", unit="round", delay=PATIENCE_S):
             for row, step, count, found in zip(rows, steps, counts, samples, strict=True):
                 if (turn + 1) * count // rounds > turn * count // rounds:  # spread evenly over the rounds
                     found.append(timer.take_sample(row, step))

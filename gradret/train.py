@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gradret.board import check_board
+from gradret.board import Board, check_board, has_board
 from gradret.checkpoint import Run
 from gradret.errors import GradretError
 from gradret.job import Job
@@ -33,11 +33,13 @@ def fit(
         resume: continue the unfinished run in `out`, if there is one; the number of processes may be another.
         device: None picks cuda (with several processes, that of the local rank), mps or cpu.
         progress: show a bar on a terminal.
-        tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard.
+        tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
+            folder goes on with it.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
         when another of the processes has ended.
     """
     began = time.monotonic()
+    tensorboard = tensorboard or (resume and has_board(Path(out)))
     if tensorboard:
         check_board()
     with join_processes(device) as (processes, device):
@@ -51,6 +53,8 @@ def fit(
                 run = Run(out, job.settings_json(), job.content, resume=resume, precision=job.precision)
         try:
             done = processes.broadcast(run.read_lines("metrics.jsonl") if run is not None and run.finished else None)
+            if run is not None and tensorboard and run.finished:
+                run.board = Board(run.directory)
             if done is not None:
                 last: dict[str, Any] = done[-1] if done else {"step": 0, "loss": None}
                 return FitResult(Path(out), last["step"], last["loss"], None, None, 0.0, was_finished=True)

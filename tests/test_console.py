@@ -8,6 +8,7 @@ import subprocess
 import sys
 import termios
 
+import numpy as np
 import pytest
 import tqdm
 from click.testing import CliRunner
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from gradret import console
 from gradret.cli import main
 from gradret.console import PATIENCE_S, be_quiet, say, show_bar
+from gradret.evaluation import evaluate
 
 
 def run_in_a_terminal(*arguments) -> tuple[str, str]:
@@ -61,6 +63,33 @@ def test_progress_on_a_terminal_and_none_with_quiet(commands):
 @pytest.mark.parametrize("command", ["fit", "gen", "export", "bench quality", "bench eval", "bench loss", "bench fit"])
 def test_every_command_can_be_quiet(command):
     assert "--quiet" in CliRunner().invoke(main, [*command.split(), "--help"]).stdout
+
+
+@pytest.mark.slow
+def test_others_are_quiet_on_a_terminal(tiny_gguf, tiny_encoder, tmp_path):
+    (tmp_path / "queries.tsv").write_text("q1\twhy do cats purr\n")
+    for command in (
+        f"gen {tmp_path}/queries.tsv --model {tiny_gguf} --length 30:90 --out {tmp_path}/lists.jsonl",
+        f"export sample --format beir --out {tmp_path}/beir",
+        f"bench loss --shapes 4x8 --retrieval none --no-compile --repeats 3 --out {tmp_path}/bench",
+        f"bench quality --model {tiny_encoder} --max-steps 1 --seeds 1 --out {tmp_path}/bench",
+    ):
+        printed, shown = run_in_a_terminal(*command.split(), "--quiet")
+        assert (shown, bool(printed)) == ("", True), command
+
+
+def test_slow_queries_are_seen_at_once(monkeypatch, capsys):
+    """A bar stands there before the first query is embedded."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    seen = []
+
+    def embed(texts, kind):
+        if kind == "query":
+            seen.append(capsys.readouterr().err)
+        return np.ones((len(texts), 2))
+
+    evaluate(embed, "sample?queries=even")
+    assert "embedding queries:   0%" in seen[-1]
 
 
 def test_an_error_is_told_all_the_same(tmp_path):

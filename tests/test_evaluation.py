@@ -1,8 +1,10 @@
 import math
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from conftest import list_record
 
@@ -118,16 +120,55 @@ def test_an_encoder_and_a_collection_by_name(tiny_encoder):
 @pytest.mark.parametrize(
     ("embed", "message"),
     [
-        (lambda texts, kind: [[0.0]] * len(texts), r"an array of shape \(1, D\), got a list"),
-        (lambda texts, kind: np.ones(3), r"an array of shape \(1, D\), got the shape \(3,\)"),
-        (lambda texts, kind: np.ones((5, 3)), r"an array of shape \(1, D\), got the shape \(5, 3\)"),
+        (lambda texts, kind: ["a"] * len(texts), "must be a dense array of real numbers, .*got a list"),
+        (lambda texts, kind: np.ones((len(texts), 3)) * 1j, "must be a dense array of real numbers, .*got a ndarray"),
+        (
+            lambda texts, kind: torch.eye(len(texts)).to_sparse(),
+            "must be a dense array of real numbers, .*got a Tensor",
+        ),
+        (lambda texts, kind: scipy.sparse.eye(len(texts)), "must be a dense array of real numbers, .*got a dia_"),
+        (lambda texts, kind: np.ones(3), r"embeddings of 1 texts must be \(1, D\), got \(3,\)"),
+        (lambda texts, kind: np.ones((5, 3)), r"embeddings of 1 texts must be \(1, D\), got \(5, 3\)"),
         (lambda texts, kind: np.ones((len(texts), 3 + (kind == "document"))), "have 4 dimensions, not 3"),
-        (lambda texts, kind: np.full((len(texts), 3), np.nan), "embeddings of document texts are not finite"),
+        (lambda texts, kind: np.full((len(texts), 3), np.nan), "embeddings of query texts are not finite"),
     ],
 )
 def test_embeddings_of_another_shape(embed, message, collection):
     with pytest.raises(ValueError, match=message):
         evaluate(embed, collection, progress=False)
+
+
+def test_vectors_computed_before(collection):
+    """Only the collection's texts are asked for; lists of numbers are vectors, too."""
+    texts = [*collection.queries.values(), *(document.content for document in collection.documents())]
+    table = {text: [float(place), 1.0] for place, text in enumerate(texts)}
+    found = evaluate(lambda texts, kind: [table[text] for text in texts], collection, progress=False)
+    assert (
+        found.run
+        == evaluate(
+            lambda texts, kind: np.array([table[text] for text in texts], np.float16), collection, progress=False
+        ).run
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "float16"}, "precision must be 'float32' or 'bfloat16', got 'float16'"),
+        ({"measures": []}, "expected measures, depth and batch_size from 1 on"),
+        ({"depth": 0}, "expected measures, depth and batch_size from 1 on"),
+    ],
+)
+def test_arguments_out_of_range(options, message, collection):
+    with pytest.raises(ValueError, match=message):
+        evaluate(hash_words, collection, progress=False, **options)
+
+
+def test_arguments_as_the_command_line_takes_them(tiny_encoder, collection, tmp_path):
+    measures = "nDCG@10,P(rel=2)@5"
+    found = evaluate(tiny_encoder, Path(collection.name), measures=measures, cache=str(tmp_path / "c"), progress=False)
+    assert list(found.measures) == ["nDCG@10", "P(rel=2)@5"]
+    assert any((tmp_path / "c").iterdir())
 
 
 def test_what_a_function_can_not_have(collection, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -406,7 +407,7 @@ def test_curves_for_tensorboard_survive_a_resume(tiny_encoder, tmp_path, monkeyp
         patched.setattr(trainer.Trainer, "train_step", lambda self, bar: next(steps, stop)(self, bar))
         with pytest.raises(KeyboardInterrupt):
             fit(settings, tmp_path / "run", progress=False, tensorboard=True)
-    fit(settings, tmp_path / "run", progress=False, tensorboard=True, resume=True)
+    fit(settings, tmp_path / "run", progress=False, resume=True)  # what has curves goes on with them
     curves = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     curves.Reload()
     written = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -416,6 +417,11 @@ def test_curves_for_tensorboard_survive_a_resume(tiny_encoder, tmp_path, monkeyp
     dev = [json.loads(line) for line in (tmp_path / "run" / "dev.jsonl").read_text().splitlines()]
     (tag,) = (tag for tag in curves.Tags()["scalars"] if tag.startswith("dev/"))
     assert [event.step for event in curves.Scalars(tag)] == [line["step"] for line in dev] == [0, 4]
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    assert fit(settings, tmp_path / "run", progress=False, resume=True, tensorboard=True).was_finished
+    curves = event_accumulator.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    curves.Reload()
+    assert len(curves.Scalars("train/loss")) == 4
 
 
 def test_tensorboard_has_to_be_installed(tiny_encoder, tmp_path, monkeypatch):

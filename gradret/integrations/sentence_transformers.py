@@ -97,7 +97,7 @@ class WassersteinLoss(nn.Module):
 
     def _compute(self, queries: Tensor, documents: Tensor, labels: Tensor, offset: int) -> Tensor:
         """The loss of rows that are rows `offset` to `offset` + B of the documents."""
-        options = {"temperature": self.temperature, "targets": self.targets}
+        options: dict[str, Any] = {"temperature": self.temperature, "targets": self.targets}
         if not self.in_batch:
             scores = (queries * documents).sum(-1).T  # (B, n)
             loss = wasserstein_loss(scores, labels, order=self.order, ground=self.ground, **options)
@@ -125,12 +125,12 @@ class WassersteinLoss(nn.Module):
     def citation(self) -> str:
         """Whom to cite, for the model card."""
         return """
-@misc{esfandiarpoor2025contrastivelearningsyntheticdata,
+@inproceedings{esfandiarpoor2025beyond,
     title={Beyond Contrastive Learning: Synthetic Data Enables List-wise Training with Multiple Levels of Relevance},
     author={Esfandiarpoor, Reza and Zerveas, George and Zhang, Ruochen and Mgonzo, Macton and Eickhoff, Carsten and
         Bach, Stephen H.},
+    booktitle={Findings of the Association for Computational Linguistics: EMNLP 2025},
     year={2025},
-    eprint={2503.23239},
-    archivePrefix={arXiv},
+    url={https://arxiv.org/abs/2503.23239},
 }
 """
