@@ -30,6 +30,7 @@ EVEN, ODD = (list(read_lists(SAMPLE_FILE))[start::2] for start in (1, 0))  # by 
 LANGUAGES = ("bash", "python", "sh", "json", "bibtex", "")
 SMALL = {  # what is put behind a command, for time
     "gradret gen": "--length 30:90 --max-tokens 600",
+    "gradret gen --endpoint": "--length 1:4000 --max-tokens 600",  # that server holds to no length
     "gradret fit": "--max-steps 2 --query-max-length 16 --document-max-length 16",
     "gradret bench quality": "--max-steps 1 --query-max-length 16 --document-max-length 16",
     "gradret bench quality --config": "--max-runs 0",
@@ -78,7 +79,10 @@ def translate(line: str, names: dict[str, str]) -> str:
         line = line.replace(name, here)
     line = line.replace("--nproc-per-node 4", "--nproc-per-node 2")
     command = re.search(r"gradret (gen|fit|bench quality --config|bench quality)", line)
-    return f"{line} {SMALL[command.group()]}" if command else line
+    if command is None:
+        return line
+    kind = command.group() + " --endpoint" * ("gradret gen" in line and "--endpoint" in line)
+    return f"{line} {SMALL[kind]}"
 
 
 def run_bash(block: str, names: dict[str, str], folder: Path) -> None:
