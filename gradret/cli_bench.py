@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line, say
+from gradret.console import command_line, say, show_wait
 from gradret.errors import GradretError
 from gradret.files import check_writable, open_folder, replace_json
 from gradret.gen_options import Shard
@@ -109,7 +109,8 @@ def quality(
     open_folder(out, "quality.json", "quality.png")
     if report is not None:
         open_folder(report, "index.html")
-    from gradret.bench import ROWS_FILE, run_grid
+    with show_wait("loading PyTorch"):
+        from gradret.bench import ROWS_FILE, run_grid
     from gradret.grid_rows import GridRows
     from gradret.quality_page import write_page
     from gradret.quality_report import draw_quality, format_quality, make_document
@@ -194,7 +195,8 @@ def evaluate_command(
     """
     from dataclasses import replace
 
-    from gradret.encoder_load import choose_precision, load_encoder
+    with show_wait("loading PyTorch"):
+        from gradret.encoder_load import choose_precision, load_encoder
     from gradret.evaluation import evaluate, parse_measures, split_measures
     from gradret.processes import join_processes
     from gradret.report import format_table

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line, say
+from gradret.console import command_line, say, show_wait
 from gradret.files import open_folder, write_json
 from gradret.launch import require_one
 from gradret.options import DEVICE, ENCODER_OPTIONS, JSON, POSITIVE, QUIET, make_settings, option
@@ -67,7 +67,9 @@ def fit(data, max_length, chunk, steps, rounds, memory, out, device, as_json, **
     """
     require_one("bench fit")
     from gradret.fit_report import format_fit_speed
-    from gradret.fit_speed import measure_fit
+
+    with show_wait("loading PyTorch"):
+        from gradret.fit_speed import measure_fit
 
     open_folder(out, "fit.json")
     result = {"command": command_line()} | measure_fit(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from gradret.console import show_wait
 from gradret.errors import GradretError
 from gradret.files import read_object
 from gradret.options import (
@@ -65,8 +66,9 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
     given["data"] = given["data"] or DEFAULTS.data
     if not resume:
         make_settings(_as_tuples(given))  # wrong ones are told before the wait for the imports
-    from gradret.processes import join_processes
-    from gradret.train import fit as train
+    with show_wait("loading PyTorch"):
+        from gradret.processes import join_processes
+        from gradret.train import fit as train
 
     with join_processes(device) as (processes, device):
         if resume:  # settings come from the run, which the first process alone need have

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gradret.console import command_line, say
+from gradret.console import command_line, say, show_wait
 from gradret.files import open_folder, write_json
 from gradret.launch import require_one
 from gradret.options import DEVICE, JSON, POSITIVE, QUIET
@@ -97,7 +97,8 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     from gradret.report import draw_speed, format_speed, require_bench_extra
 
     require_bench_extra()
-    from gradret.encoder_load import choose_device
+    with show_wait("loading PyTorch"):
+        from gradret.encoder_load import choose_device
     from gradret.kernels import describe_backend
     from gradret.speed import measure_speed
 

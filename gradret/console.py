@@ -1,11 +1,12 @@
 """What a long command shows and hears: lines on stderr, and requests to stop."""
 
+import os
 import shlex
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -37,6 +38,14 @@ def say(line: str) -> None:
 def show_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
     """A progress bar on stderr where that is a terminal, see tqdm for the options; hidden if not `shown`."""
     return tqdm(iterable, disable=None if shown else True, **options)
+
+
+@contextmanager
+def show_wait(what: str) -> Iterator[None]:
+    """A line on a terminal while something is waited for that has no steps to count; it goes away afterwards."""
+    shown = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first
+    with show_bar(shown=shown, desc=what, bar_format="{desc} ...", leave=False):
+        yield
 
 
 class StopRequest:

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gradret.console import show_wait
 from gradret.encoder import Encoder
 from gradret.encoder_config import read_config
 from gradret.errors import GradretError
@@ -49,7 +50,9 @@ def load_encoder(
     """
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
     device = choose_device(device)
-    transformer, tokenizer = _load_parts(find_weights(directory) or directory, name, weights, layers, trust_remote_code)
+    place = find_weights(directory) or directory
+    with show_wait(f"loading {name}"):
+        transformer, tokenizer = _load_parts(place, name, weights, layers, trust_remote_code)
     readable = _count_positions(transformer)
     config = read_config(directory, name, min(tokenizer.model_max_length, readable))
     config = replace(config, **{key: value for key, value in overrides.items() if value is not None})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gradret.console import show_wait
 from gradret.errors import GradretError
 
 try:
@@ -94,7 +95,8 @@ class LlamaModel:
         avoid_amx()
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = gpu_layers
-        self.pointer = api.llama_model_load_from_file(str(path).encode(), parameters)
+        with show_wait(f"loading {path.name}"):
+            self.pointer = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.pointer:
             raise GradretError(f"{path}: llama.cpp can not load it ({last_error('no reason given')})")
         self.vocab = api.llama_model_get_vocab(self.pointer)

@@ -311,7 +311,7 @@ def test_the_report_alone_opens_nothing_but_the_rows(plan, tmp_path, monkeypatch
     first = json.loads((tmp_path / "out" / "quality.json").read_text())
     os.remove("sample.jsonl")
     monkeypatch.setattr(gradret.bench, "open_collection", None)
-    monkeypatch.setattr(gradret.bench, "load", None)
+    monkeypatch.setattr(gradret.bench, "load_encoder", None)
     result = invoke("--config", plan, "--out", "out", "--max-runs", 0, "--report", "page")
     assert result.exit_code == 0, result.stderr
     again = json.loads((tmp_path / "out" / "quality.json").read_text())

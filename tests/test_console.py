@@ -65,6 +65,14 @@ def test_every_command_can_be_quiet(command):
     assert "--quiet" in CliRunner().invoke(main, [*command.split(), "--help"]).stdout
 
 
+def test_what_is_waited_for_is_named_and_goes_away(commands):
+    (*command, _), _ = commands
+    _, shown = run_in_a_terminal(*(str(part).format("waited") for part in command))
+    assert shown.startswith("\rloading PyTorch ...")
+    assert "loading " + str(command[2]) in shown
+    assert "loading" not in shown.split("fit: ", 1)[1]
+
+
 @pytest.mark.slow
 def test_others_are_quiet_on_a_terminal(tiny_gguf, tiny_encoder, tmp_path):
     (tmp_path / "queries.tsv").write_text("q1\twhy do cats purr\n")
