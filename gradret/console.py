@@ -1,6 +1,5 @@
 """What a long command shows and hears: lines on stderr, and requests to stop."""
 
-import os
 import shlex
 import signal
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
+
+from gradret.launch import is_first_process
 
 SECOND_THOUGHT_S = 2.0
 PATIENCE_S = 2  # work that is done sooner needs no progress bar
@@ -43,8 +44,7 @@ def show_bar(iterable: Iterable | None = None, *, shown: bool = True, **options)
 @contextmanager
 def show_wait(what: str) -> Iterator[None]:
     """A line on a terminal while something is waited for that has no steps to count; it goes away afterwards."""
-    shown = os.environ.get("RANK", "0") == "0"  # of torchrun's processes the first
-    with show_bar(shown=shown, desc=what, bar_format="{desc} ...", leave=False):
+    with show_bar(shown=is_first_process(), desc=what, bar_format="{desc} ...", leave=False):
         yield
 
 

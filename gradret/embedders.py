@@ -88,7 +88,7 @@ class OutsideEmbedder:
         return ""
 
 
-def as_embedder(model: str | Path | Embedder | EmbeddingFunction, probe: str) -> Embedder:
+def as_embedder(model: Encoder | str | Path | EmbeddingFunction, probe: str) -> Embedder:
     """An Embedder of what the user has.
 
     Args:
@@ -99,7 +99,7 @@ def as_embedder(model: str | Path | Embedder | EmbeddingFunction, probe: str) ->
     Raises: TypeError for anything else, ValueError for a similarity without a dot product, GradretError as
         load_encoder.
     """
-    if isinstance(model, Encoder | OutsideEmbedder):
+    if isinstance(model, Encoder):
         return model
     if isinstance(model, str | Path):
         return load_encoder(str(model))

@@ -10,7 +10,8 @@ from typing import Any
 
 from gradret.collection import Collection
 from gradret.console import PATIENCE_S, say, show_bar
-from gradret.embedders import Embedder, EmbeddingFunction, OutsideEmbedder, as_embedder
+from gradret.embedders import EmbeddingFunction, OutsideEmbedder, as_embedder
+from gradret.encoder import Encoder
 from gradret.errors import GradretError
 from gradret.processes import ALONE, Processes
 from gradret.retrieve import embed_corpus, search
@@ -69,7 +70,7 @@ def parse_measures(names: Sequence[str], depth: int | None = None) -> dict[str, 
 
 
 def evaluate(
-    model: Embedder | EmbeddingFunction | str | Path,
+    model: Encoder | EmbeddingFunction | str | Path,
     collection: Collection | str | Path,
     *,
     measures: Sequence[str] | str = DEFAULT_MEASURES,

@@ -5,7 +5,7 @@ A list of at most 32 distinct grades needs no sort: each document names its leve
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -264,7 +264,7 @@ def _sort_grades(
     present = torch.arange(columns, device=device) < counts[:, None]
     if weights is None:
         top = values[:, -1:]
-        mass = target_weights(values, str(targets), top)
+        mass = target_weights(values, cast(str, targets), top)
     else:
         mass = weights.detach().to(dtype).gather(-1, long_index)
     return Tables(index, values, _normalize(mass.masked_fill(~present, 0)), counts)
@@ -285,7 +285,7 @@ def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, ta
     if weights is None:
         # The list's own highest grade: relative to the batch's a gain could underflow.
         top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
-        weight = target_weights(distinct, str(targets), torch.where(top.isfinite(), top, 0))
+        weight = target_weights(distinct, cast(str, targets), torch.where(top.isfinite(), top, 0))
         mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
     values = distinct.expand(rows, -1).contiguous()

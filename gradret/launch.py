@@ -10,6 +10,11 @@ def count_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that shows and writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def require_one(what: str, instead: str = "") -> None:
     """Refuse what has no use for several processes. Raises: GradretError."""
     if count_processes() > 1:

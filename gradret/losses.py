@@ -10,7 +10,7 @@ mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as nnf
@@ -246,5 +246,5 @@ def _target_weights(
     _, weights, name = check_grades(grades, targets, mask)
     dtype = result_dtype(scores)
     if weights is None:
-        weights = weigh_grades(grades, mask, str(name), dtype)
+        weights = weigh_grades(grades, mask, cast(str, name), dtype)
     return weights.to(dtype).masked_fill(~mask, 0), mask

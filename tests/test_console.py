@@ -60,7 +60,9 @@ def test_progress_on_a_terminal_and_none_with_quiet(commands):
         assert len(quiet.splitlines()) == len(loud.splitlines()) > 0
 
 
-@pytest.mark.parametrize("command", ["fit", "gen", "export", "bench quality", "bench eval", "bench loss", "bench fit"])
+@pytest.mark.parametrize(
+    "command", ["fit", "gen", "export", "bench quality", "bench eval", "bench loss", "bench fit", "bench gen"]
+)
 def test_every_command_can_be_quiet(command):
     assert "--quiet" in CliRunner().invoke(main, [*command.split(), "--help"]).stdout
 
