@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from gradret.errors import GradretError
@@ -74,13 +75,16 @@ def sync_file(path: Path) -> None:
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Refuse before the work what could not be written after it. Raises: GradretError."""
+    """Refuse before the work what could not be written after it. Raises: GradretError.
+
+    The file is not made: others that start in the same folder could take it for theirs.
+    """
     try:
-        new = not os.path.exists(path)
-        with open(path, "ab"):
-            pass
-        if new:
-            os.unlink(path)
+        try:
+            os.close(os.open(path, os.O_WRONLY))
+        except FileNotFoundError:
+            with tempfile.TemporaryFile(dir=Path(path).parent):
+                pass
     except OSError as error:
         raise GradretError(f"{path}: can not be written ({error.strerror})") from None
 

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import REPOSITORY
 
 import gradret
 from gradret.errors import GradretError
+from gradret.files import open_folder
 from gradret.grid import Run
 from gradret.grid_rows import GridRows, find_key, list_defaults
 from gradret.settings import FitSettings
@@ -23,6 +25,16 @@ def make_row(seed: int = 0, **changes) -> dict:
 @pytest.fixture
 def rows(tmp_path) -> GridRows:
     return GridRows(tmp_path / "rows.jsonl")
+
+
+def test_processes_that_start_in_one_folder_leave_each_other_alone(tmp_path):
+    def start(_):
+        for _ in range(300):
+            open_folder(str(tmp_path), "quality.json", "quality.png")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(start, range(4)))  # raises what one of them raised
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_come_back_under_their_runs_key_the_latest_first(rows):
