@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from gradret import losses
 from gradret.batches import collate, draw_lists
 from gradret.collection import Collection
-from gradret.encoder_load import load_encoder
+from gradret.encoder_load import choose_precision, load_encoder
 from gradret.evaluation import measure_run
 from gradret.grades import place_grades, weigh_grades
 from gradret.grid_file import read_grid
@@ -184,13 +184,14 @@ def embed() -> Vectors:
     lists = [mixed[int(i)] for i in check_lists(mixed, refuse_negative=True, exclude=words).kept]
     options = dict(grid.encoders["three-layers"])
     encoder = load_encoder(options.pop("model"), device="cpu", **options)
+    precision = choose_precision(grid.settings.precision, encoder.device)
 
     def encode(texts: Sequence[str], kind: str) -> Tensor:
-        return torch.from_numpy(encoder.encode(texts, kind, precision=grid.settings.precision))
+        return torch.from_numpy(encoder.encode(texts, kind, precision=precision))
 
     collections = {}
     for name, collection in opened.items():
-        corpus = embed_corpus(encoder, collection, default_cache(), precision=grid.settings.precision)
+        corpus = embed_corpus(encoder, collection, default_cache(), precision=precision)
         doc_ids = [doc_id.decode() for doc_id in corpus.doc_ids.tolist()]
         queries = encode([*collection.queries.values()], "query")
         collections[name] = collection, doc_ids, torch.tensor(corpus.vectors), queries

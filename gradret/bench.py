@@ -11,7 +11,7 @@ from gradret.bm25 import search_bm25
 from gradret.collection import Collection
 from gradret.console import StopRequest, say
 from gradret.encoder import Encoder
-from gradret.encoder_load import load_encoder
+from gradret.encoder_load import choose_precision, load_encoder
 from gradret.errors import GradretError, Interrupted
 from gradret.evaluation import DEFAULT_DEPTH, Evaluation, evaluate, measure_run
 from gradret.grid import BM25, FIT, Cell, Grid, Run
@@ -148,17 +148,16 @@ class Worker:
         """The row of a run. Raises: GradretError; Interrupted."""
         collections = {source: self._inputs.collections[source] for source in sources}
         if run.ranker == BM25:
-            facts, where = NOT_TRAINED, "cpu"
+            facts, where, precision = NOT_TRAINED, "cpu", None
             found = {
                 s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, self._grid.measures)
                 for s, c in collections.items()
             }
         else:
-            # Half precision moves a measure by about .001: only when asked for by name.
-            precision = "bfloat16" if run.settings.precision == "bfloat16" else "float32"
-            options = {"measures": self._grid.measures, "precision": precision, "progress": self._progress}
             with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
                 encoder, facts = self._make_encoder(run, Path(temporary))
+                precision = choose_precision(run.settings.precision, encoder.device)
+                options = {"measures": self._grid.measures, "precision": precision, "progress": self._progress}
                 found = {s: evaluate(encoder, c, **options) for s, c in collections.items()}
             where = encoder.device.type
         return {
@@ -169,6 +168,7 @@ class Worker:
             **facts,
             "versions": self._versions,
             "device": where,
+            "precision": precision,
         }
 
     def _make_encoder(self, run: Run, folder: Path) -> tuple[Encoder, dict]:

@@ -66,8 +66,8 @@ class Run:
 
     Attributes:
         ranker: see System.
-        settings: what fit gets. Of an untrained encoder only its encoder's fields and a precision of bfloat16
-            differ from the defaults, of BM25 none do.
+        settings: what fit gets. Of an untrained encoder only its encoder's fields and its precision can differ from
+            the defaults, of BM25 none do.
     """
 
     ranker: str
@@ -212,9 +212,7 @@ class Grid:
         if ranker == BM25:
             return Run(BM25, FitSettings(data=()))
         kept = {name: getattr(settings, name) for name in ENCODER_FIELDS}
-        # Measured in float32 unless bfloat16 is asked for by name: "auto" is float32 here.
-        half = {"precision": "bfloat16"} if settings.precision == "bfloat16" else {}
-        return Run(UNTRAINED, FitSettings(data=(), **kept, **half))
+        return Run(UNTRAINED, FitSettings(data=(), precision=settings.precision, **kept))
 
     def _tell(self, place: str, message: str) -> str:
         return f"{self.where}: {place}: {message}" if self.where else message

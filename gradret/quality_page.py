@@ -50,7 +50,7 @@ figure { margin: 1rem 0; overflow-x: auto } figure img { width: 100%; min-width:
 pre { overflow-x: auto; padding: .8rem; background: var(--head); white-space: pre-wrap; overflow-wrap: anywhere }
 summary { cursor: pointer; color: var(--link) }
 """
-HARDWARE = ("device", "threads", "ran_on")  # of the versions
+HARDWARE = ("device", "threads", "ran_on", "precision")  # of the versions
 SETUP = "_setup"  # an anchor; an experiment's name has no underscore
 KINDS = ("Tables", "Curves", "Ablations")
 
@@ -207,7 +207,7 @@ def _show_p_values(
 def _show_setup(document: dict) -> str:
     """Settings, data, collections, versions, hardware and the command."""
     systems = document["systems"]
-    hardware = list(dict.fromkeys(tuple(str(v.get(name)) for name in HARDWARE) for v in document["versions"]))
+    hardware = list(dict.fromkeys(tuple(str(v.get(name) or "") for name in HARDWARE) for v in document["versions"]))
     names = list(dict.fromkeys(name for v in document["versions"] for name in v if name not in HARDWARE))
     versions = list(dict.fromkeys(tuple(show_setting(v.get(name)) for name in names) for v in document["versions"]))
     training, tuned = document["training"], document["tuned"]
@@ -234,7 +234,7 @@ def _show_setup(document: dict) -> str:
             [[k, c["source"], str(c["queries"]), str(c["documents"])] for k, c in document["collections"].items()],
         ),
         _show_facts("Versions", names, [list(line) for line in versions]) if names else "",
-        _show_facts("Hardware", ["device", "threads", "run on"], hardware) if hardware else "",
+        _show_facts("Hardware", ["device", "threads", "run on", "precision"], hardware) if hardware else "",
         _show_facts(
             "Training",
             ["system", "runs", "lists", "steps", "mean seconds"],

@@ -54,7 +54,7 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
     versions: list[dict] = []
     for row in used.values():
         # The versions name a GPU where there is one, also of runs that did without it.
-        there = row["versions"] | {"ran_on": row["device"]}
+        there = row["versions"] | {"ran_on": row["device"], "precision": row.get("precision")}  # BM25 has none
         if there not in versions:
             versions.append(there)
     done = sum(key in rows_by_run and rows_by_run[key]["collections"].keys() >= wanted[key] for key in wanted)

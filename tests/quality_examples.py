@@ -53,7 +53,8 @@ def make_row(run, per_query: dict[str, list[float]], **changes) -> dict:
         }
     seconds = 10.0 + run.settings.seed if run.ranker == "fit" else None
     row = {"run": run.record(), "collections": collections, "fit_seconds": seconds, "versions": VERSIONS}
-    return row | {"steps": 5, "lists": 80, "device": "cpu"} | changes
+    precision = None if run.ranker == "bm25" else "float32"
+    return row | {"steps": 5, "lists": 80, "device": "cpu", "precision": precision} | changes
 
 
 def find_cell(grid: Grid, system: str, experiment: str = "main", value=None, encoder: str = "small"):

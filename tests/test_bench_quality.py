@@ -102,9 +102,10 @@ def test_every_run_is_one_row_with_what_it_gave(in_one_go):
         "Even queries": {"source": "sample?queries=even", **sizes},
         "Two grades": {"source": "sample?queries=even&grades=2:0,1:0", **sizes},
     }
-    shown = [(r["run"]["ranker"], r["run"]["seed"], r["steps"], r["device"]) for r in in_one_go.rows.values()]
-    fits = [("fit", seed, 2, "cpu") for _ in range(3) for seed in (0, 1)]
-    assert shown == [("bm25", None, None, "cpu"), ("untrained", None, None, "cpu"), *fits]
+    runs = [(row["run"], row) for row in in_one_go.rows.values()]
+    shown = [(run["ranker"], run["seed"], *(row[k] for k in ("steps", "device", "precision"))) for run, row in runs]
+    fits = [("fit", seed, 2, "cpu", "float32") for _ in range(3) for seed in (0, 1)]
+    assert shown == [("bm25", None, None, "cpu", None), ("untrained", None, None, "cpu", "float32"), *fits]
     for row in in_one_go.rows.values():
         for found in row["collections"].values():
             assert list(found["measures"]) == ["nDCG@10", "RR@10"] and list(found["per_query"]) == ["nDCG@10"]
@@ -112,6 +113,24 @@ def test_every_run_is_one_row_with_what_it_gave(in_one_go):
             assert len(values) == 48 and np.mean(values) == pytest.approx(found["measures"]["nDCG@10"], abs=5e-5)
     *shared, hot, _ = in_one_go.rows.values()
     assert [len(row["collections"]) for row in (*shared, hot)] == [2] * 6 + [1]  # ours serves both experiments
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_trains_and_measures_in_what_the_machine_computes_in(plan, tmp_path, monkeypatch, native):
+    plan.write_text(plan.read_text().replace('precision = "float32"', "").replace("seeds = 2", "seeds = 1"))
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: native)
+    measured, evaluate = [], gradret.bench.evaluate
+
+    def record(encoder, collection, *, precision, **options):
+        measured.append(precision)
+        return evaluate(encoder, collection, precision=precision, **options)
+
+    monkeypatch.setattr(gradret.bench, "evaluate", record)
+    rows = run_grid(read_grid(plan), tmp_path, max_runs=3, progress=False).rows.values()
+    precision = "bfloat16" if native else "float32"
+    assert [row["precision"] for row in rows] == [None, precision, precision]
+    assert measured == [precision] * 4
+    assert all("precision" not in row["run"]["settings"] for row in rows)  # the same run on another machine
 
 
 def test_no_training_list_has_an_evaluated_query(in_one_go):

@@ -165,7 +165,7 @@ def test_a_source_option_goes_on_every_source(read):
     assert add_source_option("a.jsonl", "shuffle", 0) == "a.jsonl"  # the run of the list as it is
 
 
-def test_a_system_in_bfloat16_is_measured_so_untrained_too(read):
+def test_a_grid_in_bfloat16_measures_so_what_is_untrained_too(read):
     text = PLAN.replace("max_steps = 1", 'max_steps = 1\nprecision = "bfloat16"')
     (untrained, *_) = [c for c in read(text).cells() if c.system == "untrained"]
     assert untrained.runs[0].record()["settings"] == {"precision": "bfloat16"}

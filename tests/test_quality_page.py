@@ -145,7 +145,11 @@ def test_the_other_tables(grid, tmp_path):
     assert page.tables["Data"] == [["name", "sources"], ["lists", "lists.jsonl"]]
     assert page.tables["Collections"][1] == ["A", "beir/a/test", "4", "9"]
     assert page.tables["Versions"] == [["gradret", "commit", "torch"], ["0.6.0", "abc", "2.13"]]
-    assert page.tables["Hardware"] == [["device", "threads", "run on"], ["A CPU", "2", "cpu"]]
+    assert page.tables["Hardware"] == [
+        ["device", "threads", "run on", "precision"],
+        ["A CPU", "2", "cpu", ""],
+        ["A CPU", "2", "cpu", "float32"],
+    ]
     assert page.tables["Training"][1] == ["InfoNCE", "6", "80", "5", "10.5"]
     assert ["epochs", "1.0"] in page.tables[
         "Settings of every run, where its system, encoder or experiment names no other"
