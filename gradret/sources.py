@@ -213,7 +213,7 @@ class JudgedLists(Sequence[RankingList]):
         self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)
         self.keys = np.array([query_key(q, t) for q, t in collection.queries.items()], np.uint64)
         judgments = (f"{q} {d} {g}" for q in self._query_ids for d, g in collection.qrels[q].items())
-        self.fingerprint = f"{hash64(collection.name, *judgments):016x}"
+        self.fingerprint = f"{hash64(collection.name, *collection.queries.values(), *judgments):016x}"
 
     def __len__(self) -> int:
         return len(self._query_ids)

@@ -61,6 +61,20 @@ def test_beir_directory_is_read_whole(beir_directory):
     assert open_collection(Source(f"{beir_directory}:train")).queries == {"q2": "bread"}
 
 
+def test_judged_lists_are_others_when_a_query_or_a_grade_is(beir_directory):
+    def read_fingerprint() -> str:
+        return MixedLists([parse_source(str(beir_directory))]).fingerprint
+
+    before = read_fingerprint()
+    for path, old, new in (("queries.jsonl", "why tides", "why ebb"), ("qrels/test.tsv", "d2\t2", "d2\t1")):
+        file = beir_directory / path
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        assert read_fingerprint() != before
+        file.write_text(text)
+    assert read_fingerprint() == before
+
+
 def test_a_qrels_file_with_the_wrong_header(beir_directory):
     path = beir_directory / "qrels" / "test.tsv"
     path.write_text("q1\td1\t1\n")
