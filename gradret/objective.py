@@ -56,7 +56,7 @@ class Objective:
         """Whether scores go straight into the loss, without a matrix of them."""
         s, floor = self.settings, self.floor
         weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
-        return s.loss == "wasserstein" and floor is not None and not (s.kl_share and weighs)
+        return s.loss == "wasserstein" and floor is not None and not (s.cross_entropy_share and weighs)
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
@@ -72,7 +72,7 @@ class Objective:
             shape = (len(queries), len(documents))
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
-            options = {"order": s.order, "temperature": s.temperature, "kl_share": s.kl_share}
+            options = {"order": s.order, "temperature": s.temperature, "kl_share": s.cross_entropy_share}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
@@ -81,7 +81,6 @@ class Objective:
             grades, mask = batch.spread_grades(self.floor, part).to(device), None
             scores = queries @ documents.T  # (b, N)
         loss = self._loss(scores, grades, mask=mask)
-        if s.kl_share:
-            share = kl_loss(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask)
-            loss = (1 - s.kl_share) * loss + s.kl_share * share
+        if share := s.cross_entropy_share:
+            loss = loss.lerp(kl_loss(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask), share)
         return loss

@@ -7,6 +7,7 @@ from gradret.settings import (
     AUTO,
     DEFAULT_MEASURES,
     GROUNDS,
+    KL_SHARE,
     POOLINGS,
     PRECISIONS,
     SCHEDULES,
@@ -128,7 +129,11 @@ BUDGET_OPTIONS = options(
         metavar=f"PASSAGES|{AUTO}",
         help="Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
     ),
-    option("--kl-share", type=click.FloatRange(0, 1), help="Share of the listwise cross-entropy in the loss."),
+    option(
+        "--kl-share",
+        type=click.FloatRange(0, 1),
+        help=f"Share of the listwise cross-entropy in the loss. [default: {KL_SHARE:g} of wasserstein, 0 of others]",
+    ),
     option(
         "--mine",
         metavar="k=K,grade=G[,...]",

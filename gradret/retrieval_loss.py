@@ -74,7 +74,9 @@ def wasserstein_retrieval_loss(
     if grades.offsets.device != queries.device:
         raise ValueError(f"grades must be on the embeddings' device, {queries.device}; got {grades.offsets.device}")
     if kl_share and grades.others_weigh:
-        raise ValueError("kl_share needs targets that give documents of the default grade no mass, such as gain and 0")
+        raise ValueError(
+            "kl_share must be 0 unless targets give documents of the default grade no mass, as gain and 0 do"
+        )
     options = (int(order), float(temperature), float(kl_share), reduction)
     loss: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
     return loss

@@ -16,6 +16,7 @@ WEIGHTS = ("float32", "bfloat16")
 AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
+KL_SHARE = 0.6  # of the default loss
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 
 
@@ -46,7 +47,8 @@ class FitSettings:
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
         patience: dev measurements without a new best after which the run ends; None for no such end.
-        kl_share: share of the listwise cross-entropy in the loss, 0 to 1.
+        kl_share: share of the listwise cross-entropy in the loss, 0 to 1; None is KL_SHARE for wasserstein, whose
+            gradient fades where the model is wrong and sure of it, and 0 for the other losses.
         mine: hard negatives added to the lists, see mining.parse_mining; None for none.
         lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
         lora_alpha: the adapters' scale is lora_alpha / lora.
@@ -62,8 +64,8 @@ class FitSettings:
     loss: str = "wasserstein"
     order: int = 2
     temperature: float = 0.05
-    targets: str = "gain"
-    ground: str = "grade"
+    targets: str = "sqrt"
+    ground: str = "sqrt"
     positive_from: float | None = None
     in_batch: bool = True
     in_batch_grade: float | None = None
@@ -72,7 +74,7 @@ class FitSettings:
     batch_lists: int = 16
     accumulate: int = 1
     chunk: int | str | None = None
-    learning_rate: float = 2e-5
+    learning_rate: float = 5e-6
     weight_decay: float = 0.01
     warmup: float = 0.1
     schedule: str = "linear"
@@ -83,7 +85,7 @@ class FitSettings:
     dev_every: int = 100
     dev_measure: str = "nDCG@10"
     patience: int | None = None
-    kl_share: float = 0.0
+    kl_share: float | None = None
     mine: str | None = None
     lora: int = 0
     lora_alpha: float = 32.0
@@ -123,9 +125,9 @@ class FitSettings:
         for name in ("clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name in ("kl_share", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
+        for name, share in (("kl_share", self.cross_entropy_share), ("warmup", self.warmup)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {share!r}")
         if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
             raise ValueError(f"lora_dropout must be 0 or above and below 1, got {self.lora_dropout!r}")
         if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
@@ -162,9 +164,16 @@ class FitSettings:
         return {name: getattr(self, name) for name in names}
 
     @property
+    def cross_entropy_share(self) -> float:
+        """kl_share, or what it is for the loss where it is not given."""
+        if self.kl_share is not None:
+            return self.kl_share
+        return KL_SHARE if self.loss == "wasserstein" else 0.0
+
+    @property
     def weighs_from_zero(self) -> bool:
         """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
-        return (self.loss in TARGET_LOSSES or self.kl_share > 0) and self.targets != "softmax"
+        return (self.loss in TARGET_LOSSES or self.cross_entropy_share > 0) and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,9 @@ def find_gradients(
     encoder: Encoder, batch: Batch, *, chunk: int = 4, cached: bool = False, floor: float | None = 0.0, **options
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the gradient of each parameter, in training mode."""
-    settings = FitSettings(**{"order": 1, "temperature": 1.0, **options})
+    settings = FitSettings(
+        **{"order": 1, "temperature": 1.0, "kl_share": 0.0, "targets": "gain", "ground": "grade", **options}
+    )
     encoder.train().zero_grad(set_to_none=True)
     contexts = Contexts(encoder, Objective(settings, floor), "float32", chunk, cached)
     loss = contexts.add_gradients(batch, "0/0/0")

@@ -179,7 +179,7 @@ def test_a_systems_settings_with_one_encoder(read):
     cells = {(c.encoder, c.system): c.runs[0].settings for c in grid.cells() if c.experiment == "main"}
     found = [(s.learning_rate, s.temperature) for s in (cells["long", "ours"], cells["long", "infonce"])]
     assert found == [(3e-4, 0.2), (1e-4, 0.05)]
-    assert (cells["small", "ours"].learning_rate, cells["small", "ours"].temperature) == (2e-5, 1.0)
+    assert (cells["small", "ours"].learning_rate, cells["small", "ours"].temperature) == (5e-6, 1.0)
     # What an experiment varies comes last.
     grid = read(PLAN.replace("[data]", f"{tuned.replace('long', 'small')}[data]"))
     heat = [c.runs[0].settings for c in grid.cells() if c.experiment == "heat" and c.system == "ours"]

@@ -85,7 +85,7 @@ def grid():
             "noise", title="Noise", vary="temperature", values=(0.1, 0.2), systems=("infonce", "wasserstein")
         ),
         make_experiment(
-            "targets", title="Targets", vary="targets", values=("gain", "softmax"), systems=("wasserstein",)
+            "targets", title="Targets", vary="targets", values=("sqrt", "softmax"), systems=("wasserstein",)
         ),
         tuned={"small": {"wasserstein": {"learning_rate": 0.001}}},
     )
@@ -123,7 +123,7 @@ def test_the_other_tables(grid, tmp_path):
         ["W2", "0.5600 ± 0.0141", "0.4600 ± 0.0141", "-0.1000", "1.000"],
     ]
     targets = page.tables["Targets, encoder small: nDCG@10, 2 seeds"]
-    assert [row[0] for row in targets] == ["system", "W2, targets gain", "W2, targets softmax"]
+    assert [row[0] for row in targets] == ["system", "W2, targets sqrt", "W2, targets softmax"]
     tested = page.tables["All systems: p against Untrained, encoder small, nDCG@10"]
     assert tested[0] == ["system", "A", "B", "mean of collections"]
     assert tested[1] == ["t-test", "t-test, Holm", "randomisation", "randomisation, Holm"] * 3
@@ -167,7 +167,7 @@ def test_the_page_opens_with_what_was_compared(grid, tmp_path):
             "A benchmark",
             "4 systems (BM25; Untrained; InfoNCE; W2) with 1 encoder, measured on 2 collections (A; B) by nDCG@10, "
             "RR@10, with up to 2 seeds each.",
-            "15 of 16 runs are done.",  # targets = gain is what W2 has anyway
+            "15 of 16 runs are done.",  # targets = sqrt is what W2 has anyway
             "Curves",
             "Ablations",
             "gradret bench quality --config 'g.toml'",

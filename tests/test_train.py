@@ -91,7 +91,8 @@ def test_accumulation_is_the_mean_over_micro_batches(tiny_encoder, tmp_path):
     assert [len(b.documents) for b in batches] == [16, 16]
     settings = FitSettings(
         data=(str(SAMPLE_FILE) + "?queries=" + _ids(tmp_path, lists),), model=str(tmp_path), batch_lists=4,
-        accumulate=2, max_steps=1, precision="float32", temperature=1.0, order=1,
+        accumulate=2, max_steps=1, precision="float32", temperature=1.0, order=1, targets="gain", ground="grade",
+        kl_share=0.0,
     )  # fmt: skip
     mean = 0
     for batch in batches:
