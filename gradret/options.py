@@ -7,7 +7,6 @@ from gradret.settings import (
     AUTO,
     DEFAULT_MEASURES,
     GROUNDS,
-    KL_SHARE,
     POOLINGS,
     PRECISIONS,
     SCHEDULES,
@@ -132,7 +131,8 @@ BUDGET_OPTIONS = options(
     option(
         "--kl-share",
         type=click.FloatRange(0, 1),
-        help=f"Share of the listwise cross-entropy in the loss. [default: {KL_SHARE:g} of wasserstein, 0 of others]",
+        help=f"Share of the listwise cross-entropy in the loss. [default: {DEFAULTS.cross_entropy_share:g} of "
+        f"{DEFAULTS.loss}, 0 of others]",
     ),
     option(
         "--mine",

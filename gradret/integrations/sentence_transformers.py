@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradret.losses import kl_loss, wasserstein_loss
 from gradret.retrieval_loss import wasserstein_retrieval_loss
-from gradret.settings import KL_SHARE, FitSettings
+from gradret.settings import FitSettings
 
 DEFAULTS = FitSettings()
 
@@ -45,7 +45,7 @@ class WassersteinLoss(nn.Module):
         temperature: float = DEFAULTS.temperature,
         targets: str = DEFAULTS.targets,
         ground: str = DEFAULTS.ground,
-        kl_share: float = KL_SHARE,
+        kl_share: float = DEFAULTS.cross_entropy_share,
         in_batch: bool = True,
         default_grade: float = 0.0,
         gather_across_devices: bool = False,
