@@ -4,12 +4,18 @@ import logging
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
@@ -119,7 +125,9 @@ class IrDatasetsCollection(Collection):
         self.drop_self = is_self_retrieving(*dataset_id.split("/"))
         self._store: Any = None
         try:
-            self.document_count = self._dataset.docs_count() or sum(1 for _ in self._dataset.docs_iter())
+            with _unpacking():
+                count = self._dataset.docs_count()
+            self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
             self.qrels = {}
             for qrel in self._dataset.qrels_iter():
                 self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
@@ -128,12 +136,12 @@ class IrDatasetsCollection(Collection):
             raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        for document in islice(self._dataset.docs_iter(), start, None):
+        for document in islice(iterate_documents(self._dataset), start, None):
             yield Document(document.doc_id, document.default_text())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         if self._store is None:
-            self._store = self._dataset.docs_store()
+            self._store = open_store(self._dataset)
         found = self._store.get_many(doc_ids)
         return {doc_id: Passage(0, document.default_text(), None, doc_id) for doc_id, document in found.items()}
 
@@ -182,6 +190,39 @@ def load_dataset(dataset_id: str) -> Any:
             f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
             "check the path, or pick an id from https://ir-datasets.com"
         ) from None
+
+
+def iterate_documents(dataset: Any) -> Iterator[Any]:
+    """The documents of a dataset of ir_datasets in its order."""
+    with _unpacking():
+        documents = iter(dataset.docs_iter())
+        first = list(islice(documents, 1))
+    yield from chain(first, documents)
+
+
+def open_store(dataset: Any) -> Any:
+    """The documents of a dataset of ir_datasets by id: its docs_store."""
+    with _unpacking():
+        store = dataset.docs_store()
+        store.get_many([])  # which makes its files, where they are not yet
+    return store
+
+
+@contextmanager
+def _unpacking() -> Iterator[None]:
+    """While no other process is in here: two that have ir_datasets unpack one collection at once damage its files."""
+    import ir_datasets
+
+    try:
+        file = open(ir_datasets.util.home_path() / "gradret.lock", "a")
+    except OSError:  # a home that can not be written to
+        yield
+        return
+    with file:
+        if fcntl is not None:
+            with suppress(OSError):  # a network file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_self_retrieving(*names: str) -> bool:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.collection import Collection, Document, is_self_retrieving, load_dataset, read_records
+from gradret.collection import (
+    Collection,
+    Document,
+    is_self_retrieving,
+    iterate_documents,
+    load_dataset,
+    open_store,
+    read_records,
+)
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
 from gradret.lists import Passage, RankingList, decode_json, hash64, open_file, query_words
@@ -142,7 +150,7 @@ class IrDatasetsPool(Pool):
         del self._id_blocks
 
     def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for number, document in enumerate(self._dataset.docs_iter()):
+        for number, document in enumerate(iterate_documents(self._dataset)):
             if len(self._id_blocks[-1]) == ID_BLOCK:
                 self._id_blocks[-1:] = [np.array(self._id_blocks[-1], "S"), []]
             self._id_blocks[-1].append(document.doc_id.encode())
@@ -152,12 +160,12 @@ class IrDatasetsPool(Pool):
         # In the collection's order, which its store reads much slower one by one.
         chosen = np.zeros(self._places[-1] + 1, bool)
         chosen[self._places[start:]] = True
-        for position, document in enumerate(compress(self._dataset.docs_iter(), chosen), start):
+        for position, document in enumerate(compress(iterate_documents(self._dataset), chosen), start):
             yield Document(str(position), document.default_text())
 
     def read(self, position: int) -> Passage:
         if self._store is None:
-            self._store = self._dataset.docs_store()
+            self._store = open_store(self._dataset)
         doc_id = self._ids[position].decode()
         return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from gradret.lists import query_words
 from gradret.mix import MixedLists, check_lists
 from gradret.sources import open_collection, parse_source
 
+UNPACKED = shutil.ignore_patterns("docs.pklz4", "*.qrels", "*.json", "*.txt")  # what another test has unpacked
 CRANFIELD_GRADES = "-1=4,1=4,2=3,3=2,4=1"
 
 
@@ -78,3 +80,25 @@ def test_the_published_figures_of_scifact(tmp_path):
     )
     assert 0.643 <= document["measures"]["nDCG@10"] <= 0.647
     assert document["measures"]["R@100"] == pytest.approx(0.925, abs=5e-4)
+
+
+READ_ALL = """
+import sys
+from gradret.collection import IrDatasetsCollection
+sys.stdin.readline()
+collection = IrDatasetsCollection("beir/scifact/test")
+ids = [document.doc_id for document in collection.documents()]
+print(collection.document_count, len(ids), len(collection.read_documents(ids)))
+"""
+
+
+def test_processes_that_start_together_unpack_a_collection_once(tmp_path):
+    shutil.copytree(os.path.join(os.environ["IR_DATASETS_HOME"], "beir"), tmp_path / "beir", ignore=UNPACKED)
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    environment = os.environ | {"IR_DATASETS_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", READ_ALL]
+    processes = [subprocess.Popen(command, env=environment, **options) for _ in range(3)]
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    assert [process.communicate()[0] for process in processes] == ["5183 5183 5183\n"] * 3
