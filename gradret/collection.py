@@ -15,7 +15,7 @@ import numpy as np
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError

@@ -121,6 +121,11 @@ BUDGET_OPTIONS = options(
     option("--warmup", type=click.FloatRange(0, 1), help="Share of the steps in which the learning rate rises."),
     option("--schedule", type=click.Choice(SCHEDULES), help="How it falls after that."),
     option("--clip", type=click.FloatRange(min=0), help="Highest gradient norm; 0 for no limit."),
+    option(
+        "--interpolate",
+        type=click.FloatRange(0, 1, min_open=True),
+        help="How far the saved weights are from the encoder's own to the trained ones.",
+    ),
     option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it."),
     option(
         "--chunk",

@@ -43,6 +43,7 @@ class FitSettings:
             largest that fits. None keeps the activations of the whole batch, which is faster where they fit.
         warmup: share of the steps over which the learning rate rises; then it falls, "linear" or "cosine".
         clip: highest gradient norm; 0 for no limit.
+        interpolate: how far the saved weights are from those the encoder began with to the trained ones, above 0 to 1.
         precision: "float32", "bfloat16" (autocast) or "auto", bfloat16 where the device computes in it.
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
@@ -79,6 +80,7 @@ class FitSettings:
     warmup: float = 0.1
     schedule: str = "linear"
     clip: float = 1.0
+    interpolate: float = 1.0
     precision: str = "auto"
     seed: int = 0
     dev: str | None = None
@@ -128,6 +130,8 @@ class FitSettings:
         for name, share in (("kl_share", self.cross_entropy_share), ("warmup", self.warmup)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {share!r}")
+        if not 0 < self.interpolate <= 1:
+            raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
         if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
             raise ValueError(f"lora_dropout must be 0 or above and below 1, got {self.lora_dropout!r}")
         if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):

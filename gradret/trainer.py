@@ -21,6 +21,7 @@ from gradret.contexts import Contexts
 from gradret.endings import Endings, StepGivenUp
 from gradret.errors import GradretError, ProcessLost
 from gradret.evaluation import evaluate
+from gradret.interpolation import Interpolation
 from gradret.job import Job, make_optimizer
 from gradret.kernels import describe_backend
 from gradret.mining import MinedLists
@@ -62,6 +63,7 @@ class Trainer(Endings):
         self.lists, self.mined_round = job.lists, None
         self.stop = StopRequest()
         self.optimizer = make_optimizer(job.encoder, self.settings.weight_decay)
+        self.interpolation = Interpolation(job.encoder, self.settings.interpolate)
         self.state = self.restore()
         self.find_chunk()
         self.contexts = self.make_contexts()
@@ -243,10 +245,12 @@ class Trainer(Endings):
         }
         if self.processes.size > 1:  # cut short in one process, it would leave the others waiting: save what there is
             self.save()
-            result = evaluate(self.encoder, self.job.dev, processes=self.processes, **options)
-        else:
-            with stop.at_once():
-                result = evaluate(self.encoder, self.job.dev, **options)
+        with self.interpolation.applied(self.encoder):
+            if self.processes.size > 1:
+                result = evaluate(self.encoder, self.job.dev, processes=self.processes, **options)
+            else:
+                with stop.at_once():
+                    result = evaluate(self.encoder, self.job.dev, **options)
         if result is None:  # stopped: measured again when the run is resumed
             return
         (value,) = result.measures.values()  # under its canonical name, which may be another than the setting's
@@ -268,6 +272,7 @@ class Trainer(Endings):
                 steps = run.read_lines("metrics.jsonl")
                 found["loss"] = steps[-1]["loss"] if steps else None
                 run.restore_best(self.encoder, state)
+                self.interpolation.apply(self.encoder)
                 merge_adapters(self.encoder)
                 facts = {"data": str(job.summary), "steps": state.step, "dev": run.read_lines("dev.jsonl")}
                 facts |= {"best_step": state.best_step, "encoder": self.encoder}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +208,18 @@ def test_adapters_train_beside_weights_in_bfloat16(tmp_path, six_lists, monkeypa
     rounding = np.abs(saved.encode(TEXTS) - embeddings).max()  # of the merged weights
     moved = np.abs(load_encoder(str(model), pooling="last").encode(TEXTS) - embeddings).max()
     assert rounding < 0.03 < 0.1 < moved
+
+
+def test_what_adapters_add_is_saved_by_the_share_asked_for(tiny_decoder, six_lists, tmp_path):
+    pytest.importorskip("peft")
+    settings = run_settings(tiny_decoder, six_lists, lora=4, epochs=4)
+    fit(settings, tmp_path / "whole")
+    fit(replace(settings, interpolate=0.25), tmp_path / "part")
+    files = [path / "model.safetensors" for path in (tiny_decoder, tmp_path / "whole", tmp_path / "part")]
+    start, whole, part = map(load_file, files)
+    assert max((whole[name] - start[name]).abs().max() for name in start) > 0.01
+    for name, tensor in part.items():
+        torch.testing.assert_close(tensor, torch.lerp(start[name], whole[name], 0.25))
 
 
 def test_adapters_checkpointing_and_chunks_together(tiny_decoder, six_lists, tmp_path):

@@ -24,8 +24,8 @@ LAYERS = """
     quality_page quality_report quality_compare quality_charts quality_tables significance report
     bench grid_inputs grid_rows grid_file grid_place grid speed memory timers workloads rivals
     train trainer endings job card capacity mining mining_pool mining_spec bm25 checkpoint board claim snapshot
-    contexts objective batches adapters evaluation retrieve runs embedders encoder_load encoder chunks encoder_config
-    hub processes peers
+    interpolation contexts objective batches adapters evaluation retrieve runs embedders encoder_load encoder chunks
+    encoder_config hub processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
     mix sources collection qrels lists console settings versions resident launch files errors
 """.split()

@@ -342,6 +342,18 @@ def cut_run(tiny_encoder, tmp_path_factory) -> tuple[FitSettings, Path]:
     return settings, out
 
 
+def test_a_resumed_run_interpolates_from_where_it_began(tiny_encoder, tmp_path, monkeypatch):
+    more = {"interpolate": 0.25, "dev": "sample?queries=even", "learning_rate": 1e-3}
+    settings = FitSettings(model=str(tiny_encoder), **SMALL | more)
+    fit(settings, tmp_path / "whole", progress=False)
+    with monkeypatch.context() as patch:
+        cut_at(2, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, tmp_path / "out", progress=False)
+    fit(settings, tmp_path / "out", resume=True, progress=False)
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
 def test_the_best_weights_are_looked_for_before_the_run_goes_on(tiny_encoder, tmp_path, monkeypatch, damage):
     settings, out = FitSettings(model=str(tiny_encoder), dev="sample?queries=even", **SMALL), tmp_path / "out"

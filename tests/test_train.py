@@ -152,6 +152,29 @@ def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path, monkeypatch):
     assert load_encoder(str(result.out)).fingerprint() == seen[1]
 
 
+def test_saved_and_measured_weights_lie_so_far_on_the_way_to_the_trained_ones(tiny_encoder, tmp_path, monkeypatch):
+    values, seen = iter([0.3, 0.4, 0.5]), []
+
+    def measure(encoder, collection, *, measures, **_):
+        seen.append(encoder.fingerprint())
+        return Evaluation({measures[0]: next(values)}, {}, {})
+
+    monkeypatch.setattr(trainer, "evaluate", measure)
+    settings = FitSettings(
+        data=("sample?queries=odd",), model=str(tiny_encoder), batch_lists=6, max_steps=4, learning_rate=1e-3,
+        precision="float32",
+    )  # fmt: skip
+    fit(settings, tmp_path / "whole")
+    fit(replace(settings, interpolate=0.25, dev="sample?queries=even", dev_every=2), tmp_path / "part")
+    encoders = [load_encoder(str(path)) for path in (tiny_encoder, tmp_path / "whole", tmp_path / "part")]
+    start, whole, part = (dict(encoder.named_parameters()) for encoder in encoders)
+    for name, parameter in part.items():
+        assert torch.equal(parameter, torch.lerp(start[name], whole[name], 0.25)), name
+    assert seen == [encoders[0].fingerprint(), seen[1], encoders[2].fingerprint()]
+    assert len(set(seen)) == 3
+    assert "| `--interpolate` | 0.25 |" in (tmp_path / "part" / "README.md").read_text()
+
+
 def test_patience_ends_a_run_that_no_longer_gets_better(tiny_encoder, tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
     monkeypatch.setattr(trainer, "evaluate", lambda e, c, *, measures, **_: Evaluation({"m": next(values)}, {}, {}))
@@ -231,6 +254,9 @@ def test_wrong_settings():
         FitSettings(epochs=0)
     with pytest.raises(ValueError, match="chunk must be a number above 0 or 'auto', got 'all'"):
         FitSettings(chunk="all")
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="interpolate must be above 0 and at most 1"):
+            FitSettings(interpolate=share)
     with pytest.raises(ValueError, match="patience must be 1 or above and needs dev, got 3 and None"):
         FitSettings(patience=3)
     with pytest.raises(ValueError, match="kl_share must be 0 to 1, got 2"):
