@@ -279,8 +279,9 @@ def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, ta
         return None  # an infinite grade would be an infinite gap in all lists
     levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
     levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
-    mass = torch.zeros((rows, len(distinct) + 1), dtype=torch.float64 if device.type != "mps" else torch.float32)
-    mass = mass.to(device).scatter_add(-1, levels, (torch.ones_like(real) if weights is None else weights).to(mass))
+    dtype = torch.float64 if device.type != "mps" else torch.float32
+    mass = torch.zeros((rows, len(distinct) + 1), dtype=dtype, device=device)
+    mass = mass.scatter_add(-1, levels, (torch.ones_like(real) if weights is None else weights).to(mass))
     mass = mass[:, :-1]
     if weights is None:
         # The list's own highest grade: relative to the batch's a gain could underflow.

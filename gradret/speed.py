@@ -58,12 +58,14 @@ def measure_speed(
         device's, with an empty cache; wall_ms is one step on an idle device by the host's clock; floor_fraction is the
         time to move a score, a gradient and one byte of grade for every element at copy_gb_s, over both_ms.
         "other_load" is the share of the processors' time that other processes took while a shape was timed.
-    Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then.
+    Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then. Of other
+        libraries the row alone is skipped.
     """
     began = time.monotonic()
     torch.set_num_threads(torch.get_num_threads())  # from here on fixed, whatever runs beside
     chosen = shapes or DEFAULT_SHAPES["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
+        device = torch.empty(0, device=device).device  # with its number
         torch.cuda.set_device(device)  # events and memory counts are the current device's
     copy_gb_s = measure_copy(device) if device.type == "cuda" else None
     rows, other_load = [], {}
@@ -134,8 +136,8 @@ def name_shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def check_row(row: Row, where: str, truth: Truth | None) -> dict:
-    """A row's errors against float64, after a first call of it. Raises: GradretError that names the row."""
+def check_row(row: Row, truth: Truth | None) -> dict:
+    """A row's errors against float64, after a first call of it. Raises: GradretError when they are too large."""
     loss = row.loss()
     # float16 gradients of a mean underflow; as with loss scaling, those of the sum are compared.
     scale = row.inputs[0].shape[0] if row.inputs[0].dtype == torch.float16 else 1
@@ -148,9 +150,7 @@ def check_row(row: Row, where: str, truth: Truth | None) -> dict:
     found = loss.item()
     loss_error = abs(found - truth.loss) / abs(truth.loss)
     if not loss_error <= (OTHER_TOLERANCE if row.order is None else loss_limit):
-        raise GradretError(
-            f"{row.name} on {where}: the loss is {found:.8g}, float64 says {truth.loss:.8g}; nothing was timed"
-        )
+        raise GradretError(f"the loss is {found:.8g}, float64 says {truth.loss:.8g}")
     errors, worst = [], None
     for gradient, true in zip(gradients, truth.gradients, strict=True) if truth.gradients else ():
         gradient = (gradient[: len(true.values)] / scale).to(true.values)
@@ -160,10 +160,7 @@ def check_row(row: Row, where: str, truth: Truth | None) -> dict:
             worst = (error / norm).max().item()
         errors.append((error.norm() / norm.norm()).item())
         if not errors[-1] <= (SUM_TOLERANCE if true.defined is None else gradient_limit):
-            raise GradretError(
-                f"{row.name} on {where}: the gradient is {errors[-1]:.2g} of its norm off from float64; "
-                "nothing was timed"
-            )
+            raise GradretError(f"the gradient is {errors[-1]:.2g} of its norm off from float64")
     return {
         "gradient_finite": finite,
         "loss_error": loss_error,
@@ -182,7 +179,7 @@ def _prepare(row: Row, where: str, truth: Truth | None, entry: dict, device: tor
     """Check a row and time one step, or note in the entry why it is skipped."""
     began = time.perf_counter()
     try:
-        entry |= check_row(row, where, truth)
+        entry |= check_row(row, truth)
         step = Step(time.perf_counter() - began, 0.0)
         if row.compiled or step.seconds < LONGEST_STEP_S:  # the first call of a compiled row compiles
             step = measure_step(row, device)
@@ -191,6 +188,10 @@ def _prepare(row: Row, where: str, truth: Truth | None, entry: dict, device: tor
         return step
     except torch.cuda.OutOfMemoryError:
         entry["skipped"] = "out of device memory"
+    except GradretError as error:
+        if not row.foreign:
+            raise GradretError(f"{row.name} on {where}: {error}; nothing was timed") from None
+        entry["skipped"] = str(error)
     except RuntimeError as error:
         if not row.foreign:
             raise

@@ -21,6 +21,8 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the workers share the processor
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for other in ("JAX", "CUPY", "TENSORFLOW"):  # POT loads them where they are, and JAX takes most of a GPU's memory
+    os.environ.setdefault(f"POT_BACKEND_DISABLE_{other}", "1")
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GRADRET_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -86,12 +86,12 @@ def test_an_adapter_by_hand(tiny_encoder):
         layer.base_layer.bias.zero_()
         found[f"{QUERY}.lora_A.default.weight"].zero_()[0, 0] = 2
         found[f"{QUERY}.lora_B.default.weight"].zero_()[1, 0] = 3
-    x = torch.zeros(32)
+    x = torch.zeros(32, device=encoder.device)
     x[0], x[5] = 1, 7
     y = layer(x)
     assert (y[0], y[1], y[5], y.sum()) == (1, 4 * 3 * 2, 7, 32)  # W x, and (4 / 1) B A x in place 1
     merge_adapters(encoder)
-    weight = encoder.transformer.get_submodule(QUERY).weight
+    weight = encoder.transformer.get_submodule(QUERY).weight.cpu()
     assert weight[1, 0] == 24
     assert torch.count_nonzero(weight - torch.eye(32)) == 1
 

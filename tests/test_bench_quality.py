@@ -18,6 +18,7 @@ import gradret.cli_bench
 from gradret.bench import run_grid
 from gradret.bm25 import search_bm25
 from gradret.cli import main
+from gradret.encoder_load import default_device
 from gradret.errors import GradretError
 from gradret.grid_file import read_grid
 from gradret.sources import open_collection, parse_source
@@ -104,8 +105,9 @@ def test_every_run_is_one_row_with_what_it_gave(in_one_go):
     }
     runs = [(row["run"], row) for row in in_one_go.rows.values()]
     shown = [(run["ranker"], run["seed"], *(row[k] for k in ("steps", "device", "precision"))) for run, row in runs]
-    fits = [("fit", seed, 2, "cpu", "float32") for _ in range(3) for seed in (0, 1)]
-    assert shown == [("bm25", None, None, "cpu", None), ("untrained", None, None, "cpu", "float32"), *fits]
+    where = default_device()
+    fits = [("fit", seed, 2, where, "float32") for _ in range(3) for seed in (0, 1)]
+    assert shown == [("bm25", None, None, "cpu", None), ("untrained", None, None, where, "float32"), *fits]
     for row in in_one_go.rows.values():
         for found in row["collections"].values():
             assert list(found["measures"]) == ["nDCG@10", "RR@10"] and list(found["per_query"]) == ["nDCG@10"]
@@ -126,7 +128,7 @@ def test_auto_trains_and_measures_in_what_the_machine_computes_in(plan, tmp_path
         return evaluate(encoder, collection, precision=precision, **options)
 
     monkeypatch.setattr(gradret.bench, "evaluate", record)
-    rows = run_grid(read_grid(plan), tmp_path, max_runs=3, progress=False).rows.values()
+    rows = run_grid(read_grid(plan), tmp_path, device="cpu", max_runs=3, progress=False).rows.values()
     precision = "bfloat16" if native else "float32"
     assert [row["precision"] for row in rows] == [None, precision, precision]
     assert measured == [precision] * 4

@@ -143,11 +143,13 @@ def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(dtype, kind, orde
         expected, slope = truth(scores, grades, mask, order, 0.5)
         loss, gradient = loss_and_gradient(scores.to(device), grades.to(device), mask.to(device), order, 0.5)
         ours = relative_errors(loss.cpu(), gradient.cpu(), expected, slope)
-        eager = scores.detach().requires_grad_()
-        value = textbook_loss(eager, grades, mask, order, 0.5)
-        theirs = relative_errors(value.detach(), torch.autograd.grad(value.sum(), eager)[0], expected, slope)
-        # A gradient that comes in 8 or 11 bits is off by half a unit in the last place even if it is right.
-        rounding = torch.finfo(dtype).eps
+        eager = scores.to(device).requires_grad_()
+        value = textbook_loss(eager, grades.to(device), mask.to(device), order, 0.5)
+        (eager_slope,) = torch.autograd.grad(value.sum(), eager)
+        theirs = relative_errors(value.detach().cpu(), eager_slope.cpu(), expected, slope)
+        # A gradient that comes in 8 or 11 bits is off by half a unit in the last place even if it is right; CUDA's
+        # exp2f is right to two.
+        rounding = torch.finfo(dtype).eps * (4 if device == "cuda" and dtype == torch.float32 else 1)
         assert (ours[0] <= theirs[0].max() + 1e-6).all()
         assert (ours[1] <= theirs[1].max() + rounding).all()
 

@@ -119,7 +119,8 @@ def test_last_token_pooling_pads_on_either_side(tmp_path, family, has_pad, appen
     words = encoder.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"]
     assert ids.tolist() == words + [END] * appends_end
     with torch.no_grad():  # the vector at the last token, which is the end token even where padding is that one, too
-        hidden = encoder.transformer(torch.tensor([ids.tolist()])).last_hidden_state[0]  # (T, 32)
+        ids = torch.tensor([ids.tolist()], device=encoder.device)
+        hidden = encoder.transformer(ids).last_hidden_state[0].cpu()  # (T, 32)
     np.testing.assert_allclose(found["left"][0], torch.nn.functional.normalize(hidden[-1], dim=0), atol=1e-5)
     assert np.abs(encoder.encode(["wheat needs yeast"]) - found["left"][0]).max() > 0.01  # an earlier token has a say
 
@@ -188,7 +189,7 @@ def test_adapters_train_beside_weights_in_bfloat16(tmp_path, six_lists, monkeypa
     model, kept = make_tiny_decoder(tmp_path / "model", family), {}
 
     def merge(encoder):
-        kept.update({name: parameter.detach().clone() for name, parameter in encoder.named_parameters()})
+        kept.update({name: parameter.detach().to("cpu", copy=True) for name, parameter in encoder.named_parameters()})
         kept["embeddings"] = encoder.encode(TEXTS)
         merge_adapters(encoder)
 
