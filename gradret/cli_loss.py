@@ -105,7 +105,8 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     where = choose_device(device)
     open_folder(out, "loss.json", "loss.png")
     (say if as_json else click.echo)(f"path: {describe_backend(where)}")
-    result = {"command": command_line()} | measure_speed(
+    file, command = Path(out, "loss.json"), {"command": command_line()}
+    result = command | measure_speed(
         shapes,
         device=where,
         dtype=dtype,
@@ -113,8 +114,8 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
         repeats=repeats,
         compiled=compiled,
         retrieval=retrieval or None,
+        keep=lambda result: write_json(file, command | result),  # it takes minutes, and may be stopped
     )
-    write_json(Path(out, "loss.json"), result)
     draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
     say(f"written: {out}/loss.json, {out}/loss.png")

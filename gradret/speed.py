@@ -1,7 +1,7 @@
 """Speed and peak memory of losses side by side: each is checked against float64, then all are timed in turns."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -40,6 +40,7 @@ def measure_speed(
     repeats: int = 30,
     compiled: bool = True,
     retrieval: Sequence[int] | None = None,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Time every row on every shape, forward and backward, and measure its peak memory.
 
@@ -51,6 +52,7 @@ def measure_speed(
         repeats: samples of a row at most; slow rows take fewer, three at least.
         compiled: whether rows of torch.compile are measured too.
         retrieval: (B, N, D), queries, documents and dimensions of embeddings; None leaves that part out.
+        keep: called with what there is after each shape.
 
     Returns: a JSON-serialisable document. A row of "rows" holds its shape and name, times in ms as medians with 20 and
         80 percentiles, both_ms relative to cross_entropy's on that shape, peak memory in MiB above the inputs, its
@@ -69,13 +71,7 @@ def measure_speed(
         torch.cuda.set_device(device)  # events and memory counts are the current device's
     copy_gb_s = measure_copy(device) if device.type == "cuda" else None
     rows, other_load = [], {}
-    for shape in [*chosen, *([retrieval] if retrieval else [])]:
-        found, share = measure_shape(
-            shape, device=device, dtype=dtype, orders=orders, repeats=repeats, compiled=compiled
-        )
-        rows += _compare(found, shape, dtype, copy_gb_s)
-        other_load[name_shape(shape)] = share
-    return {
+    result = {
         "versions": versions(),
         "path": backend(device),
         "kernels": describe_backend(device),
@@ -87,8 +83,16 @@ def measure_speed(
         "peak_resolution_mib": peak_resolution(device),
         "other_load": other_load,
         "rows": rows,
-        "seconds": round(time.monotonic() - began, 1),
     }
+    for shape in [*chosen, *([retrieval] if retrieval else [])]:
+        found, share = measure_shape(
+            shape, device=device, dtype=dtype, orders=orders, repeats=repeats, compiled=compiled
+        )
+        rows += _compare(found, shape, dtype, copy_gb_s)
+        other_load[name_shape(shape)] = share
+        result["seconds"] = round(time.monotonic() - began, 1)
+        keep(result)
+    return result
 
 
 def measure_shape(

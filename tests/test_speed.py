@@ -262,6 +262,23 @@ def test_the_other_losses_are_checked_too(monkeypatch, home, name, row):
         measure_small((4, 16))
 
 
+def test_what_was_measured_before_an_end_is_kept(monkeypatch, tmp_path):
+    measure = speed.measure_shape
+
+    def break_off(shape, **options):
+        if shape == (2, 12):
+            raise GradretError("broken off")
+        return measure(shape, **options)
+
+    monkeypatch.setattr(speed, "measure_shape", break_off)
+    monkeypatch.setattr(speed, "measure_cpu_peaks", lambda *arguments: ((None, "left out") for _ in arguments[-1]))
+    arguments = ("--shapes", "4x16,2x12", "--retrieval", "none", "--no-compile", "--repeats", 3, "--device", "cpu")
+    result = invoke(*arguments, "--out", tmp_path)
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "Error: broken off")
+    document = json.loads((tmp_path / "loss.json").read_text())
+    assert {tuple(row["shape"]) for row in document["rows"]} == {(4, 16)}
+
+
 @pytest.fixture
 def no_peaks(monkeypatch):
     """For tests of something else: peaks take a process a row."""
