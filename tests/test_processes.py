@@ -16,8 +16,8 @@ from gradret.errors import GradretError, ProcessLost
 from gradret.processes import Processes, join_processes
 
 SCRIPT = Path(__file__).with_name("share_batch.py")
-# One thread a process: two that share a core wait for each other.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# One thread a process: two that share a core wait for each other. No GPU: two can not share one.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(processes: int) -> list[str]:
