@@ -93,7 +93,7 @@ class Run(Claim):
             self._check_owner(path, (file.metadata() or {}).get("run"))
 
     def _check_owner(self, path: Path, run: str | None) -> None:
-        if run != f"{self._identity:016x}":
+        if run != self.name:
             raise GradretError(
                 f"{path}: is missing, or belongs to a run with another model, loss, data or other settings; put this "
                 "run's own checkpoint back, or remove its directory to start from the beginning"
@@ -140,7 +140,7 @@ class Run(Claim):
                 self._record_best(state, target, target)
                 return
             part.mkdir(parents=True)
-            owner = {"run": f"{self._identity:016x}"}
+            owner = {"run": self.name}
             save_file(get_tensors(encoder), part / "model.safetensors", owner)
             save_file(get_optimizer(encoder, optimizer), part / "optimizer.safetensors", owner)
             self._record_best(state, part, previous)
@@ -162,7 +162,7 @@ class Run(Claim):
             )
             if source != checkpoint / "best.safetensors":
                 link_file(source, checkpoint / "best.safetensors")
-        replace_json(checkpoint / "state.json", vars(state) | {"run": f"{self._identity:016x}"})
+        replace_json(checkpoint / "state.json", vars(state) | {"run": self.name})
 
     def _write_error(self, error: Exception) -> GradretError:
         last = self.last_checkpoint

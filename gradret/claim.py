@@ -54,8 +54,6 @@ class Claim:
         except BaseException:
             self.close()
             raise
-        kept = {k: v for k, v in self._record["settings"].items() if k not in FREE_SETTINGS}
-        self._identity = hash64(json.dumps([kept, content], sort_keys=True))
 
     def _lock(self) -> None:
         """Make the directory and hold it: two runs would overwrite each other's checkpoints."""
@@ -88,14 +86,16 @@ class Claim:
             if any(p.name != "gradret.part" for p in self.directory.iterdir()):
                 raise GradretError(f"{self.directory}: is not empty and holds no gradret run; choose another --out")
             self._record = {"settings": settings, "content": content, "precision": precision}
-            self._record |= {"versions": versions(), "finished": False}
+            self._record |= {"run": _name_run(settings, content), "versions": versions(), "finished": False}
         else:
             self._record = found
             before = found["settings"]["precision"]
             if AUTO in (before, settings.get("precision")) and precision == found.get("precision"):
                 settings = settings | {"precision": before}  # the same, however it is spelled
             changed = self._check(settings, content, resume, precision)
-            self._record = found | {"settings": settings, "content": content, "precision": precision}
+            # The name stays: with options that came later it would be another.
+            name = _name_run(settings, content) if changed else found["run"]
+            self._record = found | {"run": name, "settings": settings, "content": content, "precision": precision}
             for stale in self.directory.glob("mined-*.npy*") if changed else ():
                 stale.unlink()
         if found != self._record and not self.finished:
@@ -112,6 +112,7 @@ class Claim:
             if not isinstance(found.get(name), kind):
                 raise GradretError(f"{path}: has no '{name}'; choose another --out")
         if found:
+            found.setdefault("run", _name_run(found["settings"], found["content"]))
             found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
         return found
 
@@ -163,6 +164,11 @@ class Claim:
         return False
 
     @property
+    def name(self) -> str:
+        """What the run's files are marked with."""
+        return self._record["run"]
+
+    @property
     def finished(self) -> bool:
         """Whether the encoder has been saved."""
         return self._record["finished"]
@@ -175,6 +181,11 @@ class Claim:
     def _find_checkpoints(self) -> list[Path]:
         """Whole and torn ones; whatever else lies there is nobody's."""
         return [path for path in self._checkpoints.glob("step-*") if path.is_dir()]
+
+
+def _name_run(settings: dict, content: dict[str, str]) -> str:
+    kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    return f"{hash64(json.dumps([kept, content], sort_keys=True)):016x}"
 
 
 def _show(value: object) -> str:

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_tiny_encoder
 
-from gradret import checkpoint, job
+from gradret import checkpoint, claim, job
 from gradret.cli import main
 from gradret.errors import GradretError
 from gradret.settings import FitSettings
@@ -352,6 +352,20 @@ def test_a_resumed_run_interpolates_from_where_it_began(tiny_encoder, tmp_path, 
             fit(settings, tmp_path / "out", progress=False)
     fit(settings, tmp_path / "out", resume=True, progress=False)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_run_of_before_an_option_came_goes_on(tiny_encoder, tmp_path, monkeypatch):
+    settings, name_run, out = FitSettings(model=str(tiny_encoder), **SMALL), claim._name_run, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(claim, "_name_run", lambda s, content: name_run({k: s[k] for k in s if k != "clip"}, content))
+        cut_at(2, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, out, progress=False)
+    record = json.loads((out / "gradret.json").read_text())
+    del record["settings"]["clip"]
+    (out / "gradret.json").write_text(json.dumps(record))
+    assert (out / "checkpoints").exists()
+    assert fit(settings, out, resume=True, progress=False).steps == SMALL["max_steps"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
