@@ -1,24 +1,18 @@
 """Collections: documents, queries and qrels, from a BEIR directory, ir_datasets or a ranking-list file."""
 
-import logging
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
+from gradret.ir_home import iterate_documents, load_dataset, open_store, unpacking
 from gradret.lists import ListFile, Passage, decode_json, hash64, open_file
 from gradret.qrels import read_qrels
 
@@ -125,13 +119,14 @@ class IrDatasetsCollection(Collection):
         self.drop_self = is_self_retrieving(*dataset_id.split("/"))
         self._store: Any = None
         try:
-            with _unpacking():
+            with unpacking():
                 count = self._dataset.docs_count()
+                qrels, queries = list(self._dataset.qrels_iter()), list(self._dataset.queries_iter())
             self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
             self.qrels = {}
-            for qrel in self._dataset.qrels_iter():
+            for qrel in qrels:
                 self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-            self._keep_judged_queries({q.query_id: q.default_text() for q in self._dataset.queries_iter()})
+            self._keep_judged_queries({q.query_id: q.default_text() for q in queries})
         except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
             raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
 
@@ -176,53 +171,6 @@ class ListCollection(Collection):
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
-
-
-def load_dataset(dataset_id: str) -> Any:
-    """The dataset of an ir_datasets id. Raises: GradretError when there is none."""
-    import ir_datasets
-
-    ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
-    try:
-        return ir_datasets.load(dataset_id)
-    except KeyError:
-        raise GradretError(
-            f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
-            "check the path, or pick an id from https://ir-datasets.com"
-        ) from None
-
-
-def iterate_documents(dataset: Any) -> Iterator[Any]:
-    """The documents of a dataset of ir_datasets in its order."""
-    with _unpacking():
-        documents = iter(dataset.docs_iter())
-        first = list(islice(documents, 1))
-    yield from chain(first, documents)
-
-
-def open_store(dataset: Any) -> Any:
-    """The documents of a dataset of ir_datasets by id: its docs_store."""
-    with _unpacking():
-        store = dataset.docs_store()
-        store.get_many([])  # which makes its files, where they are not yet
-    return store
-
-
-@contextmanager
-def _unpacking() -> Iterator[None]:
-    """While no other process is in here: two that have ir_datasets unpack one collection at once damage its files."""
-    import ir_datasets
-
-    try:
-        file = open(ir_datasets.util.home_path() / "gradret.lock", "a")
-    except OSError:  # a home that can not be written to
-        yield
-        return
-    with file:
-        if fcntl is not None:
-            with suppress(OSError):  # a network file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def is_self_retrieving(*names: str) -> bool:

@@ -10,17 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.collection import (
-    Collection,
-    Document,
-    is_self_retrieving,
-    iterate_documents,
-    load_dataset,
-    open_store,
-    read_records,
-)
+from gradret.collection import Collection, Document, is_self_retrieving, read_records
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
+from gradret.ir_home import iterate_documents, load_dataset, open_store
 from gradret.lists import Passage, RankingList, decode_json, hash64, open_file, query_words
 from gradret.mix import MixedLists
 from gradret.sources import Source, find_path, parse_source

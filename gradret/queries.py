@@ -1,13 +1,13 @@
 """Queries to write passages for: from files, standard input, BEIR directories and ir_datasets."""
 
 import json
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradret.errors import GradretError
+from gradret.ir_home import load_dataset, unpacking
 from gradret.lists import decode_json, open_file, query_key
 from gradret.sources import find_path, parse_source, query_selector
 
@@ -127,23 +127,16 @@ def _parse_columns(line: str, where: str) -> Query:
 
 
 def _read_ir_datasets(dataset_id: str) -> Iterator[tuple[int, Query]]:
-    import ir_datasets
-
-    ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
-    try:
-        dataset = ir_datasets.load(dataset_id)
-    except KeyError:
-        raise GradretError(
-            f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
-            "check the path, or pick an id from https://ir-datasets.com"
-        ) from None
+    dataset = load_dataset(dataset_id)
     if not dataset.has_queries():
         raise GradretError(f"{dataset_id}: this ir_datasets id has no queries; name one that has")
     try:
-        for number, query in enumerate(dataset.queries_iter(), 1):
-            yield number, Query(query.query_id, query.default_text())
+        with unpacking():
+            queries = list(dataset.queries_iter())
     except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
         raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
+    for number, query in enumerate(queries, 1):
+        yield number, Query(query.query_id, query.default_text())
 
 
 def parse_shard(text: str) -> tuple[int, int]:

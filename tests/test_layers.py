@@ -27,7 +27,7 @@ LAYERS = """
     interpolation contexts objective batches adapters evaluation retrieve runs embedders encoder_load encoder chunks
     encoder_config hub processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
-    mix sources collection qrels lists console settings versions resident launch files errors
+    mix sources collection ir_home qrels lists console settings versions resident launch files errors
 """.split()
 CORE = [
     "errors",
@@ -36,6 +36,7 @@ CORE = [
     "console",
     "lists",
     "collection",
+    "ir_home",
     "qrels",
     "sources",
     "mix",

@@ -85,6 +85,7 @@ def test_the_published_figures_of_scifact(tmp_path):
 READ_ALL = """
 import sys
 from gradret.collection import IrDatasetsCollection
+print("ready", flush=True)
 sys.stdin.readline()
 collection = IrDatasetsCollection("beir/scifact/test")
 ids = [document.doc_id for document in collection.documents()]
@@ -94,11 +95,14 @@ print(collection.document_count, len(ids), len(collection.read_documents(ids)))
 
 def test_processes_that_start_together_unpack_a_collection_once(tmp_path):
     shutil.copytree(os.path.join(os.environ["IR_DATASETS_HOME"], "beir"), tmp_path / "beir", ignore=UNPACKED)
-    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"IR_DATASETS_HOME": str(tmp_path)}
     command = [sys.executable, "-c", READ_ALL]
     processes = [subprocess.Popen(command, env=environment, **options) for _ in range(3)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * 3
     for process in processes:
         process.stdin.write("go\n")
         process.stdin.flush()
-    assert [process.communicate()[0] for process in processes] == ["5183 5183 5183\n"] * 3
+    for process in processes:
+        stdout, stderr = process.communicate()
+        assert stdout == "5183 5183 5183\n", stderr
