@@ -26,7 +26,8 @@ def make_tables(result: dict) -> list[str]:
         lines += ["|---|---:|---:|"]
         for (other, name), row in found.items():
             if other == shape:
-                lines.append(f"| {name} | {row['both_ms']['median']:.0f} | {row['peak_mib']:.0f} |")
+                times = (f"{row['both_ms']['median']:.0f}", f"{row['peak_mib']:.0f}") if not row["skipped"] else "––"
+                lines.append(f"| {name} | {' | '.join(times)} |")
     return lines
 
 

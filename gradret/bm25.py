@@ -1,14 +1,13 @@
 """BM25 as bm25s computes it: for hard negatives, and as a row of the quality benchmark."""
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 
 from gradret.collection import Collection
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
+from gradret.imports import without
 
 # A function of B queries and a depth: for each the positions of its best documents and, descending, their scores.
 ScoredRanker = Callable[[list[str], int], Sequence[tuple[np.ndarray, np.ndarray]]]
@@ -17,26 +16,13 @@ ScoredRanker = Callable[[list[str], int], Sequence[tuple[np.ndarray, np.ndarray]
 def import_bm25s(what: str):
     """The package bm25s. Raises: GradretError when it is not installed, saying what needs it."""
     try:
-        with _without_jax():
+        with without("jax"):
             import bm25s
     except ModuleNotFoundError as error:
         if error.name != "bm25s":
             raise
         raise GradretError(f"{what} needs the package bm25s: pip install 'gradret[bm25]'") from None
     return bm25s
-
-
-@contextmanager
-def _without_jax() -> Iterator[None]:
-    """Where JAX is installed, bm25s starts it for a function not needed here, and it takes most of a GPU's memory."""
-    if "jax" in sys.modules:
-        yield
-        return
-    sys.modules["jax"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["jax"]
 
 
 def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], None] = lambda: None) -> ScoredRanker:

@@ -87,7 +87,9 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     them SyCL's Gaussian loss as published and gradret's form of it, InfoNCE with one positive a list, and
     F.cross_entropy alone. From embeddings: scoring fused with the loss against a matrix of all scores.
 
-    Every row is first checked against float64. The rows take turns within one process, so compare within one run only.
+    Every row is first checked against float64; what torch.compile or POT has wrong is left out, and says so. The rows
+    take turns within one process, so compare within one run only. Stopped before the end, it leaves the shapes that it
+    has done in loss.part.json.
 
     \b
     gradret bench loss
@@ -103,9 +105,9 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     from gradret.speed import measure_speed
 
     where = choose_device(device)
-    open_folder(out, "loss.json", "loss.png")
+    open_folder(out, "loss.json", "loss.part.json", "loss.png")
     (say if as_json else click.echo)(f"path: {describe_backend(where)}")
-    file, command = Path(out, "loss.json"), {"command": command_line()}
+    part, command = Path(out, "loss.part.json"), {"command": command_line()}
     result = command | measure_speed(
         shapes,
         device=where,
@@ -114,8 +116,10 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
         repeats=repeats,
         compiled=compiled,
         retrieval=retrieval or None,
-        keep=lambda result: write_json(file, command | result),  # it takes minutes, and may be stopped
+        keep=lambda result: write_json(part, command | result),
     )
+    write_json(Path(out, "loss.json"), result)
+    part.unlink()
     draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
     say(f"written: {out}/loss.json, {out}/loss.png")

@@ -4,12 +4,13 @@ B is the number of lists, N the documents a list, L the distinct grades. Targets
 sum; a list needs at least one grade above 0. All are means over lists, differentiable in scores by autograd.
 """
 
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+
+from gradret.imports import without
 
 
 class SortedGrades(NamedTuple):
@@ -86,9 +87,8 @@ def level_wasserstein(scores: Tensor, prepared: GradeLevels, order: int, tempera
 
 def pot_wasserstein(scores: Tensor, grades: Tensor, order: int, temperature: float) -> Tensor:
     """W_p^p by POT's ot.wasserstein_1d on all lists at once. Raises: ImportError without POT."""
-    for other in ("JAX", "CUPY", "TENSORFLOW"):  # which POT loads where they are, and JAX takes most of a GPU's memory
-        os.environ.setdefault(f"POT_BACKEND_DISABLE_{other}", "1")
-    import ot
+    with without("jax", "cupy", "tensorflow"):
+        import ot
 
     p = torch.softmax(scores.float() / temperature, -1)
     columns = (x.mT.contiguous() for x in (grades, grades, p, _gain_targets(grades)))  # POT's lists are columns

@@ -60,8 +60,8 @@ def measure_speed(
         device's, with an empty cache; wall_ms is one step on an idle device by the host's clock; floor_fraction is the
         time to move a score, a gradient and one byte of grade for every element at copy_gb_s, over both_ms.
         "other_load" is the share of the processors' time that other processes took while a shape was timed.
-    Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then. Of other
-        libraries the row alone is skipped.
+    Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then. What
+        torch.compile or POT has wrong is skipped alone.
     """
     began = time.monotonic()
     torch.set_num_threads(torch.get_num_threads())  # from here on fixed, whatever runs beside
@@ -193,7 +193,7 @@ def _prepare(row: Row, where: str, truth: Truth | None, entry: dict, device: tor
     except torch.cuda.OutOfMemoryError:
         entry["skipped"] = "out of device memory"
     except GradretError as error:
-        if not row.foreign:
+        if not row.external:
             raise GradretError(f"{row.name} on {where}: {error}; nothing was timed") from None
         entry["skipped"] = str(error)
     except RuntimeError as error:

@@ -55,9 +55,14 @@ class Row:
         return self.name.startswith(COMPILED)
 
     @property
+    def external(self) -> bool:
+        """Whether a compiler or another library computes it: a wrong value is then that one's, not gradret's."""
+        return self.name.startswith((COMPILED, "POT"))
+
+    @property
     def foreign(self) -> bool:
         """Whether it depends on a compiler or library that may fail; then it is skipped and the others go on."""
-        return self.name.startswith((COMPILED, "POT", "SyCL"))
+        return self.external or self.name.startswith("SyCL")
 
 
 class TrueGradient(NamedTuple):

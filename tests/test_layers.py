@@ -27,7 +27,7 @@ LAYERS = """
     interpolation contexts objective batches adapters evaluation retrieve runs embedders encoder_load encoder chunks
     encoder_config hub processes peers
     losses retrieval_loss tiles ops pairs reference grades kernels
-    mix sources collection ir_home qrels lists console settings versions resident launch files errors
+    mix sources collection ir_home qrels lists console settings versions resident launch files imports errors
 """.split()
 CORE = [
     "errors",

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from gradret.mining import MinedLists, Miner, rank_by_bm25
 from gradret.mining_pool import ListPool, content_key, open_pool
 from gradret.mining_spec import Mining, parse_mining
 from gradret.mix import MixedLists
-from gradret.resident import fresh_environment
 from gradret.retrieve import embed_corpus
 from gradret.sources import parse_source
 
@@ -348,17 +345,6 @@ def test_bm25_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(GradretError, match=r"needs the package bm25s: pip install 'gradret\[bm25\]'"):
         Miner(Mining(1, 1.0, by="bm25"), LISTS, np.arange(2))
-
-
-def test_bm25_leaves_jax_alone(tmp_path):
-    pytest.importorskip("bm25s")
-    (tmp_path / "jax").mkdir()
-    (tmp_path / "jax" / "__init__.py").write_text("print('loaded')")
-    script = "from gradret.bm25 import import_bm25s; import_bm25s('x').BM25; print('now'); import jax"
-    environment = fresh_environment()
-    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], str(tmp_path)])
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["now", "loaded"]), done.stderr
 
 
 # The lists with what was mined
