@@ -35,8 +35,8 @@ class Interpolation:
     def applied(self, encoder: Encoder) -> Iterator[None]:
         """While the encoder has those weights; after that it has its own again."""
         own = _copy(encoder) if self._start else {}
-        self.apply(encoder)
         try:
+            self.apply(encoder)
             yield
         finally:
             parameters = dict(encoder.named_parameters())

@@ -124,7 +124,7 @@ BUDGET_OPTIONS = options(
     option(
         "--interpolate",
         type=click.FloatRange(0, 1, min_open=True),
-        help="How far the saved weights are from the encoder's own to the trained ones.",
+        help="Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
     ),
     option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it."),
     option(

@@ -43,7 +43,8 @@ class FitSettings:
             largest that fits. None keeps the activations of the whole batch, which is faster where they fit.
         warmup: share of the steps over which the learning rate rises; then it falls, "linear" or "cosine".
         clip: highest gradient norm; 0 for no limit.
-        interpolate: how far the saved weights are from those the encoder began with to the trained ones, above 0 to 1.
+        interpolate: share of the way from the weights the encoder began with to the trained ones at which they are
+            saved, above 0 to 1.
         precision: "float32", "bfloat16" (autocast) or "auto", bfloat16 where the device computes in it.
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.

@@ -309,7 +309,7 @@ def test_adapters_mining_and_caching_in_two_processes(tmp_path):
     """Resumed from one process's checkpoint: frozen weights, adapters and mined passages are the same everywhere."""
     pytest.importorskip("peft")
     model, out = make_tiny_encoder(tmp_path / "model"), tmp_path / "out"
-    more = ["--lora", "2", "--mine", "k=1,grade=0,every=0.5", "--chunk", "4", "--patience", "9"]
+    more = ["--lora", "2", "--mine", "k=1,grade=0,every=0.5", "--chunk", "4", "--patience", "9", "--interpolate", "0.5"]
     assert run(2, *arguments(model, out, *more)).returncode == 0
     one = tmp_path / "one"
     assert run(1, *arguments(model, one, *more)).returncode == 0
