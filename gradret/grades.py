@@ -214,13 +214,14 @@ def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor |
         rows,
         columns,
     )
-    counts = torch.empty(rows, dtype=torch.int32)
+    here = grades.device  # not the default one, which may be a GPU
+    counts = torch.empty(rows, dtype=torch.int32, device=here)
     for index_dtype, width, prepare in (
         (torch.uint8, MAX_LEVELS, compiled.prepare_levels),
         (torch.int32, columns, compiled.prepare_sorted),
     ):
-        index = torch.empty((rows, columns), dtype=index_dtype)
-        values, mass = torch.empty((2, rows, width), dtype=torch.float64)
+        index = torch.empty((rows, columns), dtype=index_dtype, device=here)
+        values, mass = torch.empty((2, rows, width), dtype=torch.float64, device=here)
         if prepare(*head, values.data_ptr(), mass.data_ptr(), counts.data_ptr(), index.data_ptr()) is not False:
             break
     return Tables(index, values, mass, counts)

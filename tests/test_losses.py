@@ -417,3 +417,19 @@ def test_float32_gradients_hold_where_the_potential_changes_sign():
             gradients.append(torch.autograd.grad(wasserstein_loss(s, grades, order=order), s)[0].double())
         worst = ((gradients[1] - gradients[0]).abs().amax(1) / gradients[0].abs().amax(1)).max()
         assert worst < 1e-6
+
+
+# Devices: what a GPU is needed for to fail there fails here where tensors are made on another device by default.
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grades", [[3.0, 2.0, 1.0, 0.0], [0.3, 2.2, 1.7, 0.9]])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_tensor_is_made_where_the_scores_are(name, grades, masked):
+    scores, grades = torch.randn(3, 4).requires_grad_(), torch.tensor([grades] * 3)
+    mask = torch.ones(3, 4, dtype=torch.bool) if masked else None
+    with torch.device("meta"):
+        CALLS[name](scores, grades, mask=mask).backward()
+        if name.startswith("wasserstein"):
+            CALLS[name](scores, prepare_grades(grades, mask=mask)).backward()
+    assert scores.grad.isfinite().all()

@@ -303,3 +303,13 @@ def test_one_query_with_all_documents_costs_no_matrix():
     found = value_and_gradients(wasserstein_retrieval_loss, queries, documents, prepared, order=2, temperature=2.0)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kl_share", [0.0, 0.5])
+def test_every_tensor_is_made_where_the_embeddings_are(kl_share):
+    queries, documents = torch.randn(2, 3).requires_grad_(), torch.randn(4, 3).requires_grad_()
+    triples = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]), torch.tensor([3.0, 1.0, 2.0])
+    with torch.device("meta"):  # by default
+        for grades in (triples, prepare_pairs(*triples, (2, 4))):
+            wasserstein_retrieval_loss(queries, documents, grades, kl_share=kl_share).backward()
+    assert queries.grad.isfinite().all() and documents.grad.isfinite().all()
