@@ -19,7 +19,7 @@ COLUMNS = (  # experiment, its column, shown
 def make_tables(document: dict) -> list[str]:
     """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead.
 
-    A column, or an encoder, for which nothing has been trained yet is left out.
+    A column, or an encoder, for which the primary system has not been trained yet is left out.
     """
     lines: list[str] = []
     shown = {experiment for experiment, *_ in COLUMNS}
@@ -30,7 +30,8 @@ def make_tables(document: dict) -> list[str]:
             for row in e["rows"]
             if row["encoder"] == encoder and row["columns"] and e["name"] in shown
         }
-        trained = {(e, column) for (e, _), row in rows.items() if row["data"] for column in row["columns"]}
+        primary = [(e, row) for (e, system), row in rows.items() if system == document["primary"]]
+        trained = {(e, column) for e, row in primary for column in row["columns"]}
         columns = [column for column in COLUMNS if column[:2] in trained]
         if columns:
             lines += [""] * bool(lines) + _show_systems(document, encoder, rows, columns) + [""]

@@ -265,4 +265,4 @@ def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     assert changed == {"self_attn.q_proj.weight", "self_attn.v_proj.weight"}
     encoder = load_encoder(str(out), weights="bfloat16")
     assert (encoder.config.pooling, encoder.config.query_prefix) == ("last", "Instruct: find it\nQuery: ")
-    assert_sentence_transformer_agrees(encoder, out, atol=1e-2)  # theirs rounds the pooled vector, too
+    assert_sentence_transformer_agrees(encoder, out, atol=3e-2)  # bfloat16, in batches of other shapes
