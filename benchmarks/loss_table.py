@@ -26,8 +26,8 @@ def make_tables(result: dict) -> list[str]:
         lines += ["|---|---:|---:|"]
         for (other, name), row in found.items():
             if other == shape:
-                times = (f"{row['both_ms']['median']:.0f}", f"{row['peak_mib']:.0f}") if not row["skipped"] else "––"
-                lines.append(f"| {name} | {' | '.join(times)} |")
+                measured = "– | –" if row["skipped"] else f"{row['both_ms']['median']:.0f} | {row['peak_mib']:.0f}"
+                lines.append(f"| {name} | {measured} |")
     return lines
 
 

@@ -175,12 +175,12 @@ def assert_falls(values: list[float], share: float = 0.5) -> None:
     assert np.mean(values[-3:]) < share * values[0]
 
 
-def assert_sentence_transformer_agrees(encoder: Encoder, out: Path, *, atol: float = 1e-5) -> None:
-    theirs = SentenceTransformer(str(out), device="cpu")
+def assert_sentence_transformer_agrees(encoder: Encoder, out: Path) -> None:
+    theirs = SentenceTransformer(str(out), device="cpu").float()
     assert theirs.tokenizer.padding_side == encoder.tokenizer.padding_side == "left"
     for kind, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
         found = np.asarray(encode(TEXTS, convert_to_tensor=True).float())
-        np.testing.assert_allclose(found, encoder.encode(TEXTS, kind), atol=atol)
+        np.testing.assert_allclose(found, encoder.encode(TEXTS, kind), atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -265,4 +265,5 @@ def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     assert changed == {"self_attn.q_proj.weight", "self_attn.v_proj.weight"}
     encoder = load_encoder(str(out), weights="bfloat16")
     assert (encoder.config.pooling, encoder.config.query_prefix) == ("last", "Instruct: find it\nQuery: ")
-    assert_sentence_transformer_agrees(encoder, out, atol=3e-2)  # bfloat16, in batches of other shapes
+    # In float32: rounding to bfloat16 would differ with the shapes of batches, and by processor.
+    assert_sentence_transformer_agrees(load_encoder(str(out)), out)
