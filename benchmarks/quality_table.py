@@ -30,8 +30,12 @@ def make_tables(document: dict) -> list[str]:
             for row in e["rows"]
             if row["encoder"] == encoder and row["columns"] and e["name"] in shown
         }
-        primary = [(e, row) for (e, system), row in rows.items() if system == document["primary"]]
-        trained = {(e, column) for e, row in primary for column in row["columns"]}
+        trained = {
+            (e, column)
+            for (e, system), row in rows.items()
+            if find_label(document, system) == find_label(document, document["primary"])
+            for column in row["columns"]
+        }
         columns = [column for column in COLUMNS if column[:2] in trained]
         if columns:
             lines += [""] * bool(lines) + _show_systems(document, encoder, rows, columns) + [""]
