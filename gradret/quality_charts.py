@@ -55,7 +55,7 @@ def make_figure(document: dict, experiment: dict):
         for axes, column in zip(line, columns, strict=True):
             (_draw_curves if curves else _draw_bars)(axes, document, experiment, rows, column)
             name = name_column(column) + (f", {encoder}" if len(groups) > 1 else "")
-            axes.set_title(textwrap.fill(name, LABEL), fontsize=9, loc="left")
+            axes.set_title(_wrap(name), fontsize=9, loc="left")
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(labelsize=8)
             axes.set_xlabel(name_axis(experiment["vary"]) if curves else measure)
@@ -66,9 +66,12 @@ def make_figure(document: dict, experiment: dict):
             line[0].set_ylabel(measure)
     if curves:
         handles, labels = panels[0, 0].get_legend_handles_labels()
-        names = [textwrap.fill(label, LABEL) for label in labels]
-        figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8)
+        figure.legend(handles, list(map(_wrap, labels)), loc="outside right upper", frameon=False, fontsize=8)
     return figure
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, LABEL, break_on_hyphens=False)  # which names of models are full of
 
 
 def _choose_groups(experiment: dict) -> dict[str, list[dict]]:
@@ -110,7 +113,7 @@ def _draw_bars(axes, document: dict, experiment: dict, rows: list[dict], column:
             va="center",
             fontsize=7,
         )
-    axes.set_yticks(places, [textwrap.fill(name_row(row, experiment), LABEL) for row in rows])
+    axes.set_yticks(places, [_wrap(name_row(row, experiment)) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
 
 

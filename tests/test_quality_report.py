@@ -424,6 +424,14 @@ def test_an_encoder_without_results_has_no_panel():
     assert len(make_figure(nothing, nothing["experiments"][0]).axes) == 2
 
 
+def test_a_title_breaks_between_words_alone():
+    grid = make_grid(make_experiment(encoders=("small", "large")))
+    document = make_document(grid, fill_rows(grid, LEVELS), make_facts(grid))
+    document = json.loads(json.dumps(document).replace('"large"', '"all-MiniLM-L6-v2"'))
+    titles = [axes.get_title(loc="left") for axes in make_figure(document, document["experiments"][0]).axes]
+    assert titles[-1] == "mean of collections,\nall-MiniLM-L6-v2"
+
+
 def test_curves():
     systems = ("untrained", "infonce", "wasserstein")
     grid = make_grid(
