@@ -72,7 +72,7 @@ def run_grid(
     if max_runs != 0:
         with StopRequest() as stop:
             with stop.at_once():
-                inputs = GridInputs(grid, wanted)
+                inputs = GridInputs(grid)
             if inputs is None:
                 raise GradretError("stopped before the first run; the same command starts again")
             if fresh:

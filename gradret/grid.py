@@ -163,6 +163,10 @@ class Grid:
                 found.setdefault(run, {}).update(dict.fromkeys(self.collections[name] for name in cell.collections))
         return {run: tuple(sources) for run, sources in found.items()}
 
+    def tell(self, place: str, message: str) -> str:
+        """A message that opens with the file and a place in it, if the grid was read from one."""
+        return f"{self.where}: {place}: {message}" if self.where else message
+
     def _make_cell(self, experiment: Experiment, encoder: str, system: System, value) -> Cell:
         fitted, vary = system.ranker == FIT, experiment.vary
         name = (system.data or experiment.data) if fitted else None
@@ -179,7 +183,7 @@ class Grid:
             return Cell(experiment.name, encoder, system.name, None, value, experiment.collections, runs)
         if name is None:
             raise GradretError(
-                self._tell(f"[[experiments]] {experiment.name}", f"names no data, which '{system.name}' is trained on")
+                self.tell(f"[[experiments]] {experiment.name}", f"names no data, which '{system.name}' is trained on")
             )
         sources = self.data[name]
         if vary in SOURCE_OPTIONS:
@@ -188,7 +192,7 @@ class Grid:
                 for source in sources:
                     parse_source(source)
             except GradretError as error:
-                raise GradretError(self._tell(f"[[experiments]] {experiment.name}", str(error))) from None
+                raise GradretError(self.tell(f"[[experiments]] {experiment.name}", str(error))) from None
         settings = replace(settings, data=sources)
         seeds = next(s for s in (system.seeds, experiment.seeds, self.seeds) if s is not None)
         runs = tuple(Run(FIT, replace(settings, seed=seed)) for seed in range(seeds))
@@ -205,7 +209,7 @@ class Grid:
                 message = str(error)
                 places.setdefault(message, place)
         if message:
-            raise GradretError(self._tell(places[message], message))
+            raise GradretError(self.tell(places[message], message))
         return settings
 
     def _leave_untrained(self, ranker: str, settings: FitSettings) -> Run:
@@ -213,9 +217,6 @@ class Grid:
             return Run(BM25, FitSettings(data=()))
         kept = {name: getattr(settings, name) for name in ENCODER_FIELDS}
         return Run(UNTRAINED, FitSettings(data=(), precision=settings.precision, **kept))
-
-    def _tell(self, place: str, message: str) -> str:
-        return f"{self.where}: {place}: {message}" if self.where else message
 
 
 def add_source_option(source: str, name: str, value) -> str:

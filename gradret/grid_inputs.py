@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
 
@@ -14,7 +15,7 @@ from gradret.encoder import Encoder
 from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import parse_measures
-from gradret.grid import BM25, FIT, Grid, Run
+from gradret.grid import BM25, FIT, Cell, Grid, Run
 from gradret.lists import query_words
 from gradret.mining import BM25_SPELLING
 from gradret.mining_pool import open_pool
@@ -30,22 +31,28 @@ class GridInputs:
 
     Args:
         grid: its collections are opened, also those that no run is measured on: their queries are not trained on.
-        runs: whose data and encoders are looked at.
     Attributes:
         collections: source -> collection.
     Raises: GradretError when anything can not be read, or a package is not installed, that a run would need.
     """
 
-    def __init__(self, grid: Grid, runs: Iterable[Run]):
+    def __init__(self, grid: Grid):
+        self._grid = grid
         self.collections: dict[str, Collection] = {}
         self._lists: dict[tuple, tuple[str, int]] = {}
         self._others: dict[object, str] = {}  # fingerprints of encoders and of what is mined from
         self._content: dict[str, dict] = {}
         self._measured: dict[str, str] = {}
-        for source in grid.collections.values():
-            self._open(source)
-        for run in runs:
-            self._content[run.key] = self._check(run)
+        for name, source in grid.collections.items():
+            with self._placed(f"[collections] {name}"):
+                self._open(source)
+        for source in grid.settings.exclude:
+            with self._placed("[settings] exclude"):
+                self._open(source)
+        for cell in grid.cells():
+            for run in cell.runs:
+                if run.key not in self._content:
+                    self._content[run.key] = self._check(cell, run)
 
     def find_content(self, run: Run) -> dict:
         """Fingerprints of what the run's settings name: a row of other content is not this run's."""
@@ -70,19 +77,34 @@ class GridInputs:
             self.collections[source] = open_collection(parse_source(source))
         return self.collections[source]
 
-    def _check(self, run: Run) -> dict:
+    def _check(self, cell: Cell, run: Run) -> dict:
+        system = f"[systems.{cell.system}]"
         if run.ranker == BM25:
-            import_bm25s("a system with ranker = 'bm25'")
+            with self._placed(system):
+                import_bm25s("ranker = 'bm25'")
             return {}
-        content = {"encoder": self._fingerprint_encoder(run.settings)}
+        with self._placed(f"[encoders.{cell.encoder}]"):
+            content = {"encoder": self._fingerprint_encoder(run.settings)}
         if run.ranker == FIT:
-            content["data"] = self._check_lists(run.settings)
-            if run.settings.mine:
-                content["pool"] = self._check_mining(run.settings.mine)
-            parse_measures([run.settings.dev_measure])
-            if run.settings.lora and find_spec("peft") is None:
-                raise GradretError("lora needs the package peft: pip install 'gradret[lora]'")
+            with self._placed(system):
+                if run.settings.dev:
+                    self._open(run.settings.dev)
+                if run.settings.mine:
+                    content["pool"] = self._check_mining(run.settings.mine)
+                parse_measures([run.settings.dev_measure])
+                if run.settings.lora and find_spec("peft") is None:
+                    raise GradretError("lora needs the package peft: pip install 'gradret[lora]'")
+            with self._placed(f"[data] {cell.data}"):
+                content["data"] = self._check_lists(run.settings)
         return content
+
+    @contextmanager
+    def _placed(self, place: str) -> Iterator[None]:
+        """What is wrong in here is told with its place in the grid's file."""
+        try:
+            yield
+        except GradretError as error:
+            raise GradretError(self._grid.tell(place, str(error))) from None
 
     def _fingerprint_encoder(self, settings: FitSettings) -> str:
         options = settings.encoder_options

@@ -1,6 +1,7 @@
 """The rows of a grid: a file that gets one line a finished run, from one process or several at once."""
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -19,7 +20,16 @@ from gradret.files import sync_file
 from gradret.grid import DEFAULTS, ENCODER_FIELDS, OWN_FIELDS, as_json, hash_record
 from gradret.lists import decode_json
 
-ROW_KEYS = ("run", "collections", "versions")
+NUMBER_OR_NONE = (int, float, type(None))
+ROW_KEYS = {  # what the tables are made of, and its types
+    "run": dict,
+    "collections": dict,
+    "versions": dict,
+    "device": str,
+    "fit_seconds": NUMBER_OR_NONE,
+    "steps": NUMBER_OR_NONE,
+    "lists": NUMBER_OR_NONE,
+}
 
 
 class GridRows:
@@ -154,12 +164,28 @@ def find_key(row: Mapping) -> str:
 
 
 def _is_row(row: object) -> bool:
-    if not (isinstance(row, dict) and all(isinstance(row.get(key), dict) for key in ROW_KEYS)):
+    """Whether it has everything that the tables are made of, numbers where numbers belong."""
+    if not (isinstance(row, dict) and row.keys() >= ROW_KEYS.keys()):
         return False
-    collections = row["collections"].values()
-    parts = [row.get("defaults", {}), row["run"].get("settings", {}), *collections]
-    parts += [c.get(key, {}) for c in collections if isinstance(c, dict) for key in ("measures", "per_query")]
-    return all(isinstance(part, dict) for part in parts)
+    if not all(isinstance(row[key], kinds) for key, kinds in ROW_KEYS.items()):
+        return False
+    if not all(isinstance(part, dict) for part in (row.get("defaults", {}), row["run"].get("settings", {}))):
+        return False
+    for collection in row["collections"].values():
+        if not isinstance(collection, dict):
+            return False
+        measures, per_query = collection.get("measures"), collection.get("per_query")
+        if not (isinstance(measures, dict) and isinstance(per_query, dict)):
+            return False
+        if not all(_are_numbers(values) for values in (measures, *per_query.values())):
+            return False
+    return "ranker" in row["run"]
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, dict) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in values.values()
+    )
 
 
 def _measure_whole(data: bytes) -> int:

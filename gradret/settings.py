@@ -116,9 +116,12 @@ class FitSettings:
             ("precision", PRECISIONS),
             ("order", (1, 2)),
             ("weights", WEIGHTS),
+            ("pooling", (None, *POOLINGS)),
+            ("similarity", (None, *SIMILARITIES)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+                known = ", ".join(repr(value) for value in allowed if value is not None)
+                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, got {value!r}")
@@ -137,8 +140,9 @@ class FitSettings:
             raise ValueError(f"lora_dropout must be 0 or above and below 1, got {self.lora_dropout!r}")
         if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
             raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be 1 or above, got {self.max_steps!r}")
+        for name in ("max_steps", "layers", "query_max_length", "document_max_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)!r}")
         if self.patience is not None and (self.patience < 1 or self.dev is None):
             raise ValueError(f"patience must be 1 or above and needs dev, got {self.patience!r} and {self.dev!r}")
         for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):

@@ -357,14 +357,19 @@ def test_processes_that_share_a_folder_write_its_report_one_after_the_other(plan
 
 
 CHECKS = [
-    ('all = ["sample.jsonl"]', 'all = ["no.jsonl"]', "no.jsonl: no such file"),
-    ('"sample?queries=even&grades=2:0,1:0"', '"no.jsonl"', "no.jsonl: no such file"),
-    ('model = "', 'model = "/no', "/no{model}: no such directory"),
-    ("[systems.ours]", '[systems.ours]\nmine = "k=1"', "mine 'k=1': grade is missing; give at least k=K,grade=GRADE, "),
-    ("[systems.ours]", '[systems.ours]\nmine = "k=1,grade=0,from=no.jsonl"', "no.jsonl: no such file"),
-    ("[systems.ours]", '[systems.ours]\ndev = "no.jsonl"', "no.jsonl: no such file"),
-    ("[systems.ours]", '[systems.ours]\ndev_measure = "nDGC"', "measure 'nDGC' is not known"),
-    ('all = ["sample.jsonl"]', 'all = ["sample?queries=even"]', "no ranking list is left: "),
+    ('all = ["sample.jsonl"]', 'all = ["no.jsonl"]', "[data] all: no.jsonl: no such file"),
+    ('"sample?queries=even&grades=2:0,1:0"', '"no.jsonl"', "[collections] Two grades: no.jsonl: no such file"),
+    ("max_steps = 2", 'exclude = ["no.jsonl"]', "[settings] exclude: no.jsonl: no such file"),
+    ('model = "', 'model = "/no', "[encoders.tiny]: /no{model}: no such directory"),
+    (
+        "[systems.ours]",
+        '[systems.ours]\nmine = "k=1"',
+        "[systems.ours]: mine 'k=1': grade is missing; give at least k=K,grade=GRADE, ",
+    ),
+    ("[systems.ours]", '[systems.ours]\nmine = "k=1,grade=0,from=no.jsonl"', "[systems.ours]: no.jsonl: no such file"),
+    ("[systems.ours]", '[systems.ours]\ndev = "no.jsonl"', "[systems.ours]: no.jsonl: no such file"),
+    ("[systems.ours]", '[systems.ours]\ndev_measure = "nDGC"', "[systems.ours]: measure 'nDGC' is not known"),
+    ('all = ["sample.jsonl"]', 'all = ["sample?queries=even"]', "[data] all: no ranking list is left: "),
 ]
 
 
@@ -373,14 +378,14 @@ def test_everything_is_looked_at_before_the_first_run(plan, tiny_encoder, old, n
     plan.write_text(plan.read_text().replace(old, new))
     with pytest.raises(GradretError) as error:
         run_grid(read_grid(plan), ".", fresh=True, progress=False)
-    assert str(error.value).startswith(message.replace("{model}", str(tiny_encoder)))
+    assert str(error.value).startswith(f"{plan}: {message.replace('{model}', str(tiny_encoder))}")
     assert not os.path.exists("rows.jsonl")
 
 
 @pytest.mark.parametrize(
     ("package", "setting", "message"),
     [
-        ("bm25s", "", "a system with ranker = 'bm25' needs the package bm25s: pip install 'gradret[bm25]'"),
+        ("bm25s", "", "[systems.bm25]: ranker = 'bm25' needs the package bm25s: pip install 'gradret[bm25]'"),
         ("peft", "lora = 2", "lora needs the package peft: pip install 'gradret[lora]'"),
     ],
 )

@@ -1,6 +1,7 @@
 """The rows of a quality benchmark: appended whole, by several processes at once, and matched with runs."""
 
 import json
+import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,14 +13,14 @@ import gradret
 from gradret.errors import GradretError
 from gradret.files import open_folder
 from gradret.grid import Run
-from gradret.grid_rows import GridRows, find_key, list_defaults
+from gradret.grid_rows import ROW_KEYS, GridRows, find_key, list_defaults
 from gradret.settings import FitSettings
 
 
 def make_row(seed: int = 0, **changes) -> dict:
     record = Run("fit", FitSettings(seed=seed, loss="kl")).record()
     row = {"run": record, "defaults": list_defaults(), "collections": {}, "versions": {"gradret": gradret.__version__}}
-    return {**row, **changes}
+    return {**row, "device": "cpu", "fit_seconds": 1.5, "steps": 1, "lists": 4, **changes}
 
 
 @pytest.fixture
@@ -64,9 +65,21 @@ def test_a_last_line_cut_short_is_dropped_and_the_next_row_takes_its_place(rows)
 
 
 def test_a_broken_line_in_the_middle_is_an_error(rows):
+    whole = {"measures": {"AP": 0.5}, "per_query": {"AP": {"q": 0.5}}}
     other = [{"collections": {"a": 3}}, {"collections": {"a": {"measures": "x"}}}, {"run": {"settings": 3}}]
+    other += [{"run": {}}, {"device": None}, {"steps": "many"}, {"defaults": 3}]
+    spoilt = [
+        {"measures": {"AP": "high"}},
+        {"measures": {"AP": math.nan}},
+        {"per_query": 3},
+        {"per_query": {"AP": [1]}},
+    ]
+    other += [{"collections": {"a": {**whole, **part}}} for part in spoilt]
     lines = [("{", "not valid JSON"), ("{}", "is no row of gradret bench quality"), ("3", "is no row")]
     lines += [(json.dumps(make_row(**changes)), "is no row") for changes in other]
+    lines += [(json.dumps({k: v for k, v in make_row().items() if k != key}), "is no row") for key in ROW_KEYS]
+    rows.path.write_text(json.dumps(make_row(collections={"a": whole})))
+    assert len(rows.read()) == 1
     for line, message in lines:
         rows.path.write_text(f"{line}\n{json.dumps(make_row())}\n")
         with pytest.raises(GradretError, match=f"^{rows.path}:1: {message}"):
