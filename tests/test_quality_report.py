@@ -19,8 +19,11 @@ from quality_examples import (
 )
 from scipy.stats import ttest_1samp
 
+from gradret.bench import choose_rows, describe_collections
 from gradret.errors import GradretError
 from gradret.grid import System
+from gradret.grid_file import read_grid
+from gradret.grid_rows import GridRows
 from gradret.quality_charts import SET_OFF, describe_chart, make_figure
 from gradret.quality_report import draw_quality, format_quality, make_document
 from gradret.quality_tables import make_tables, show_p, show_setting, show_value
@@ -542,3 +545,29 @@ def test_the_table_of_claims_apart(monkeypatch):
         "| BM25, small | 0.3000 | 0.1500 | 0.4500 |",
         "| W2, small | 0.5000 | 0.6000 | 0.4000 |",
     ]
+
+
+# --- the committed results
+
+
+def list_leaves(content, place=()):
+    """(place, value) of everything in a JSON document that is neither a list nor a dict."""
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else None
+    if items is None:
+        return [(place, content)]
+    return [leaf for key, value in items for leaf in list_leaves(value, (*place, key))]
+
+
+@pytest.mark.slow
+def test_the_committed_document_is_made_of_the_committed_rows():
+    results = REPOSITORY / "benchmarks" / "results" / "quality"
+    grid = read_grid(REPOSITORY / "benchmarks" / "quality.toml")
+    rows = choose_rows(GridRows(results / "rows.jsonl").read(), grid.wanted(), grid.measures)
+    committed = json.loads((results / "quality.json").read_text())
+    facts = {"command": committed["command"], "collections": describe_collections(grid, rows, None)}
+    found, expected = (list_leaves(document) for document in (make_document(grid, rows, facts), committed))
+    assert [place for place, _ in found] == [place for place, _ in expected]
+    for (place, value), (_, wanted) in zip(found, expected, strict=True):
+        # Sums, and so a tie among the random signs now and then, differ between processors in their last bits.
+        same = value == (pytest.approx(wanted, abs=3e-5) if isinstance(wanted, float) else wanted)
+        assert same, (place, value, wanted)

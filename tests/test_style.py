@@ -42,7 +42,7 @@ def test_the_readme_opens_with_its_two_commands():
         ("loss", "loss-cpu", 30, "docs/loss.md"),
         ("gen", "gen-cpu", 5, "docs/generate.md"),
         ("fit", "fit-cpu", 14, "docs/training.md"),
-        ("quality", "quality/quality", 20, "README.md"),
+        ("quality", "quality/quality", 41, "README.md"),
     ],
 )
 def test_the_tables_of_the_documents_are_the_results(script, results, lines, page):
@@ -50,4 +50,5 @@ def test_the_tables_of_the_documents_are_the_results(script, results, lines, pag
     command = [sys.executable, benchmarks / f"{script}_table.py", benchmarks / "results" / f"{results}.json"]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert len(table.splitlines()) == lines
-    assert table in (REPOSITORY / page).read_text()
+    text = (REPOSITORY / page).read_text()
+    assert [part for part in table.split("\n\n") if part not in text] == []
