@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from gradret.lists import RankingList as RankingList
     from gradret.lists import read_lists as read_lists
     from gradret.lists import write_lists as write_lists
+    from gradret.losses import contrast_loss as contrast_loss
     from gradret.losses import gaussian_loss as gaussian_loss
     from gradret.losses import infonce_loss as infonce_loss
     from gradret.losses import kl_loss as kl_loss
@@ -47,6 +48,7 @@ _HOMES = {
     "gaussian_loss": "losses",
     "infonce_loss": "losses",
     "kl_loss": "losses",
+    "contrast_loss": "losses",
     "ranknet_loss": "losses",
     "Encoder": "encoder",
     "load_encoder": "encoder_load",

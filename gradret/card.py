@@ -37,7 +37,7 @@ UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max
 NOT_TAKEN = {
     "order": lambda s: s.loss != "wasserstein",
     "ground": lambda s: s.loss != "wasserstein",
-    "targets": lambda s: s.loss not in TARGET_LOSSES and not s.kl_share,
+    "targets": lambda s: s.loss not in TARGET_LOSSES and not s.kl_share and not s.contrast_share,
     "kl_share": lambda s: s.loss != "wasserstein" and not s.kl_share,
 }
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}

@@ -157,6 +157,33 @@ def kl_loss(
     return (torch.xlogy(q, q) - cross).sum(-1).mean()
 
 
+def contrast_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents without target mass), e as in infonce_loss.
+
+    Each document with target mass against all those without, weighed by its mass. Unlike in kl_loss, those with mass do
+    not compete: one that is ranked high already is not pushed down for the others' sake. It does not see which of them
+    has the higher grade; wasserstein_loss does.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass, or with nothing but, counts
+        as 0.
+    Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
+    q = normalize_mass(weights.to(logits.dtype))
+    positive = q > 0
+    # A finite floor, as in infonce_loss.
+    negatives = logits.masked_fill(positive | ~mask, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
+    return (q * nnf.softplus(negatives - logits.masked_fill(~positive, 0))).sum(-1).mean()
+
+
 def ranknet_loss(
     scores: Tensor,
     grades: Tensor,
@@ -208,6 +235,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "gaussian": gaussian_loss,
     "infonce": infonce_loss,
     "kl": kl_loss,
+    "contrast": contrast_loss,
     "ranknet": ranknet_loss,
     "sorted": sorted_loss,
 }

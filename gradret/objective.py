@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gradret.batches import Batch
-from gradret.losses import kl_loss, make_loss
+from gradret.losses import contrast_loss, kl_loss, make_loss
 from gradret.pairs import prepare_pairs
 from gradret.processes import ALONE, Processes
 from gradret.retrieval_loss import wasserstein_retrieval_loss
@@ -16,7 +16,8 @@ class Objective:
     """A run's loss.
 
     Args:
-        settings: loss, order, temperature, targets, ground, positive_from, in_batch and kl_share are used.
+        settings: loss, order, temperature, targets, ground, positive_from, in_batch, kl_share and
+            contrast_share are used.
         floor: grade of the other lists' documents; None: a list has its own documents alone.
     """
 
@@ -56,7 +57,8 @@ class Objective:
         """Whether scores go straight into the loss, without a matrix of them."""
         s, floor = self.settings, self.floor
         weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
-        return s.loss == "wasserstein" and floor is not None and not (s.cross_entropy_share and weighs)
+        mixed = s.cross_entropy_share or s.contrast_share
+        return s.loss == "wasserstein" and floor is not None and not (mixed and weighs)
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
@@ -73,6 +75,7 @@ class Objective:
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
             options = {"order": s.order, "temperature": s.temperature, "kl_share": s.cross_entropy_share}
+            options["contrast_share"] = s.contrast_share
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
@@ -80,7 +83,9 @@ class Objective:
         else:
             grades, mask = batch.spread_grades(self.floor, part).to(device), None
             scores = queries @ documents.T  # (b, N)
-        loss = self._loss(scores, grades, mask=mask)
-        if share := s.cross_entropy_share:
-            loss = loss.lerp(kl_loss(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask), share)
+        shares = {kl_loss: s.cross_entropy_share, contrast_loss: s.contrast_share}
+        loss = self._loss(scores, grades, mask=mask) * (1 - sum(shares.values()))
+        for part, share in shares.items():
+            if share:
+                loss = loss + share * part(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask)
         return loss

@@ -137,7 +137,12 @@ BUDGET_OPTIONS = options(
         "--kl-share",
         type=click.FloatRange(0, 1),
         help=f"Share of the listwise cross-entropy in the loss. [default: {DEFAULTS.cross_entropy_share:g} of "
-        f"{DEFAULTS.loss}, 0 of others]",
+        f"{DEFAULTS.loss} without a --contrast-share, 0 of others]",
+    ),
+    option(
+        "--contrast-share",
+        type=click.FloatRange(0, 1),
+        help="Share of the contrast loss in the loss: each document with a grade above 0 against those without.",
     ),
     option(
         "--mine",

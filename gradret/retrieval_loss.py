@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from gradret.grades import FLOATS, check_temperature
@@ -32,6 +33,7 @@ def wasserstein_retrieval_loss(
     targets: str | Tensor = "gain",
     ground: str = "grade",
     kl_share: float = 0.0,
+    contrast_share: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """wasserstein_loss(query_embeddings @ document_embeddings.T, ...), in memory that grows with B + N, not with B x N.
@@ -44,11 +46,12 @@ def wasserstein_retrieval_loss(
         default_grade: of every other document.
         order, temperature, ground, reduction: see gradret.losses.wasserstein_loss.
         targets: "gain", "softmax", "sqrt", or weights (M,) of the pairs.
-        kl_share: from 0 to 1, of gradret.losses.kl_loss in the result; it keeps pulling where the softmax has collapsed
-            on a wrong document. Documents of the default grade must then have no target mass.
+        kl_share, contrast_share: from 0 to 1 together, of gradret.losses.kl_loss and contrast_loss in the result; both
+            keep pulling where the softmax has collapsed on a wrong document. Documents of the default grade must then
+            have no target mass.
 
     Returns: scalar, or (B,) for "none"; float64 for float64 embeddings, else float32, as are the scores in it.
-    Raises: ValueError as wasserstein_loss and prepare_pairs, and where kl_share can not be computed.
+    Raises: ValueError as wasserstein_loss and prepare_pairs, and where a share can not be computed.
     Source: the tiling after Inf-CL, arXiv 2410.17243, and Cut Cross-Entropy, arXiv 2411.09009; the loss as
         wasserstein_loss.
     """
@@ -62,8 +65,14 @@ def wasserstein_retrieval_loss(
         )
     check_options(order, reduction)
     check_temperature(temperature)
-    if not 0 <= kl_share <= 1:
-        raise ValueError(f"kl_share must be from 0 to 1, got {kl_share!r}")
+    shares = {"kl_share": float(kl_share), "contrast_share": float(contrast_share)}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be from 0 to 1, got {share!r}")
+    if sum(shares.values()) > 1:
+        raise ValueError(
+            f"kl_share and contrast_share must be at most 1 together, got {kl_share!r} and {contrast_share!r}"
+        )
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
         grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets, ground=ground)
@@ -73,11 +82,12 @@ def wasserstein_retrieval_loss(
         raise ValueError(f"the prepared pairs are of {grades.shape} queries and documents, the embeddings of {shape}")
     if grades.offsets.device != queries.device:
         raise ValueError(f"grades must be on the embeddings' device, {queries.device}; got {grades.offsets.device}")
-    if kl_share and grades.others_weigh:
-        raise ValueError(
-            "kl_share must be 0 unless targets give documents of the default grade no mass, as gain and 0 do"
-        )
-    options = (int(order), float(temperature), float(kl_share), reduction)
+    for name, share in shares.items():
+        if share and grades.others_weigh:
+            raise ValueError(
+                f"{name} must be 0 unless targets give documents of the default grade no mass, as gain and 0 do"
+            )
+    options = (int(order), float(temperature), *shares.values(), reduction)
     loss: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
     return loss
 
@@ -105,6 +115,7 @@ def _transport(
     order: int,
     temperature: float,
     kl_share: float,
+    contrast_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The reduced loss; its gradients in the scores of pairs (M,) and in the log-sum-exp of others (B,); top and sum.
@@ -129,9 +140,11 @@ def _transport(
         short[:, -1] = others[group.rows]
         value, asked_for = transport(short, group.tables, order, temperature, "none", True)
         gradient = cast(Tensor, asked_for)
-        if kl_share:
-            divergence, slope = _diverge(short, group.targets, temperature)
-            value, gradient = value.lerp(divergence, kl_share), gradient.lerp(slope, kl_share)
+        value, gradient = value * (1 - kl_share - contrast_share), gradient * (1 - kl_share - contrast_share)
+        for share, part in ((kl_share, _diverge), (contrast_share, _contrast)):
+            if share:
+                more, slope = part(short, group.targets, temperature)
+                value, gradient = value.add(more, alpha=share), gradient.add(slope, alpha=share)
         loss[group.rows] = value
         of_pairs[group.members] = gradient.view(-1)[group.slots]
         of_others[group.rows] = gradient[:, -1]
@@ -148,6 +161,17 @@ def _diverge(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Ten
     value = (torch.xlogy(q, q) - q * log_p).sum(-1)
     slope = (p - q) * (q.sum(-1, keepdim=True) > 0) / temperature
     return value.to(scores.dtype), slope.to(scores.dtype)
+
+
+def _contrast(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """contrast_loss of each list, (R,), and its gradient (R, K + 1), where a score of -inf stands for no document."""
+    logits, positive = scores.to(q.dtype) / temperature, q > 0
+    negatives = logits.masked_fill(positive, -torch.inf)
+    there = negatives != -torch.inf
+    gaps = negatives.logsumexp(-1, keepdim=True) - logits.masked_fill(~positive, 0)
+    pull = q * torch.sigmoid(gaps)  # on each document with target mass, and 0 on the others
+    slope = masked_softmax(negatives, there) * pull.sum(-1, keepdim=True) - pull
+    return (q * nnf.softplus(gaps)).sum(-1).to(scores.dtype), (slope / temperature).to(scores.dtype)
 
 
 def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:
@@ -200,13 +224,16 @@ def retrieval_transport_op(
     order: int,
     temperature: float,
     kl_share: float,
+    contrast_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _transport(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction)
+    return _transport(
+        queries, documents, offsets, columns, lists, order, temperature, kl_share, contrast_share, reduction
+    )
 
 
 @retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, reduction):  # type: ignore[no-untyped-def]
+def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, contrast_share, reduction):  # type: ignore[no-untyped-def]
     new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
     total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
     loss = torch.empty(rows if reduction == "none" else (), **new)
@@ -240,11 +267,11 @@ def _(  # type: ignore[no-untyped-def]
 
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, reduction):  # type: ignore[no-untyped-def]
+    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, contrast_share, reduction):  # type: ignore[no-untyped-def]
         run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
         lists = [tensor for group in prepared.lists for tensor in group]
         where = (prepared.offsets, prepared.columns)
-        loss, *saved = run(queries, documents, *where, lists, order, temperature, kl_share, reduction)
+        loss, *saved = run(queries, documents, *where, lists, order, temperature, kl_share, contrast_share, reduction)
         ctx.save_for_backward(queries, documents, *where, *saved)
         ctx.temperature = temperature
         return loss
@@ -257,4 +284,4 @@ class _RetrievalTransport(torch.autograd.Function):
         else:
             options = (grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
             found = _transport_backward(*ctx.saved_tensors, *options)
-        return *found, *(None,) * 5
+        return *found, *(None,) * 6

@@ -6,10 +6,10 @@ from typing import Any
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "ranknet", "sorted")
+LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet", "sorted")
 TARGETS = ("gain", "softmax", "sqrt")
 GROUNDS = ("grade", "gain", "sqrt")
-TARGET_LOSSES = ("wasserstein", "gaussian", "kl", "sorted")
+TARGET_LOSSES = ("wasserstein", "gaussian", "kl", "contrast", "sorted")
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float32", "bfloat16")
@@ -31,7 +31,7 @@ class FitSettings:
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
         loss: a name in losses.LOSSES, "sorted" being a control that teaches no ranking; order and ground are
-            wasserstein's, targets those of wasserstein, gaussian, kl and sorted: see losses.
+            wasserstein's, targets those of wasserstein, gaussian, kl, contrast and sorted: see losses.
         positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
@@ -50,7 +50,9 @@ class FitSettings:
             model is kept.
         patience: dev measurements without a new best after which the run ends; None for no such end.
         kl_share: share of the listwise cross-entropy in the loss, 0 to 1; None is KL_SHARE for wasserstein, whose
-            gradient fades where the model is wrong and sure of it, and 0 for the other losses.
+            gradient fades where the model is wrong and sure of it, unless it has a contrast_share, and 0 for the
+            other losses.
+        contrast_share: share of losses.contrast_loss in the loss, 0 to 1; with kl_share at most 1.
         mine: hard negatives added to the lists, see mining.parse_mining; None for none.
         lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
         lora_alpha: the adapters' scale is lora_alpha / lora.
@@ -89,6 +91,7 @@ class FitSettings:
     dev_measure: str = "nDCG@10"
     patience: int | None = None
     kl_share: float | None = None
+    contrast_share: float = 0.0
     mine: str | None = None
     lora: int = 0
     lora_alpha: float = 32.0
@@ -131,9 +134,16 @@ class FitSettings:
         for name in ("clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name, share in (("kl_share", self.cross_entropy_share), ("warmup", self.warmup)):
+        shares = (self.cross_entropy_share, self.contrast_share)
+        for name, share in (("kl_share", shares[0]), ("contrast_share", shares[1]), ("warmup", self.warmup)):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {share!r}")
+        if sum(shares) > 1:
+            raise ValueError(
+                f"kl_share and contrast_share must be at most 1 together, got {shares[0]!r} and {shares[1]!r}"
+            )
+        if self.targets == "softmax" and (self.loss == "contrast" or self.contrast_share):
+            raise ValueError("contrast needs documents without target mass, and softmax targets give all some")
         if not 0 < self.interpolate <= 1:
             raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
         if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
@@ -177,12 +187,13 @@ class FitSettings:
         """kl_share, or what it is for the loss where it is not given."""
         if self.kl_share is not None:
             return self.kl_share
-        return KL_SHARE if self.loss == "wasserstein" else 0.0
+        return KL_SHARE if self.loss == "wasserstein" and not self.contrast_share else 0.0
 
     @property
     def weighs_from_zero(self) -> bool:
         """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
-        return (self.loss in TARGET_LOSSES or self.cross_entropy_share > 0) and self.targets != "softmax"
+        mixed = self.cross_entropy_share > 0 or self.contrast_share > 0
+        return (self.loss in TARGET_LOSSES or mixed) and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

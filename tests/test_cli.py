@@ -224,7 +224,7 @@ def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
         ("gradret be", {"bench"}),
         ("gradret bench ", {"eval", "fit", "gen", "loss", "quality"}),
         ("gradret bench quality --max", {"--max-runs", "--max-steps"}),
-        ("gradret fit --loss ", {"wasserstein", "gaussian", "infonce", "kl", "ranknet", "sorted"}),
+        ("gradret fit --loss ", {"wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet", "sorted"}),
     ],
 )
 def test_a_shell_completes(words, completed):

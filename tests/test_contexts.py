@@ -11,7 +11,7 @@ from gradret.contexts import Contexts
 from gradret.encoder import Encoder
 from gradret.encoder_load import load_encoder
 from gradret.lists import read_lists
-from gradret.losses import kl_loss, make_loss, wasserstein_loss
+from gradret.losses import contrast_loss, kl_loss, make_loss, wasserstein_loss
 from gradret.objective import Objective
 from gradret.settings import FitSettings
 
@@ -26,6 +26,9 @@ LOSSES = {
     "kl_share": {"kl_share": 0.3},
     "kl_share softmax": {"kl_share": 0.3, "targets": "softmax"},
     "softmax": {"targets": "softmax"},
+    "contrast": {"loss": "contrast"},
+    "contrast_share": {"contrast_share": 0.3},
+    "both": {"loss": "gaussian", "kl_share": 0.3, "contrast_share": 0.4},
     "roots": {"targets": "sqrt", "ground": "sqrt", "order": 2, "kl_share": 0.5},
 }
 
@@ -74,10 +77,11 @@ def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
     if floor is None:
         scores, grades, mask = scores.gather(1, batch.columns), batch.grades, batch.mask
     settings = {"order": 1, "temperature": 1.0, "targets": "gain", "loss": "wasserstein", "kl_share": 0.0, **options}
-    share = settings.pop("kl_share")
+    shares = {kl_loss: settings.pop("kl_share"), contrast_loss: settings.pop("contrast_share", 0.0)}
     targets = settings["targets"]
     value = make_loss(settings.pop("loss"), **settings)(scores, grades, mask=mask)
-    value = (1 - share) * value + share * kl_loss(scores, grades, mask=mask, targets=targets)
+    value = (1 - sum(shares.values())) * value
+    value = value + sum(s * part(scores, grades, mask=mask, targets=targets) for part, s in shares.items() if s)
     value.backward()
     expected = value.item(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     assert_same(found, expected, 1e-5)
@@ -115,7 +119,7 @@ def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
     assert_same(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ranknet", "kl_share"])
+@pytest.mark.parametrize("loss", ["infonce", "ranknet", "kl_share", "contrast_share"])
 def test_blocks_of_rows_change_nothing(loss, tiny_encoder, monkeypatch):
     encoder, batch = load_encoder(str(tiny_encoder)).double(), make_batch()  # sums in another order
     for floor in (0.0, None):

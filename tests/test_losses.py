@@ -66,6 +66,10 @@ HAND = [
     ("wasserstein:2", (0.5, 0.5), (3, 0), 4.5),
     # two positives against the one negative: each e_i / (e_i + e_neg) = .4 / .6
     ("infonce", (0.4, 0.4, 0.2), (1, 1, 0), -math.log(2 / 3)),
+    ("contrast", (0.75, 0.25), (1, 0), -math.log(0.75)),
+    # gains 3, 1, 0: q = (.75, .25, 0); each against the last: e_i / (e_i + e_neg) = .25 / .75 and .5 / 1
+    ("contrast", (0.25, 0.5, 0.5), (2, 1, 0), 0.75 * math.log(3) + 0.25 * math.log(2)),
+    ("contrast", (0.25, 0.75), (2, 1), 0.0),  # nothing without target mass
     # sorted masses .5, .25, .25 against .75, .25, 0: right at no document, and a loss of .125 only
     ("sorted", (0.25, 0.25, 0.5), (2, 1, 0), 0.125),
     ("sorted", (0.25, 0.75), (1, 0), 0.125),
@@ -95,7 +99,7 @@ def test_names_and_settings():
 @pytest.mark.parametrize("name", CALLS)
 def test_zero_at_equality(name):
     grades = torch.tensor([[3.0, 2, 1, 0], [1, 3, 0, 2]], **F64)
-    if name in ("infonce", "ranknet"):  # these vanish as the gaps grow
+    if name in ("infonce", "contrast", "ranknet"):  # these vanish as the gaps grow
         scores = grades * 1e3
     else:
         scores = (torch.exp2(grades) - 1).clamp_min(1e-300).log()

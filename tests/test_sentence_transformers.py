@@ -28,6 +28,7 @@ OPTIONS = {
     "order 1": {"order": 1, "temperature": 0.3},
     "roots": {"targets": "sqrt", "ground": "sqrt", "kl_share": 0.6},
     "softmax": {"targets": "softmax", "kl_share": 0.0},
+    "contrast": {"contrast_share": 0.4},
 }
 
 

@@ -111,7 +111,9 @@ def _ids(directory, lists) -> str:
     return str(directory / "ids")
 
 
-@pytest.mark.parametrize("loss", ["wasserstein", "wasserstein:2", "gaussian", "infonce", "kl", "ranknet", "sorted"])
+@pytest.mark.parametrize(
+    "loss", ["wasserstein", "wasserstein:2", "gaussian", "infonce", "kl", "contrast", "ranknet", "sorted"]
+)
 def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     model = make_tiny_encoder(tmp_path / "model", dropout=0.0)
     lists = list(read_lists(SAMPLE_FILE))[:6]
@@ -261,6 +263,14 @@ def test_wrong_settings():
         FitSettings(patience=3)
     with pytest.raises(ValueError, match="kl_share must be 0 to 1, got 2"):
         FitSettings(kl_share=2)
+    with pytest.raises(ValueError, match="contrast_share must be 0 to 1, got -1"):
+        FitSettings(contrast_share=-1)
+    with pytest.raises(ValueError, match="kl_share and contrast_share must be at most 1 together, got 0.5 and 0.6"):
+        FitSettings(kl_share=0.5, contrast_share=0.6)
+    for options in ({"loss": "contrast"}, {"contrast_share": 0.5}):
+        with pytest.raises(ValueError, match="contrast needs documents without target mass"):
+            FitSettings(targets="softmax", **options)
+    assert FitSettings().cross_entropy_share > FitSettings(contrast_share=0.5).cross_entropy_share == 0
     with pytest.raises(ValueError, match="lora_targets needs lora"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):

@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
-from gradret.losses import kl_loss, wasserstein_loss
+from gradret.losses import contrast_loss, kl_loss, wasserstein_loss
 from gradret.retrieval_loss import wasserstein_retrieval_loss
 from gradret.settings import FitSettings
 
@@ -28,7 +28,8 @@ class WassersteinLoss(nn.Module):
         model: its similarity_fn_name, "cosine" or "dot", is the score.
         order, temperature, targets, ground: see gradret.losses.wasserstein_loss. Unlike the `scale` of other losses,
             the temperature divides the scores.
-        kl_share: share of gradret.losses.kl_loss in the loss, 0 to 1.
+        kl_share, contrast_share: shares of gradret.losses.kl_loss and contrast_loss in the loss, 0 to 1 together;
+            without either, kl_share is what `gradret fit` takes.
         in_batch: whether the other rows' passages join each list, with the default grade.
         default_grade: theirs.
         gather_across_devices: the other rows are those of all processes.
@@ -45,7 +46,8 @@ class WassersteinLoss(nn.Module):
         temperature: float = DEFAULTS.temperature,
         targets: str = DEFAULTS.targets,
         ground: str = DEFAULTS.ground,
-        kl_share: float = DEFAULTS.cross_entropy_share,
+        kl_share: float | None = None,
+        contrast_share: float = DEFAULTS.contrast_share,
         in_batch: bool = True,
         default_grade: float = 0.0,
         gather_across_devices: bool = False,
@@ -57,7 +59,8 @@ class WassersteinLoss(nn.Module):
             raise ValueError("gather_across_devices gathers the other rows' passages, so it needs in_batch")
         self.model = model
         self.order, self.temperature, self.targets, self.ground = order, temperature, targets, ground
-        self.kl_share, self.in_batch, self.default_grade = kl_share, in_batch, default_grade
+        self.kl_share = FitSettings(kl_share=kl_share, contrast_share=contrast_share).cross_entropy_share
+        self.contrast_share, self.in_batch, self.default_grade = contrast_share, in_batch, default_grade
         self.gather_across_devices = gather_across_devices
         self._compute(*self._stack([torch.zeros(2, 2)] * 3), torch.ones(2, 2), 0)  # tells options that do not do
 
@@ -100,8 +103,10 @@ class WassersteinLoss(nn.Module):
         options: dict[str, Any] = {"temperature": self.temperature, "targets": self.targets}
         if not self.in_batch:
             scores = (queries * documents).sum(-1).T  # (B, n)
+            shares = {kl_loss: self.kl_share, contrast_loss: self.contrast_share}
             loss = wasserstein_loss(scores, labels, order=self.order, ground=self.ground, **options)
-            return loss.lerp(kl_loss(scores, labels, **options), self.kl_share) if self.kl_share else loss
+            loss = loss * (1 - sum(shares.values()))
+            return sum((share * part(scores, labels, **options) for part, share in shares.items() if share), loss)
         count, width = labels.shape
         rows = torch.arange(count, device=labels.device)
         columns = torch.arange(width, device=labels.device) * documents.shape[1]
@@ -113,12 +118,13 @@ class WassersteinLoss(nn.Module):
             order=self.order,
             ground=self.ground,
             kl_share=self.kl_share,
+            contrast_share=self.contrast_share,
             **options,
         )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        names = ("order", "temperature", "targets", "ground", "kl_share", "in_batch", "default_grade")
+        names = ("order", "temperature", "targets", "ground", "kl_share", "contrast_share", "in_batch", "default_grade")
         return {name: getattr(self, name) for name in (*names, "gather_across_devices")}
 
     @property
