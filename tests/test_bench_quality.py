@@ -386,7 +386,7 @@ def test_everything_is_looked_at_before_the_first_run(plan, tiny_encoder, old, n
     ("package", "setting", "message"),
     [
         ("bm25s", "", "[systems.bm25]: ranker = 'bm25' needs the package bm25s: pip install 'gradret[bm25]'"),
-        ("peft", "lora = 2", "lora needs the package peft: pip install 'gradret[lora]'"),
+        ("peft", "lora = 2", "[systems.ours]: lora needs the package peft: pip install 'gradret[lora]'"),
     ],
 )
 def test_a_package_that_a_run_needs_is_asked_for_first(plan, monkeypatch, package, setting, message):
@@ -394,7 +394,7 @@ def test_a_package_that_a_run_needs_is_asked_for_first(plan, monkeypatch, packag
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(GradretError) as error:
         run_grid(read_grid(plan), ".", progress=False)
-    assert str(error.value) == message
+    assert str(error.value) == f"{plan}: {message}"
     if package == "bm25s":  # nobody else needs it
         plan.write_text(plan.read_text().replace('[systems.bm25]\nranker = "bm25"', "[systems.bm25]\nloss = 'kl'"))
         assert run_grid(read_grid(plan), ".", max_runs=1, progress=False).error is None
