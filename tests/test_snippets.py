@@ -25,7 +25,7 @@ from test_large_encoders import make_tiny_decoder
 from gradret import load_encoder, read_lists, write_lists
 from gradret.cli import main
 
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "benchmarks" / "README.md"]
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 EVEN, ODD = (list(read_lists(SAMPLE_FILE))[start::2] for start in (1, 0))  # by their numbers, which begin at 1
 LANGUAGES = ("bash", "python", "sh", "json", "bibtex", "")
 SMALL = {  # what is put behind a command, for time
