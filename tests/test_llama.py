@@ -46,7 +46,7 @@ def make_engine(tiny_gguf):
     engines = []
 
     def make(kinds=None, path=tiny_gguf, **options):
-        engines.append(LlamaEngine(path, kinds or [request(0)], threads=2, **options))
+        engines.append(LlamaEngine(path, kinds or [request(0)], threads=1, **options))
         return engines[-1]
 
     yield make
@@ -67,7 +67,7 @@ def test_every_reply_has_its_form(make_engine, sequences):
 
 def test_greedy_replies_are_those_of_llama_cpp_python(make_engine, tiny_gguf):
     engine = make_engine(sequences=2, sampling=Sampling(temperature=0))
-    llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=2, verbose=False)
+    llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=1, verbose=False)
     for form in (None, WORDS):
         # A tie of two near logits ends the likeness sooner or later: batches are rounded differently.
         requests = [request(i, form=form, max_tokens=5) for i in range(8)]
@@ -198,7 +198,7 @@ def test_choices_have_the_models_probabilities(make_engine, tiny_gguf):
     # The same system message: one kind of prompt, whose replies may be texts or choices.
     replies = run(engine, [judge, request(1), request(2, choices=("0", "1", "2", "3"), max_tokens=1)])
     assert replies[1].probabilities is None
-    llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=2, logits_all=True, verbose=False)
+    llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=1, logits_all=True, verbose=False)
     before, after = engine.model.split_prompt(judge.messages)
     llama.eval(before + engine.model.tokenize(judge.messages[-1]["content"], special=False) + after)
     tokens = engine.model.find_choices(tuple("0123"))
