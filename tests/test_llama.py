@@ -84,15 +84,15 @@ def test_greedy_replies_are_those_of_llama_cpp_python(make_engine, tiny_gguf):
 
 
 def test_a_sampling_stream_is_the_replys_own(make_engine):
-    requests = [request(i) for i in range(6)]
+    requests = [request(i) for i in range(12)]
     alone = run(make_engine(sequences=1), requests)
     for sequences, order in ((1, requests[::-1]), (5, requests), (5, requests[::-1])):
         texts = run(make_engine(sequences=sequences), order)
-        same = sum(texts[i].text == alone[i].text for i in range(6))
+        same = sum(texts[i].text == alone[i].text for i in range(12))
         # Batches of another size round differently, which can turn a choice; a shared stream would turn them all.
-        assert same == 6 if sequences == 1 else same >= 4
-    reseeded = run(make_engine(sequences=1), [request(i, seed=i + 100) for i in range(6)])
-    assert all(reseeded[i].text != alone[i].text for i in range(6))
+        assert same == 12 if sequences == 1 else same >= 9
+    reseeded = run(make_engine(sequences=1), [request(i, seed=i + 100) for i in range(12)])
+    assert all(reseeded[i].text != alone[i].text for i in range(12))
 
 
 def test_the_cap_cuts_off(make_engine):
