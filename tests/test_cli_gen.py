@@ -367,6 +367,7 @@ def test_a_server_that_fails_for_some_queries_ends_with_an_account(queries, tmp_
 
     out = tmp_path / "lists.jsonl"
     arguments = ["--out", out, "--length", "30:90", "--retries", "1", "--json"]
+    arguments += ["--concurrency", "1"]  # in turn: a refusal just after a failure counts as one
     with FaultyServer(script, write=well_written) as server:
         result = invoke("gen", queries, "--endpoint", server.url, *arguments)
     assert result.exit_code == 1, result.output
