@@ -23,7 +23,7 @@ SHOWN = (
     "temperature",
     "targets",
     "ground",
-    "kl_share",
+    "contrast_share",
     "batch_lists",
     "learning_rate",
     "epochs",
@@ -37,8 +37,8 @@ UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max
 NOT_TAKEN = {
     "order": lambda s: s.loss != "wasserstein",
     "ground": lambda s: s.loss != "wasserstein",
-    "targets": lambda s: s.loss not in TARGET_LOSSES and not s.kl_share and not s.contrast_share,
-    "kl_share": lambda s: s.loss != "wasserstein" and not s.kl_share,
+    "targets": lambda s: s.loss not in TARGET_LOSSES and not any(s.shares.values()),
+    "contrast_share": lambda s: s.loss != "wasserstein" and not s.contrast_share,
 }
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}
 
@@ -154,7 +154,7 @@ def _tell_training(settings: FitSettings, steps: int, best_step: int | None, whe
     if best_step is not None:
         rows.append(["step saved, the best on dev", best_step])
     rows += [["trained on", _escape(where)], ["time", _show_time(seconds)]]
-    settings, defaults = replace(settings, kl_share=settings.cross_entropy_share), FitSettings()
+    settings, defaults = replace(settings, contrast_share=settings.shares["contrast"]), FitSettings()
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
     for name in options:

@@ -20,6 +20,7 @@ from gradret.files import sync_file
 from gradret.grid import DEFAULTS, ENCODER_FIELDS, OWN_FIELDS, as_json, hash_record
 from gradret.lists import decode_json
 
+EARLIER = {"contrast_share": 0.0}  # of rows from before there was the setting, where that is not its default
 NUMBER_OR_NONE = (int, float, type(None))
 ROW_KEYS = {  # what the tables are made of, and its types
     "run": dict,
@@ -158,7 +159,8 @@ def list_defaults() -> dict:
 def find_key(row: Mapping) -> str:
     """The key that a row's run has now; a default that has changed since the row was written counts as set."""
     now = list_defaults()
-    settings = {**row.get("defaults", {}), **row["run"].get("settings", {})}
+    known = row.get("defaults", {})  # none of what is not trained
+    settings = {**(EARLIER if known else {}), **known, **row["run"].get("settings", {})}
     changed = {k: v for k, v in settings.items() if k not in now or v != now[k]}
     return hash_record({**row["run"], "settings": changed})
 

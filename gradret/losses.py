@@ -8,7 +8,7 @@ mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -245,6 +245,17 @@ def make_loss(name: str, **options: Any) -> Callable[..., Tensor]:
     """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
     taken = inspect.signature(LOSSES[name]).parameters
     return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
+
+
+def mix_losses(
+    loss: Callable[..., Tensor], shares: Mapping[str, float], scores: Tensor, grades: Tensor, **options: Any
+) -> Tensor:
+    """`loss` with shares of the named ones, which get the options; it gets the mask among them alone."""
+    mixed = loss(scores, grades, mask=options.get("mask")) * (1 - sum(shares.values()))
+    for name, share in shares.items():
+        if share:
+            mixed = mixed + share * LOSSES[name](scores, grades, **options)
+    return mixed
 
 
 def _widen(scores: Tensor) -> Tensor:

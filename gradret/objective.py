@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from gradret.batches import Batch
-from gradret.losses import contrast_loss, kl_loss, make_loss
+from gradret.losses import make_loss, mix_losses
 from gradret.pairs import prepare_pairs
 from gradret.processes import ALONE, Processes
 from gradret.retrieval_loss import wasserstein_retrieval_loss
@@ -57,8 +57,7 @@ class Objective:
         """Whether scores go straight into the loss, without a matrix of them."""
         s, floor = self.settings, self.floor
         weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
-        mixed = s.cross_entropy_share or s.contrast_share
-        return s.loss == "wasserstein" and floor is not None and not (mixed and weighs)
+        return s.loss == "wasserstein" and floor is not None and not (any(s.shares.values()) and weighs)
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
@@ -74,8 +73,8 @@ class Objective:
             shape = (len(queries), len(documents))
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
-            options = {"order": s.order, "temperature": s.temperature, "kl_share": s.cross_entropy_share}
-            options["contrast_share"] = s.contrast_share
+            options = {"order": s.order, "temperature": s.temperature}
+            options |= {f"{name}_share": share for name, share in s.shares.items()}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
@@ -83,9 +82,5 @@ class Objective:
         else:
             grades, mask = batch.spread_grades(self.floor, part).to(device), None
             scores = queries @ documents.T  # (b, N)
-        shares = {kl_loss: s.cross_entropy_share, contrast_loss: s.contrast_share}
-        loss = self._loss(scores, grades, mask=mask) * (1 - sum(shares.values()))
-        for part, share in shares.items():
-            if share:
-                loss = loss + share * part(scores, grades, temperature=s.temperature, targets=s.targets, mask=mask)
-        return loss
+        options = {"temperature": s.temperature, "targets": s.targets, "mask": mask}
+        return mix_losses(self._loss, s.shares, scores, grades, **options)

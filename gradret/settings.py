@@ -16,7 +16,7 @@ WEIGHTS = ("float32", "bfloat16")
 AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
-KL_SHARE = 0.6  # of the default loss
+CONTRAST_SHARE = 0.85  # in the default loss
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 
 
@@ -49,10 +49,10 @@ class FitSettings:
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
         patience: dev measurements without a new best after which the run ends; None for no such end.
-        kl_share: share of the listwise cross-entropy in the loss, 0 to 1; None is KL_SHARE for wasserstein, whose
-            gradient fades where the model is wrong and sure of it, unless it has a contrast_share, and 0 for the
-            other losses.
-        contrast_share: share of losses.contrast_loss in the loss, 0 to 1; with kl_share at most 1.
+        kl_share: share of the listwise cross-entropy in the loss, 0 to 1.
+        contrast_share: share of losses.contrast_loss in the loss, 0 to 1; with kl_share at most 1. None is
+            CONTRAST_SHARE for wasserstein, whose gradient fades where the model is wrong and sure of it, unless it has
+            a kl_share or softmax targets, and 0 for the other losses.
         mine: hard negatives added to the lists, see mining.parse_mining; None for none.
         lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
         lora_alpha: the adapters' scale is lora_alpha / lora.
@@ -90,8 +90,8 @@ class FitSettings:
     dev_every: int = 100
     dev_measure: str = "nDCG@10"
     patience: int | None = None
-    kl_share: float | None = None
-    contrast_share: float = 0.0
+    kl_share: float = 0.0
+    contrast_share: float | None = None
     mine: str | None = None
     lora: int = 0
     lora_alpha: float = 32.0
@@ -134,13 +134,14 @@ class FitSettings:
         for name in ("clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        shares = (self.cross_entropy_share, self.contrast_share)
-        for name, share in (("kl_share", shares[0]), ("contrast_share", shares[1]), ("warmup", self.warmup)):
-            if not 0 <= share <= 1:
+        for name in ("kl_share", "contrast_share", "warmup"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} must be 0 to 1, got {share!r}")
-        if sum(shares) > 1:
+        if sum(self.shares.values()) > 1:
             raise ValueError(
-                f"kl_share and contrast_share must be at most 1 together, got {shares[0]!r} and {shares[1]!r}"
+                f"kl_share and contrast_share must be at most 1 together, got {self.kl_share!r} and "
+                f"{self.contrast_share!r}"
             )
         if self.targets == "softmax" and (self.loss == "contrast" or self.contrast_share):
             raise ValueError("contrast needs documents without target mass, and softmax targets give all some")
@@ -183,17 +184,18 @@ class FitSettings:
         return {name: getattr(self, name) for name in names}
 
     @property
-    def cross_entropy_share(self) -> float:
-        """kl_share, or what it is for the loss where it is not given."""
-        if self.kl_share is not None:
-            return self.kl_share
-        return KL_SHARE if self.loss == "wasserstein" and not self.contrast_share else 0.0
+    def shares(self) -> dict[str, float]:
+        """Of other losses in the loss, by their names; contrast_share as it is where it is not given."""
+        contrast = self.contrast_share
+        if contrast is None:
+            needed = self.loss == "wasserstein" and not self.kl_share and self.targets != "softmax"
+            contrast = CONTRAST_SHARE if needed else 0.0
+        return {"kl": self.kl_share, "contrast": contrast}
 
     @property
     def weighs_from_zero(self) -> bool:
         """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
-        mixed = self.cross_entropy_share > 0 or self.contrast_share > 0
-        return (self.loss in TARGET_LOSSES or mixed) and self.targets != "softmax"
+        return (self.loss in TARGET_LOSSES or any(self.shares.values())) and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

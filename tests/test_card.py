@@ -74,7 +74,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--temperature`": "0.05",
         "`--targets`": "`sqrt`",
         "`--ground`": "`sqrt`",
-        "`--kl-share`": "0.6",
+        "`--contrast-share`": "0.85",
         "`--batch-lists`": "16",
         "`--learning-rate`": "5e-06",
         "`--epochs`": "2",

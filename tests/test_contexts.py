@@ -46,7 +46,7 @@ def find_gradients(
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the gradient of each parameter, in training mode."""
     settings = FitSettings(
-        **{"order": 1, "temperature": 1.0, "kl_share": 0.0, "targets": "gain", "ground": "grade", **options}
+        **{"order": 1, "temperature": 1.0, "contrast_share": 0.0, "targets": "gain", "ground": "grade", **options}
     )
     encoder.train().zero_grad(set_to_none=True)
     contexts = Contexts(encoder, Objective(settings, floor), "float32", chunk, cached)
@@ -76,8 +76,8 @@ def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
     grades, mask = batch.spread_grades(0.0), None
     if floor is None:
         scores, grades, mask = scores.gather(1, batch.columns), batch.grades, batch.mask
-    settings = {"order": 1, "temperature": 1.0, "targets": "gain", "loss": "wasserstein", "kl_share": 0.0, **options}
-    shares = {kl_loss: settings.pop("kl_share"), contrast_loss: settings.pop("contrast_share", 0.0)}
+    settings = {"order": 1, "temperature": 1.0, "targets": "gain", "loss": "wasserstein", **options}
+    shares = {kl_loss: settings.pop("kl_share", 0.0), contrast_loss: settings.pop("contrast_share", 0.0)}
     targets = settings["targets"]
     value = make_loss(settings.pop("loss"), **settings)(scores, grades, mask=mask)
     value = (1 - sum(shares.values())) * value

@@ -27,7 +27,7 @@ OPTIONS = {
     "defaults": {},
     "order 1": {"order": 1, "temperature": 0.3},
     "roots": {"targets": "sqrt", "ground": "sqrt", "kl_share": 0.6},
-    "softmax": {"targets": "softmax", "kl_share": 0.0},
+    "softmax": {"targets": "softmax"},
     "contrast": {"contrast_share": 0.4},
 }
 
@@ -93,7 +93,7 @@ def test_the_score_is_the_models_similarity(name, model_directory):
     torch.manual_seed(0)
     embeddings = [torch.randn(2, 8) for _ in range(4)]
     grades = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
-    options = {"temperature": 0.05, "targets": "gain", "ground": "grade", "kl_share": 0.0}
+    options = {"temperature": 0.05, "targets": "gain", "ground": "grade", "contrast_share": 0.0}
     found = WassersteinLoss(model, in_batch=False, **options).compute_loss_from_embeddings(embeddings, grades)
     scores = torch.stack([model.similarity_pairwise(embeddings[0], column) for column in embeddings[1:]], 1)
     expected = gradret.wasserstein_loss(scores, grades, order=2, temperature=0.05)
@@ -132,7 +132,7 @@ def test_the_model_card_names_the_loss_its_options_and_whom_to_cite(model_direct
     [
         ({"order": 3}, "order must be 1 or 2, got 3"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"targets": "linear"}, "targets must be 'gain', 'softmax', 'sqrt' or weights, got 'linear'"),
+        ({"targets": "linear"}, "targets must be one of 'gain', 'softmax', 'sqrt'; got 'linear'"),
         (
             {"kl_share": 0.5, "default_grade": 1.0},
             "kl_share must be 0 unless targets give documents of the default grade no mass",

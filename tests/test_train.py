@@ -19,7 +19,7 @@ from gradret.job import Job, make_optimizer
 from gradret.lists import parse_list, read_lists, write_lists
 from gradret.losses import wasserstein_loss
 from gradret.processes import ALONE, Processes
-from gradret.settings import FitSettings, count_steps, learning_rate_at
+from gradret.settings import CONTRAST_SHARE, FitSettings, count_steps, learning_rate_at
 from gradret.sources import Source, open_collection
 from gradret.train import fit
 
@@ -92,7 +92,7 @@ def test_accumulation_is_the_mean_over_micro_batches(tiny_encoder, tmp_path):
     settings = FitSettings(
         data=(str(SAMPLE_FILE) + "?queries=" + _ids(tmp_path, lists),), model=str(tmp_path), batch_lists=4,
         accumulate=2, max_steps=1, precision="float32", temperature=1.0, order=1, targets="gain", ground="grade",
-        kl_share=0.0,
+        contrast_share=0.0,
     )  # fmt: skip
     mean = 0
     for batch in batches:
@@ -272,7 +272,10 @@ def test_wrong_settings():
     for options in ({"loss": "contrast"}, {"contrast_share": 0.5}):
         with pytest.raises(ValueError, match="contrast needs documents without target mass"):
             FitSettings(targets="softmax", **options)
-    assert FitSettings().cross_entropy_share > FitSettings(contrast_share=0.5).cross_entropy_share == 0
+    assert FitSettings().shares == {"kl": 0.0, "contrast": CONTRAST_SHARE}
+    assert FitSettings(contrast_share=0.0).shares == {"kl": 0.0, "contrast": 0.0}
+    for options in ({"kl_share": 0.5}, {"targets": "softmax"}, {"loss": "kl"}):
+        assert FitSettings(**options).shares["contrast"] == 0
     with pytest.raises(ValueError, match="lora_targets needs lora"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):

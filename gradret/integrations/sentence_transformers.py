@@ -9,7 +9,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
-from gradret.losses import contrast_loss, kl_loss, wasserstein_loss
+from gradret.losses import make_loss, mix_losses
 from gradret.retrieval_loss import wasserstein_retrieval_loss
 from gradret.settings import FitSettings
 
@@ -29,7 +29,7 @@ class WassersteinLoss(nn.Module):
         order, temperature, targets, ground: see gradret.losses.wasserstein_loss. Unlike the `scale` of other losses,
             the temperature divides the scores.
         kl_share, contrast_share: shares of gradret.losses.kl_loss and contrast_loss in the loss, 0 to 1 together;
-            without either, kl_share is what `gradret fit` takes.
+            contrast_share is None for what `gradret fit` takes.
         in_batch: whether the other rows' passages join each list, with the default grade.
         default_grade: theirs.
         gather_across_devices: the other rows are those of all processes.
@@ -46,8 +46,8 @@ class WassersteinLoss(nn.Module):
         temperature: float = DEFAULTS.temperature,
         targets: str = DEFAULTS.targets,
         ground: str = DEFAULTS.ground,
-        kl_share: float | None = None,
-        contrast_share: float = DEFAULTS.contrast_share,
+        kl_share: float = DEFAULTS.kl_share,
+        contrast_share: float | None = DEFAULTS.contrast_share,
         in_batch: bool = True,
         default_grade: float = 0.0,
         gather_across_devices: bool = False,
@@ -59,8 +59,8 @@ class WassersteinLoss(nn.Module):
             raise ValueError("gather_across_devices gathers the other rows' passages, so it needs in_batch")
         self.model = model
         self.order, self.temperature, self.targets, self.ground = order, temperature, targets, ground
-        self.kl_share = FitSettings(kl_share=kl_share, contrast_share=contrast_share).cross_entropy_share
-        self.contrast_share, self.in_batch, self.default_grade = contrast_share, in_batch, default_grade
+        self.shares = FitSettings(targets=targets, kl_share=kl_share, contrast_share=contrast_share).shares
+        self.in_batch, self.default_grade = in_batch, default_grade
         self.gather_across_devices = gather_across_devices
         self._compute(*self._stack([torch.zeros(2, 2)] * 3), torch.ones(2, 2), 0)  # tells options that do not do
 
@@ -103,10 +103,8 @@ class WassersteinLoss(nn.Module):
         options: dict[str, Any] = {"temperature": self.temperature, "targets": self.targets}
         if not self.in_batch:
             scores = (queries * documents).sum(-1).T  # (B, n)
-            shares = {kl_loss: self.kl_share, contrast_loss: self.contrast_share}
-            loss = wasserstein_loss(scores, labels, order=self.order, ground=self.ground, **options)
-            loss = loss * (1 - sum(shares.values()))
-            return sum((share * part(scores, labels, **options) for part, share in shares.items() if share), loss)
+            loss = make_loss("wasserstein", order=self.order, ground=self.ground, **options)
+            return mix_losses(loss, self.shares, scores, labels, **options)
         count, width = labels.shape
         rows = torch.arange(count, device=labels.device)
         columns = torch.arange(width, device=labels.device) * documents.shape[1]
@@ -117,15 +115,16 @@ class WassersteinLoss(nn.Module):
             default_grade=self.default_grade,
             order=self.order,
             ground=self.ground,
-            kl_share=self.kl_share,
-            contrast_share=self.contrast_share,
+            kl_share=self.shares["kl"],
+            contrast_share=self.shares["contrast"],
             **options,
         )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        names = ("order", "temperature", "targets", "ground", "kl_share", "contrast_share", "in_batch", "default_grade")
-        return {name: getattr(self, name) for name in (*names, "gather_across_devices")}
+        names = ("order", "temperature", "targets", "ground", "in_batch", "default_grade", "gather_across_devices")
+        shares = {f"{name}_share": share for name, share in self.shares.items()}
+        return {**{name: getattr(self, name) for name in names}, **shares}
 
     @property
     def citation(self) -> str:
