@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -23,6 +23,7 @@ SHOWN = (
     "temperature",
     "targets",
     "ground",
+    "kl_share",
     "contrast_share",
     "batch_lists",
     "learning_rate",
@@ -37,8 +38,9 @@ UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max
 NOT_TAKEN = {
     "order": lambda s: s.loss != "wasserstein",
     "ground": lambda s: s.loss != "wasserstein",
-    "targets": lambda s: s.loss not in TARGET_LOSSES and not any(s.shares.values()),
-    "contrast_share": lambda s: s.loss != "wasserstein" and not s.contrast_share,
+    "targets": lambda s: s.loss not in TARGET_LOSSES,
+    "kl_share": lambda s: s.loss != "wasserstein",
+    "contrast_share": lambda s: s.loss != "wasserstein",
 }
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}
 
@@ -154,7 +156,7 @@ def _tell_training(settings: FitSettings, steps: int, best_step: int | None, whe
     if best_step is not None:
         rows.append(["step saved, the best on dev", best_step])
     rows += [["trained on", _escape(where)], ["time", _show_time(seconds)]]
-    settings, defaults = replace(settings, contrast_share=settings.shares["contrast"]), FitSettings()
+    defaults = FitSettings()
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
     for name in options:

@@ -196,6 +196,13 @@ def parse_loss(name: str) -> dict:
     return {"loss": loss, **({"order": int(order)} if order else {})}
 
 
+def _choose_loss(base: FitSettings, name: str) -> FitSettings:
+    try:
+        return replace(base, **parse_loss(name))
+    except ValueError as error:
+        raise GradretError(f"--losses {name}: {error}") from error
+
+
 def make_grid(
     base: FitSettings,
     *,
@@ -211,12 +218,12 @@ def make_grid(
         losses: rows, see parse_loss.
         seeds: runs a loss.
         datasets: collections, see sources.parse_source.
-    Raises: GradretError when two losses are one.
+    Raises: GradretError when two losses are one, or one can not be had with the settings.
     """
     encoder, data = _short_name(base.model), "+".join(base.data)
     chosen = {k: v for k, v in base.encoder_options.items() if v != DEFAULTS[k]}
     base = replace(base, exclude=tuple(sorted({*base.exclude, *datasets})))
-    rows = [replace(base, **parse_loss(name)) for name in losses]
+    rows = [_choose_loss(base, name) for name in losses]
     if len(set(rows)) < len(rows):
         raise GradretError(f"--losses {','.join(losses)}: the same loss stands there twice")
     systems = {UNTRAINED: System(UNTRAINED, UNTRAINED, UNTRAINED, {})}

@@ -58,6 +58,13 @@ class Job:
                 f"mine '{settings.mine}': targets of 2^grade - 1 or sqrt(grade) give the negative grade "
                 f"{mining.grade:g} nothing; use --targets softmax, or a grade of 0 or above"
             )
+        lowest = min(self.summary.lowest, math.inf if mining is None else mining.grade)
+        if settings.contrasts and not settings.in_batch and lowest > 0:
+            raise GradretError(
+                f"{settings.contrasts} sets passages with target mass against those without, and without --in-batch "
+                f"these lists have none: their lowest grade is {lowest:g}; leave out --no-in-batch, or choose another "
+                "--loss or, with wasserstein, --contrast-share 0"
+            )
         if mining is not None and mining.grade >= self.summary.highest:
             raise GradretError(
                 f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "

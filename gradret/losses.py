@@ -131,10 +131,7 @@ def infonce_loss(
     grades = grades.to(logits.dtype)
     top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
     positive = mask & (grades >= (top if positive_from is None else positive_from))
-    # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
-    negatives = logits.masked_fill(positive | ~mask, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
-    terms = nnf.softplus(negatives - logits.masked_fill(~positive, 0)) * positive
-    return (terms.sum(-1) / positive.sum(-1).clamp_min(1)).mean()
+    return (_oppose(logits, positive, mask).sum(-1) / positive.sum(-1).clamp_min(1)).mean()
 
 
 def kl_loss(
@@ -178,10 +175,7 @@ def contrast_loss(
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
     q = normalize_mass(weights.to(logits.dtype))
-    positive = q > 0
-    # A finite floor, as in infonce_loss.
-    negatives = logits.masked_fill(positive | ~mask, torch.finfo(logits.dtype).min).logsumexp(-1, keepdim=True)
-    return (q * nnf.softplus(negatives - logits.masked_fill(~positive, 0))).sum(-1).mean()
+    return (q * _oppose(logits, q > 0, mask)).sum(-1).mean()
 
 
 def ranknet_loss(
@@ -250,12 +244,22 @@ def make_loss(name: str, **options: Any) -> Callable[..., Tensor]:
 def mix_losses(
     loss: Callable[..., Tensor], shares: Mapping[str, float], scores: Tensor, grades: Tensor, **options: Any
 ) -> Tensor:
-    """`loss` with shares of the named ones, which get the options; it gets the mask among them alone."""
+    """`loss` with shares of the named ones, which get the options; `loss` has its own bound, and gets the mask."""
     mixed = loss(scores, grades, mask=options.get("mask")) * (1 - sum(shares.values()))
     for name, share in shares.items():
         if share:
             mixed = mixed + share * LOSSES[name](scores, grades, **options)
     return mixed
+
+
+def _oppose(logits: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
+    """-log e_i / (e_i + sum of e over the negatives) of each positive, e = exp(logits); 0 elsewhere. (B, N)"""
+    negative = mask & ~positive
+    # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
+    floor = torch.finfo(logits.dtype).min
+    total = logits.masked_fill(~negative, floor).clamp_min(floor).logsumexp(-1, keepdim=True)
+    opposed = positive & negative.any(-1, keepdim=True)
+    return -nnf.logsigmoid(logits.masked_fill(~opposed, 0) - total) * opposed
 
 
 def _widen(scores: Tensor) -> Tensor:

@@ -136,13 +136,12 @@ BUDGET_OPTIONS = options(
     option(
         "--kl-share",
         type=click.FloatRange(0, 1),
-        help="Share of the listwise cross-entropy in the loss.",
+        help="Share of the listwise cross-entropy in the wasserstein loss.",
     ),
     option(
         "--contrast-share",
         type=click.FloatRange(0, 1),
-        help="Share of the contrast loss in the loss: each document with a grade above 0 against those without. "
-        f"[default: {DEFAULTS.shares['contrast']:g} of {DEFAULTS.loss} without a --kl-share, 0 of others]",
+        help="Share of the contrast in the wasserstein loss: each document with a grade above 0 against those without.",
     ),
     option(
         "--mine",

@@ -85,9 +85,10 @@ def wasserstein_retrieval_loss(
     for name, share in shares.items():
         if share and grades.others_weigh:
             raise ValueError(
-                f"{name} must be 0 unless targets give documents of the default grade no mass, as gain and 0 do"
+                f"{name} must be 0 unless targets give documents of the default grade no mass, as gain and sqrt give "
+                "those of grade 0"
             )
-    options = (int(order), float(temperature), *shares.values(), reduction)
+    options = (int(order), float(temperature), shares["kl_share"], shares["contrast_share"], reduction)
     loss: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
     return loss
 
@@ -171,7 +172,7 @@ def _contrast(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Te
     gaps = negatives.logsumexp(-1, keepdim=True) - logits.masked_fill(~positive, 0)
     pull = q * torch.sigmoid(gaps)  # on each document with target mass, and 0 on the others
     slope = masked_softmax(negatives, there) * pull.sum(-1, keepdim=True) - pull
-    return (q * nnf.softplus(gaps)).sum(-1).to(scores.dtype), (slope / temperature).to(scores.dtype)
+    return (q * -nnf.logsigmoid(-gaps)).sum(-1).to(scores.dtype), (slope / temperature).to(scores.dtype)
 
 
 def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:

@@ -16,7 +16,6 @@ WEIGHTS = ("float32", "bfloat16")
 AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
-CONTRAST_SHARE = 0.85  # in the default loss
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 
 
@@ -30,8 +29,9 @@ class FitSettings:
         data: sources, see sources.parse_source; merged into one list per query.
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
-        loss: a name in losses.LOSSES, "sorted" being a control that teaches no ranking; order and ground are
-            wasserstein's, targets those of wasserstein, gaussian, kl, contrast and sorted: see losses.
+        loss: a name in losses.LOSSES, "sorted" being a control that teaches no ranking; order, ground, kl_share and
+            contrast_share are wasserstein's, targets those of wasserstein, gaussian, kl, contrast and sorted: see
+            losses.
         positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
@@ -49,10 +49,8 @@ class FitSettings:
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
         patience: dev measurements without a new best after which the run ends; None for no such end.
-        kl_share: share of the listwise cross-entropy in the loss, 0 to 1.
-        contrast_share: share of losses.contrast_loss in the loss, 0 to 1; with kl_share at most 1. None is
-            CONTRAST_SHARE for wasserstein, whose gradient fades where the model is wrong and sure of it, unless it has
-            a kl_share or softmax targets, and 0 for the other losses.
+        kl_share, contrast_share: shares of losses.kl_loss and contrast_loss in the loss, 0 to 1 together. They keep
+            pulling where the model is wrong and sure of it, and transport's gradient fades.
         mine: hard negatives added to the lists, see mining.parse_mining; None for none.
         lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
         lora_alpha: the adapters' scale is lora_alpha / lora.
@@ -91,7 +89,7 @@ class FitSettings:
     dev_measure: str = "nDCG@10"
     patience: int | None = None
     kl_share: float = 0.0
-    contrast_share: float | None = None
+    contrast_share: float = 0.85
     mine: str | None = None
     lora: int = 0
     lora_alpha: float = 32.0
@@ -135,16 +133,18 @@ class FitSettings:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
         for name in ("kl_share", "contrast_share", "warmup"):
-            share = getattr(self, name)
-            if share is not None and not 0 <= share <= 1:
-                raise ValueError(f"{name} must be 0 to 1, got {share!r}")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
         if sum(self.shares.values()) > 1:
             raise ValueError(
                 f"kl_share and contrast_share must be at most 1 together, got {self.kl_share!r} and "
                 f"{self.contrast_share!r}"
             )
-        if self.targets == "softmax" and (self.loss == "contrast" or self.contrast_share):
-            raise ValueError("contrast needs documents without target mass, and softmax targets give all some")
+        if self.contrasts and (self.targets == "softmax" or (self.in_batch and (self.in_batch_grade or 0) > 0)):
+            raise ValueError(
+                f"{self.contrasts} needs documents without target mass, which softmax targets and an in_batch_grade "
+                "above 0 do not leave; wasserstein without contrast_share (0) does without"
+            )
         if not 0 < self.interpolate <= 1:
             raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
         if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
@@ -185,17 +185,18 @@ class FitSettings:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of other losses in the loss, by their names; contrast_share as it is where it is not given."""
-        contrast = self.contrast_share
-        if contrast is None:
-            needed = self.loss == "wasserstein" and not self.kl_share and self.targets != "softmax"
-            contrast = CONTRAST_SHARE if needed else 0.0
-        return {"kl": self.kl_share, "contrast": contrast}
+        """Of other losses in the loss, by their names; {} where it takes none."""
+        return {"kl": self.kl_share, "contrast": self.contrast_share} if self.loss == "wasserstein" else {}
+
+    @property
+    def contrasts(self) -> str | None:
+        """The setting that sets documents with target mass against those without; None where none does."""
+        return "loss contrast" if self.loss == "contrast" else "contrast_share" if self.shares.get("contrast") else None
 
     @property
     def weighs_from_zero(self) -> bool:
         """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
-        return (self.loss in TARGET_LOSSES or any(self.shares.values())) and self.targets != "softmax"
+        return self.loss in TARGET_LOSSES and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--temperature`": "0.05",
         "`--targets`": "`sqrt`",
         "`--ground`": "`sqrt`",
+        "`--kl-share`": "0",
         "`--contrast-share`": "0.85",
         "`--batch-lists`": "16",
         "`--learning-rate`": "5e-06",
@@ -111,9 +112,11 @@ def test_what_differs_from_the_defaults_is_told(tiny_encoder, tmp_path):
     assert shown["`--in-batch`"] == "no"
     assert shown["`--gradient-checkpointing`"] == "yes"
     assert shown["`--max-steps`"] == "40"
-    assert not {"`--order`", "`--ground`", "`--targets`", "`--pooling`"} & set(shown)  # infonce has no use for these
+    unused = ("order", "ground", "targets", "kl-share", "contrast-share")  # infonce has no use for these
+    assert not {f"`--{name}`" for name in (*unused, "pooling")} & set(shown)
     assert "last token" in text and '`"query: "`' in text and "put the prompts above" in text and "6.2" in text
-    assert "`--targets`" in table(write(tmp_path, encoder, replace(settings, kl_share=0.5)), "## Training")
+    shown = table(write(tmp_path, encoder, replace(settings, loss="kl")), "## Training")
+    assert "`--targets`" in shown and "`--kl-share`" not in shown
 
 
 def test_dev_measures(encoder, tmp_path):

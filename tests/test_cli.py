@@ -124,6 +124,11 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
             "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
         ),
         (
+            ("bench", "--losses", "kl,contrast", "--targets", "softmax", "--contrast-share", "0"),
+            "--losses contrast: loss contrast needs documents without target mass, which softmax targets and an "
+            "in_batch_grade above 0 do not leave; wasserstein without contrast_share (0) does without",
+        ),
+        (
             ("bench", "--losses", "wasserstein,wasserstein:2"),
             "--losses wasserstein,wasserstein:2: the same loss stands there twice",
         ),

@@ -28,7 +28,7 @@ LOSSES = {
     "softmax": {"targets": "softmax"},
     "contrast": {"loss": "contrast"},
     "contrast_share": {"contrast_share": 0.3},
-    "both": {"loss": "gaussian", "kl_share": 0.3, "contrast_share": 0.4},
+    "both": {"kl_share": 0.3, "contrast_share": 0.4},
     "roots": {"targets": "sqrt", "ground": "sqrt", "order": 2, "kl_share": 0.5},
 }
 

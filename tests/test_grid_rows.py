@@ -100,7 +100,7 @@ def test_a_row_stands_for_its_run_when_a_default_has_changed_since(rows):
     old = make_row(defaults={**list_defaults(), "learning_rate": 7e-5})
     assert find_key(old) == Run("fit", FitSettings(loss="kl", learning_rate=7e-5)).key
     assert find_key(old) != find_key(make_row())
-    # A field that there was none of then had what is its default now, but for contrast_share, which had no say.
+    # A field that there was none of then had what is its default now, but for contrast_share, which was 0.
     younger = {k: v for k, v in list_defaults().items() if k != "kl_share"}
     assert find_key(make_row(defaults=younger)) == find_key(make_row())
     del younger["contrast_share"]

@@ -12,10 +12,12 @@ from gradret import kernels
 from gradret.grades import prepare_grades
 from gradret.losses import (
     LOSSES,
+    contrast_loss,
     gaussian_loss,
     infonce_loss,
     kl_loss,
     make_loss,
+    mix_losses,
     ranknet_loss,
     wasserstein_loss,
 )
@@ -392,6 +394,29 @@ def test_a_score_of_minus_infinity_without_target_mass_is_no_nan(name):
     value.backward()
     assert value.isfinite()
     assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["infonce", "contrast"])
+def test_rows_of_minus_infinity_alone_count_as_nothing(name):
+    """No positive, or no negative, and a finite gradient all the same."""
+    scores = torch.full((2, 2), -math.inf).requires_grad_()
+    value = LOSSES[name](scores, torch.tensor([[0, 0], [1, 1]]))
+    value.backward()
+    assert value.item() == 0
+    assert (scores.grad == 0).all()
+
+
+def test_a_mixture_of_losses():
+    torch.manual_seed(2)
+    scores, grades = torch.randn(3, 5, **F64), torch.randint(0, 4, (3, 5))
+    mask = torch.rand(3, 5) > 0.2
+    options = {"temperature": 0.5, "targets": "sqrt", "mask": mask}
+    own = make_loss("wasserstein", order=2, **options)
+    parts = wasserstein_loss(scores, grades, order=2, **options), kl_loss(scores, grades, **options)
+    parts += (contrast_loss(scores, grades, **options),)
+    mixed = mix_losses(own, {"kl": 0.25, "contrast": 0.5}, scores, grades, **options)
+    torch.testing.assert_close(mixed, 0.25 * parts[0] + 0.25 * parts[1] + 0.5 * parts[2])
+    assert mix_losses(own, {"kl": 0.0, "contrast": 0.0}, scores, grades, **options) == parts[0]
 
 
 def test_gaussian_leaves_out_rows_without_mass_and_null_directions():

@@ -19,7 +19,7 @@ from gradret.job import Job, make_optimizer
 from gradret.lists import parse_list, read_lists, write_lists
 from gradret.losses import wasserstein_loss
 from gradret.processes import ALONE, Processes
-from gradret.settings import CONTRAST_SHARE, FitSettings, count_steps, learning_rate_at
+from gradret.settings import FitSettings, count_steps, learning_rate_at
 from gradret.sources import Source, open_collection
 from gradret.train import fit
 
@@ -269,13 +269,14 @@ def test_wrong_settings():
         FitSettings(contrast_share=-1)
     with pytest.raises(ValueError, match="kl_share and contrast_share must be at most 1 together, got 0.5 and 0.6"):
         FitSettings(kl_share=0.5, contrast_share=0.6)
-    for options in ({"loss": "contrast"}, {"contrast_share": 0.5}):
-        with pytest.raises(ValueError, match="contrast needs documents without target mass"):
-            FitSettings(targets="softmax", **options)
-    assert FitSettings().shares == {"kl": 0.0, "contrast": CONTRAST_SHARE}
-    assert FitSettings(contrast_share=0.0).shares == {"kl": 0.0, "contrast": 0.0}
-    for options in ({"kl_share": 0.5}, {"targets": "softmax"}, {"loss": "kl"}):
-        assert FitSettings(**options).shares["contrast"] == 0
+    FitSettings(loss="kl", kl_share=0.5)  # these are wasserstein's
+    for name, options in (("loss contrast", {"loss": "contrast"}), ("contrast_share", {})):
+        for without in ({"targets": "softmax"}, {"in_batch_grade": 1.0}):
+            with pytest.raises(ValueError, match=f"{name} needs documents without target mass"):
+                FitSettings(**options, **without)
+            FitSettings(loss="kl", **without)
+            FitSettings(contrast_share=0.0, **without)
+    FitSettings(in_batch=False, in_batch_grade=1.0)
     with pytest.raises(ValueError, match="lora_targets needs lora"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
@@ -345,6 +346,17 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
+def test_a_contrast_with_nothing_is_refused(tiny_encoder, tmp_path):
+    """Without other lists' documents and without passages of grade 0 of their own it would be 0."""
+    data = (f"{SAMPLE_FILE}?grades=1:1,2:2,3:3",)
+    for options in ({}, {"loss": "contrast"}):
+        with pytest.raises(GradretError, match="these lists have none: their lowest grade is 1; leave out --no-in-b"):
+            fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, **options), tmp_path / "out")
+    fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, mine="k=1,grade=0"), tmp_path / "mined")
+    fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, contrast_share=0.0), tmp_path / "transport")
+    fit(small(tiny_encoder, data=data, max_steps=1), tmp_path / "others")
+
+
 @pytest.mark.parametrize("field", ["temperature", "epochs", "clip", "warmup", "weight_decay", "in_batch_grade"])
 def test_settings_are_finite(field):
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
@@ -358,7 +370,7 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
         "mine 'k=1,grade=-1': targets of 2^grade - 1 or sqrt(grade) give the negative grade -1 nothing; "
         "use --targets softmax, or a grade of 0 or above"
     )
-    fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax"), tmp_path / "out")
+    fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax", contrast_share=0.0), tmp_path / "out")
     with pytest.raises(GradretError, match=r"grade 3 is no lower than the best of the lists, 3; give a lower grade"):
         fit(small(tiny_encoder, mine="k=1,grade=3"), tmp_path / "best")
     with pytest.raises(GradretError, match=r"grade 1 is no lower than --positive-from 1; give a lower grade"):

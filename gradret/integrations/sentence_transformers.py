@@ -28,8 +28,8 @@ class WassersteinLoss(nn.Module):
         model: its similarity_fn_name, "cosine" or "dot", is the score.
         order, temperature, targets, ground: see gradret.losses.wasserstein_loss. Unlike the `scale` of other losses,
             the temperature divides the scores.
-        kl_share, contrast_share: shares of gradret.losses.kl_loss and contrast_loss in the loss, 0 to 1 together;
-            contrast_share is None for what `gradret fit` takes.
+        kl_share, contrast_share: shares of gradret.losses.kl_loss and contrast_loss in the loss, 0 to 1 together. By
+            default .85 of it are the contrast, as in `gradret fit`.
         in_batch: whether the other rows' passages join each list, with the default grade.
         default_grade: theirs.
         gather_across_devices: the other rows are those of all processes.
@@ -47,7 +47,7 @@ class WassersteinLoss(nn.Module):
         targets: str = DEFAULTS.targets,
         ground: str = DEFAULTS.ground,
         kl_share: float = DEFAULTS.kl_share,
-        contrast_share: float | None = DEFAULTS.contrast_share,
+        contrast_share: float = DEFAULTS.contrast_share,
         in_batch: bool = True,
         default_grade: float = 0.0,
         gather_across_devices: bool = False,
@@ -59,7 +59,7 @@ class WassersteinLoss(nn.Module):
             raise ValueError("gather_across_devices gathers the other rows' passages, so it needs in_batch")
         self.model = model
         self.order, self.temperature, self.targets, self.ground = order, temperature, targets, ground
-        self.shares = FitSettings(targets=targets, kl_share=kl_share, contrast_share=contrast_share).shares
+        self.shares = FitSettings(targets=targets, kl_share=kl_share, contrast_share=contrast_share).shares  # or raises
         self.in_batch, self.default_grade = in_batch, default_grade
         self.gather_across_devices = gather_across_devices
         self._compute(*self._stack([torch.zeros(2, 2)] * 3), torch.ones(2, 2), 0)  # tells options that do not do
