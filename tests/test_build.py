@@ -43,7 +43,8 @@ def sdist(tmp_path_factory) -> Path:
     assert result.returncode == 0, result.stdout
     (archive,) = folder.glob("gradret-*.tar.gz")
     with tarfile.open(archive) as opened:
-        opened.extractall(folder / "unpacked", filter="data")
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python below 3.11.4 has none
+        opened.extractall(folder / "unpacked", **safe)
     (root,) = (folder / "unpacked").iterdir()
     return root
 
