@@ -23,7 +23,7 @@ def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> 
     for name, options in LOSSES.items():
         for floor in (0.0, None):
             encoder.train().zero_grad(set_to_none=True)
-            settings = FitSettings(**{"order": 1, "temperature": 1.0, **options})
+            settings = FitSettings(**{"order": 1, "temperature": 1.0, "contrast_share": 0.0, **options})
             contexts = Contexts(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
             loss = contexts.add_gradients(batch, "0/0/0")
             processes.add_gradients(list(encoder.parameters()))
