@@ -73,8 +73,8 @@ class Objective:
             shape = (len(queries), len(documents))
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
-            options = {"order": s.order, "temperature": s.temperature}
-            options |= {"kl_share": s.kl_share, "contrast_share": s.contrast_share}
+            shares = {"kl_share": s.kl_share, "contrast_share": s.contrast_share}
+            options = {"order": s.order, "temperature": s.temperature, **shares}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
