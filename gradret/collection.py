@@ -12,7 +12,7 @@ import numpy as np
 
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
-from gradret.ir_home import iterate_documents, load_dataset, open_store, unpacking
+from gradret.ir_home import iterate_documents, load_dataset, open_store, reading, unpacking
 from gradret.lists import ListFile, Passage, decode_json, hash64, open_file
 from gradret.qrels import read_qrels
 
@@ -118,17 +118,14 @@ class IrDatasetsCollection(Collection):
             raise GradretError(f"{dataset_id}: this ir_datasets id has no qrels; {hint}")
         self.drop_self = is_self_retrieving(*dataset_id.split("/"))
         self._store: Any = None
-        try:
-            with unpacking():
-                count = self._dataset.docs_count()
-                qrels, queries = list(self._dataset.qrels_iter()), list(self._dataset.queries_iter())
-            self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
-            self.qrels = {}
-            for qrel in qrels:
-                self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-            self._keep_judged_queries({q.query_id: q.default_text() for q in queries})
-        except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
-            raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
+        with reading(self._dataset), unpacking():
+            count = self._dataset.docs_count()
+            qrels, queries = list(self._dataset.qrels_iter()), list(self._dataset.queries_iter())
+        self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
+        self.qrels = {}
+        for qrel in qrels:
+            self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+        self._keep_judged_queries({q.query_id: q.default_text() for q in queries})
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         for document in islice(iterate_documents(self._dataset), start, None):
@@ -137,7 +134,8 @@ class IrDatasetsCollection(Collection):
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         if self._store is None:
             self._store = open_store(self._dataset)
-        found = self._store.get_many(doc_ids)
+        with reading(self._dataset):
+            found = self._store.get_many(doc_ids)
         return {doc_id: Passage(0, document.default_text(), None, doc_id) for doc_id, document in found.items()}
 
 

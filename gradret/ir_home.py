@@ -32,19 +32,38 @@ def load_dataset(dataset_id: str) -> Any:
 
 
 def iterate_documents(dataset: Any) -> Iterator[Any]:
-    """The documents of a dataset of ir_datasets in its order."""
-    with unpacking():
-        documents = iter(dataset.docs_iter())
-        first = list(islice(documents, 1))
-    yield from chain(first, documents)
+    """The documents of a dataset of ir_datasets in its order. Raises: GradretError as `reading` does."""
+    with reading(dataset):
+        with unpacking():
+            documents = iter(dataset.docs_iter())
+            first = list(islice(documents, 1))
+        yield from chain(first, documents)
 
 
 def open_store(dataset: Any) -> Any:
-    """The documents of a dataset of ir_datasets by id: its docs_store."""
-    with unpacking():
+    """The documents of a dataset of ir_datasets by id: its docs_store. Raises: GradretError as `reading` does."""
+    with reading(dataset), unpacking():
         store = dataset.docs_store()
         store.get_many([])  # which for most datasets makes its files, where they are not yet
     return store
+
+
+@contextmanager
+def reading(dataset: Any) -> Iterator[None]:
+    """Turns what ir_datasets raises in here into one line.
+
+    That is anything: a download that failed, a licence not yet accepted, and for a damaged file what its format's
+    library raises.
+    """
+    import ir_datasets
+
+    try:
+        yield
+    except Exception as error:
+        raise GradretError(
+            f"{dataset.dataset_id()}: ir_datasets could not provide it ({type(error).__name__}: {error}); if one of "
+            f"its files is damaged, remove its directory in {ir_datasets.util.home_path()}: it is made again"
+        ) from error
 
 
 @contextmanager

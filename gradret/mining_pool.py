@@ -13,7 +13,7 @@ import numpy as np
 from gradret.collection import Collection, Document, is_self_retrieving, read_records
 from gradret.console import PATIENCE_S, show_bar
 from gradret.errors import GradretError
-from gradret.ir_home import iterate_documents, load_dataset, open_store
+from gradret.ir_home import iterate_documents, load_dataset, open_store, reading
 from gradret.lists import Passage, RankingList, decode_json, hash64, open_file, query_words
 from gradret.mix import MixedLists
 from gradret.sources import Source, find_path, parse_source
@@ -135,10 +135,7 @@ class IrDatasetsPool(Pool):
         if not self._dataset.has_docs():
             raise GradretError(f"{dataset_id}: this ir_datasets id has no documents; name one that has")
         self._store, self._id_blocks = None, [[]]
-        try:
-            super().__init__(dataset_id, drop_self=drop_self)
-        except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
-            raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
+        super().__init__(dataset_id, drop_self=drop_self)
         self._ids = np.concatenate([np.array(block, "S") for block in self._id_blocks])[self._places]
         del self._id_blocks
 
@@ -160,7 +157,8 @@ class IrDatasetsPool(Pool):
         if self._store is None:
             self._store = open_store(self._dataset)
         doc_id = self._ids[position].decode()
-        return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
+        with reading(self._dataset):
+            return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
 
 
 def open_pool(text: str) -> Pool:

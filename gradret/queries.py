@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradret.errors import GradretError
-from gradret.ir_home import load_dataset, unpacking
+from gradret.ir_home import load_dataset, reading, unpacking
 from gradret.lists import decode_json, open_file, query_key
 from gradret.sources import find_path, parse_source, query_selector
 
@@ -130,11 +130,8 @@ def _read_ir_datasets(dataset_id: str) -> Iterator[tuple[int, Query]]:
     dataset = load_dataset(dataset_id)
     if not dataset.has_queries():
         raise GradretError(f"{dataset_id}: this ir_datasets id has no queries; name one that has")
-    try:
-        with unpacking():
-            queries = list(dataset.queries_iter())
-    except (OSError, RuntimeError) as error:  # a download that failed, a licence not yet accepted
-        raise GradretError(f"{dataset_id}: ir_datasets could not provide it ({error})") from error
+    with reading(dataset), unpacking():
+        queries = list(dataset.queries_iter())
     for number, query in enumerate(queries, 1):
         yield number, Query(query.query_id, query.default_text())
 

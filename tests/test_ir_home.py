@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from gradret.ir_home import LOCK_FILE, unpacking
+from gradret.errors import GradretError
+from gradret.ir_home import LOCK_FILE, iterate_documents, open_store, unpacking
 
 
 @pytest.fixture
@@ -47,3 +48,37 @@ def test_without_a_home_that_can_be_written_to_there_is_no_lock(home):
     with pytest.raises(ValueError) as error, unpacking():
         raise ValueError
     assert error.value.__context__ is None
+
+
+class Damaged:
+    """A dataset of ir_datasets whose documents can be read up to the second block."""
+
+    def dataset_id(self):
+        return "some/collection"
+
+    def docs_iter(self):
+        yield from ("first", "second")
+        raise ValueError("corrupt input")
+
+    def docs_store(self):
+        raise EOFError("no more")
+
+
+def test_what_a_damaged_file_raises_becomes_one_line(home):
+    documents = iterate_documents(Damaged())
+    assert [next(documents), next(documents)] == ["first", "second"]
+    told = "^some/collection: ir_datasets could not provide it \\({}\\); if one of its files is damaged, "
+    with pytest.raises(
+        GradretError, match=told.format("ValueError: corrupt input") + f"remove its directory in {home}: it is made"
+    ):
+        next(documents)
+    with pytest.raises(GradretError, match=told.format("EOFError: no more")):
+        open_store(Damaged())
+    with unpacking():  # the lock was let go
+        pass
+
+
+def test_errors_of_who_reads_documents_are_left_alone(home):
+    with pytest.raises(ZeroDivisionError):
+        for _ in iterate_documents(Damaged()):
+            raise ZeroDivisionError
