@@ -11,9 +11,11 @@ DIR/config.json ...             once finished, the encoder as a sentence-transfo
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +75,8 @@ class Run(Claim):
                 put_tensors(encoder, self._read_tensors(checkpoint / "model.safetensors"))
                 put_optimizer(encoder, optimizer, self._read_tensors(checkpoint / "optimizer.safetensors"))
                 if state.best_step is not None:  # needed at the end
-                    self._check_tensors(checkpoint / "best.safetensors")
+                    with self._open_tensors(checkpoint / "best.safetensors"):
+                        pass
             except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
                 raise GradretError(
                     f"{checkpoint}: is damaged ({type(error).__name__}: {error}); put it back from a copy, or remove "
@@ -84,13 +87,14 @@ class Run(Claim):
         return state
 
     def _read_tensors(self, path: Path) -> dict[str, torch.Tensor]:
-        self._check_tensors(path)
-        with safe_open(path, "pt") as file:
+        with self._open_tensors(path) as file:
             return {name: file.get_tensor(name) for name in file.keys()}
 
-    def _check_tensors(self, path: Path) -> None:
+    @contextmanager
+    def _open_tensors(self, path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:  # fails where the file is shorter than it says
             self._check_owner(path, (file.metadata() or {}).get("run"))
+            yield file
 
     def _check_owner(self, path: Path, run: str | None) -> None:
         if run != self.name:

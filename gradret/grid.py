@@ -15,6 +15,7 @@ SOURCE_OPTIONS = ("shuffle", "grades", "sample", "labels")  # that an experiment
 DEFAULTS = {f.name: f.default for f in fields(FitSettings) if f.default is not MISSING}
 ENCODER_FIELDS = ("model", *FitSettings().encoder_options)
 OWN_FIELDS = ("data", "seed")  # of a run's record, beside its settings
+MEAN = "mean"  # of the collections, a column of its own in every table
 
 
 @dataclass(frozen=True)

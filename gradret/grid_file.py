@@ -12,7 +12,7 @@ else:
     import tomli as tomllib
 
 from gradret.errors import GradretError
-from gradret.grid import DEFAULTS, FIT, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
+from gradret.grid import DEFAULTS, FIT, MEAN, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
 from gradret.grid_place import HINTS, NOT_HERE, Place
 from gradret.lists import open_file
 from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
@@ -23,7 +23,6 @@ TABLES = ("settings", "encoders", "data", "collections", "systems", "experiments
 SYSTEM_KEYS = ("label", "ranker", "data", "seeds")
 EXPERIMENT_KEYS = ("name", "title", "data", "encoders", "systems", "collections", "seeds", "vary", "values")
 DEFAULT_SEEDS = 3
-MEAN = "mean"  # of the collections, a column of its own in every table
 BASELINE = "infonce"
 
 

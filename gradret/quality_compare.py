@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gradret.errors import GradretError
-from gradret.grid import Cell, Experiment, Grid
-from gradret.quality_tables import MEAN, is_curve
+from gradret.grid import MEAN, Cell, Experiment, Grid
+from gradret.quality_tables import is_curve
 from gradret.significance import correct_holm, find_differences, randomisation_tests, t_test
 
 

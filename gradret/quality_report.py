@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.grid import Cell, Grid
+from gradret.grid import MEAN, Cell, Grid
 from gradret.quality_charts import draw_experiment
 from gradret.quality_compare import Comparisons, Found, compare_changes, compare_rows
-from gradret.quality_tables import MEAN, Table, is_curve, make_measure_tables, make_tables
+from gradret.quality_tables import Table, is_curve, make_measure_tables, make_tables
 from gradret.report import format_table
 
 RUN_FIELDS = ("data", "exclude", "seed")  # of FitSettings; each run has its own

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MEAN = "mean"  # the column of the mean over the collections
+from gradret.grid import MEAN
+
 DASH = "–"
 P_NAMES = {  # of the document -> shown
     "t": "t-test",

@@ -53,12 +53,12 @@ def fit(
                 run = Run(out, job.settings_json(), job.content, resume=resume, precision=job.precision)
         try:
             done = processes.broadcast(run.read_lines("metrics.jsonl") if run is not None and run.finished else None)
-            if run is not None and tensorboard and run.finished:
-                run.board = Board(run.directory)
-            if done is not None:
+            trainer = None if done is not None else Trainer(job, run, Path(out), progress and processes.is_first)
+            if run is not None and tensorboard:
+                run.board = Board(run.directory)  # of the steps that are kept
+            if trainer is None:
                 last: dict[str, Any] = done[-1] if done else {"step": 0, "loss": None}
                 return FitResult(Path(out), last["step"], last["loss"], None, None, 0.0, was_finished=True)
-            trainer = Trainer(job, run, Path(out), progress and processes.is_first, tensorboard)
             trainer.loop()
             return trainer.finish(time.monotonic() - began)
         finally:

@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from gradret.adapters import merge_adapters
 from gradret.batches import Batch, draw_batches
-from gradret.board import Board
 from gradret.capacity import is_out_of_memory
 from gradret.card import write_card
 from gradret.checkpoint import Run, RunState
@@ -57,7 +56,7 @@ class Trainer(Endings):
     Raises: GradretError, see train.fit.
     """
 
-    def __init__(self, job: Job, run: Run | None, out: Path, progress: bool, tensorboard: bool = False):
+    def __init__(self, job: Job, run: Run | None, out: Path, progress: bool):
         self.job, self.run, self.out, self.progress = job, run, out, progress
         self.settings, self.encoder, self.processes = job.settings, job.encoder, job.processes
         self.lists, self.mined_round = job.lists, None
@@ -68,8 +67,6 @@ class Trainer(Endings):
         self.find_chunk()
         self.contexts = self.make_contexts()
         if run is not None:
-            if tensorboard:
-                run.board = Board(run.directory)
             loss = self.settings.loss
             if loss == "wasserstein":
                 loss += f" on {describe_backend(self.encoder.device)}"
