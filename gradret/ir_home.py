@@ -55,11 +55,11 @@ def reading(dataset: Any) -> Iterator[None]:
     That is anything: a download that failed, a licence not yet accepted, and for a damaged file what its format's
     library raises.
     """
-    import ir_datasets
-
     try:
         yield
     except Exception as error:
+        import ir_datasets
+
         raise GradretError(
             f"{dataset.dataset_id()}: ir_datasets could not provide it ({type(error).__name__}: {error}); if one of "
             f"its files is damaged, remove its directory in {ir_datasets.util.home_path()}: it is made again"
