@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from gradret.encoder import Encoder
-from gradret.settings import SAMPLE, TARGET_LOSSES, FitSettings
+from gradret.settings import SAMPLE, FitSettings
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "gradret"]
@@ -35,13 +35,6 @@ SHOWN = (
 # Told elsewhere in the card, or without a say in the outcome.
 UNSHOWN = ("data", "exclude", "model", "dev", "dev_measure", "pooling", "normalize", "similarity", "checkpoint_every")
 UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max_length")
-NOT_TAKEN = {
-    "order": lambda s: s.loss != "wasserstein",
-    "ground": lambda s: s.loss != "wasserstein",
-    "targets": lambda s: s.loss not in TARGET_LOSSES,
-    "kl_share": lambda s: s.loss != "wasserstein",
-    "contrast_share": lambda s: s.loss != "wasserstein",
-}
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}
 
 
@@ -160,7 +153,7 @@ def _tell_training(settings: FitSettings, steps: int, best_step: int | None, whe
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
     for name in options:
-        if name not in NOT_TAKEN or not NOT_TAKEN[name](settings):
+        if settings.takes(name):
             rows.append([f"`--{name.replace('_', '-')}`", _show_value(getattr(settings, name))])
     return (
         "## Training\n\nThe options are those of `gradret fit`; what is not named had its default value.\n\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from gradret.errors import GradretError
 from gradret.files import read_object, replace_json
 from gradret.lists import hash64
-from gradret.settings import AUTO, FitSettings
+from gradret.settings import AUTO, EARLIER, FitSettings
 from gradret.versions import versions
 
 if sys.platform == "win32":
@@ -105,7 +105,7 @@ class Claim:
                 shutil.rmtree(folder)
 
     def _read_record(self) -> dict:
-        """What gradret.json says, {} before there is one; options that came later have their defaults."""
+        """What gradret.json says, {} before there is one; options that came later have what was done then."""
         path = self.directory / RUN_FILE
         found = read_object(path)
         for name, kind in (("settings", dict), ("content", dict), ("finished", bool)) if found else ():
@@ -113,7 +113,7 @@ class Claim:
                 raise GradretError(f"{path}: has no '{name}'; choose another --out")
         if found:
             found.setdefault("run", _name_run(found["settings"], found["content"]))
-            found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
+            found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | EARLIER | found["settings"]
         return found
 
     def _write_record(self) -> None:

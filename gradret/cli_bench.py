@@ -105,7 +105,8 @@ def quality(
     else:
         given["data"] = data or ("sample?queries=odd",)
         chosen = {"losses": names, "seeds": seeds, "measures": _split_measures(measures)}
-        grid = make_grid(make_settings(given), datasets=datasets or ("sample?queries=even",), **chosen)
+        base = make_settings(given | {"loss": parse_loss(names[0])["loss"]})  # each row's is checked with its own loss
+        grid = make_grid(base, datasets=datasets or ("sample?queries=even",), **chosen)
     open_folder(out, "quality.json", "quality.png")
     if report is not None:
         open_folder(report, "index.html")

@@ -19,7 +19,7 @@ from gradret.options import (
     make_settings,
     option,
 )
-from gradret.settings import LOSS_NAMES
+from gradret.settings import EARLIER, LOSS_NAMES, TAKEN_BY, FitSettings
 
 
 @click.command()
@@ -64,8 +64,9 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
     given["data"] = given["data"] or DEFAULTS.data
+    named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
     if not resume:
-        make_settings(_as_tuples(given))  # wrong ones are told before the wait for the imports
+        _refuse_unused(make_settings(_as_tuples(given)), named)  # what is wrong is told before the wait for imports
     with show_wait("loading PyTorch"):
         from gradret.processes import join_processes
         from gradret.train import fit as train
@@ -75,10 +76,10 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
             with processes.agree():
                 stored = _read_settings(out) if processes.is_first else None
             stored = processes.broadcast(stored)
-            named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
             # What was spelled out must agree with the run.
             given |= {k: v for k, v in stored.items() if k in given and k not in named}
         settings = make_settings(_as_tuples(given))
+        _refuse_unused(settings, named)
         result = train(settings, out, resume=resume, device=device, tensorboard=tensorboard)
     if not processes.is_first:
         return
@@ -98,6 +99,14 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
         click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
 
 
+def _refuse_unused(settings: FitSettings, named: set[str]) -> None:
+    """Options that were given and that the loss has no use for."""
+    for name in sorted(named):
+        if not settings.takes(name):
+            option, losses = f"--{name.replace('_', '-')}", ", ".join(TAKEN_BY[name])
+            raise click.UsageError(f"{option} is for --loss {losses}, not {settings.loss}; leave it out")
+
+
 def _as_tuples(given: dict) -> dict:
     return given | {name: tuple(given[name]) for name in ("data", "exclude")}
 
@@ -106,4 +115,4 @@ def _read_settings(out: str) -> dict:
     stored = read_object(Path(out, "gradret.json")).get("settings")
     if not isinstance(stored, dict):
         raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
-    return stored
+    return EARLIER | stored

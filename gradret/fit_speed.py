@@ -38,6 +38,7 @@ SAME_LOSS = 1e-4  # highest relative difference of both sides' losses, before an
 LOSS_REPEATS = 100
 MOST_OTHER_LOAD = 0.1
 SHARED = ("temperature", "batch_lists", "learning_rate", "weight_decay", "seed")
+OWN = ("order", "targets", "ground", "kl_share", "contrast_share")  # the Wasserstein loss's
 
 
 def measure_fit(
@@ -54,8 +55,8 @@ def measure_fit(
     """Time training steps of gradret and of sentence-transformers' trainer in turns.
 
     Args:
-        settings: of the runs: the encoder's, order, temperature, batch_lists, learning_rate, weight_decay, precision
-            and seed are taken; sentence-transformers gets the same.
+        settings: of the runs: the encoder's, order, targets, ground, shares, temperature, batch_lists, learning_rate,
+            weight_decay, precision and seed are taken; sentence-transformers gets the same.
         data: sources of lists, see sources.parse_source; () for lists of mixed length made from the bundled sample.
         chunk: passages that gradient caching encodes at once, sentence-transformers' mini_batch_size.
         max_length: tokens read of a query or passage, unless the settings name another or the encoder reads fewer.
@@ -94,7 +95,7 @@ def measure_fit(
             warmup=0.0,  # the other trainer's default; the schedule is linear on both sides
             checkpoint_every=10**9,
             precision=choose_precision(settings.precision, where),
-            **{name: getattr(settings, name) for name in (*SHARED, "order", "targets", "ground", "trust_remote_code")},
+            **{name: getattr(settings, name) for name in (*SHARED, *OWN, "trust_remote_code")},
         )
         rival = Rival(folder / "model", encoder.config, base, where, batches)
         say("checking that both sides compute the same loss")

@@ -16,12 +16,13 @@ from gradret.encoder_load import load_encoder
 from gradret.errors import GradretError
 from gradret.evaluation import parse_measures
 from gradret.grid import BM25, FIT, Cell, Grid, Run
+from gradret.job import check_grades
 from gradret.lists import query_words
 from gradret.mining import BM25_SPELLING
 from gradret.mining_pool import open_pool
 from gradret.mining_spec import BM25 as BY_BM25
 from gradret.mining_spec import parse_mining
-from gradret.mix import MixedLists, check_lists
+from gradret.mix import ListsSummary, MixedLists, check_lists
 from gradret.settings import FitSettings
 from gradret.sources import open_collection, parse_source
 
@@ -39,7 +40,7 @@ class GridInputs:
     def __init__(self, grid: Grid):
         self._grid = grid
         self.collections: dict[str, Collection] = {}
-        self._lists: dict[tuple, tuple[str, int]] = {}
+        self._lists: dict[tuple, tuple[str, ListsSummary]] = {}
         self._others: dict[object, str] = {}  # fingerprints of encoders and of what is mined from
         self._content: dict[str, dict] = {}
         self._measured: dict[str, str] = {}
@@ -70,7 +71,7 @@ class GridInputs:
 
     def count_lists(self, run: Run) -> int | None:
         """The lists a run is trained on; None for what is not trained."""
-        return self._lists[_name_lists(run.settings)][1] if run.ranker == FIT else None
+        return len(self._lists[_name_lists(run.settings)][1].kept) if run.ranker == FIT else None
 
     def _open(self, source: str) -> Collection:
         if source not in self.collections:
@@ -95,7 +96,9 @@ class GridInputs:
                 if run.settings.lora and find_spec("peft") is None:
                     raise GradretError("lora needs the package peft: pip install 'gradret[lora]'")
             with self._placed(f"[data] {cell.data}"):
-                content["data"] = self._check_lists(run.settings)
+                content["data"], summary = self._check_lists(run.settings)
+            with self._placed(system):
+                check_grades(run.settings, summary, parse_mining(run.settings.mine) if run.settings.mine else None)
         return content
 
     @contextmanager
@@ -113,7 +116,7 @@ class GridInputs:
             self._others[name] = _digest_weights(load_encoder(settings.model, device="cpu", **options))
         return self._others[name]
 
-    def _check_lists(self, settings: FitSettings) -> str:
+    def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
         name = _name_lists(settings)
         if name not in self._lists:
             lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
@@ -121,8 +124,8 @@ class GridInputs:
             queries = {query_words(text) for collection in measured for text in collection.queries.values()}
             summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
             # A file of queries that selects others changes what is kept, and no source.
-            self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), len(summary.kept)
-        return self._lists[name][0]
+            self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
+        return self._lists[name]
 
     def _check_mining(self, text: str) -> str:
         mining = parse_mining(text)

@@ -19,8 +19,8 @@ from gradret.errors import GradretError
 from gradret.files import sync_file
 from gradret.grid import DEFAULTS, ENCODER_FIELDS, OWN_FIELDS, as_json, hash_record
 from gradret.lists import decode_json
+from gradret.settings import EARLIER
 
-EARLIER = {"contrast_share": 0.0}  # of rows from before there was the setting, where that is not its default
 NUMBER_OR_NONE = (int, float, type(None))
 ROW_KEYS = {  # what the tables are made of, and its types
     "run": dict,

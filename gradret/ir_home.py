@@ -61,8 +61,8 @@ def reading(dataset: Any) -> Iterator[None]:
         import ir_datasets
 
         raise GradretError(
-            f"{dataset.dataset_id()}: ir_datasets could not provide it ({type(error).__name__}: {error}); if one of "
-            f"its files is damaged, remove its directory in {ir_datasets.util.home_path()}: it is made again"
+            f"{dataset.dataset_id()}: ir_datasets could not provide it ({type(error).__name__}: {error}); if a file "
+            f"is damaged that it downloaded or made in {ir_datasets.util.home_path()}, remove that file"
         ) from error
 
 

@@ -13,8 +13,8 @@ from gradret.errors import GradretError
 from gradret.evaluation import parse_measures
 from gradret.lists import query_words
 from gradret.mining import Miner
-from gradret.mining_spec import parse_mining
-from gradret.mix import MixedLists, check_lists
+from gradret.mining_spec import Mining, parse_mining
+from gradret.mix import SOFTMAX_ADVICE, ListsSummary, MixedLists, check_lists
 from gradret.processes import Processes
 from gradret.settings import AUTO, FitSettings, count_steps
 from gradret.sources import open_collection, parse_source
@@ -53,28 +53,7 @@ class Job:
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
         self.summary = check_lists(self.lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
-        if mining is not None and mining.grade < 0 and settings.weighs_from_zero:
-            raise GradretError(
-                f"mine '{settings.mine}': targets of 2^grade - 1 or sqrt(grade) give the negative grade "
-                f"{mining.grade:g} nothing; use --targets softmax, or a grade of 0 or above"
-            )
-        lowest = min(self.summary.lowest, math.inf if mining is None else mining.grade)
-        if settings.contrasts and not settings.in_batch and lowest > 0:
-            raise GradretError(
-                f"{settings.contrasts} sets passages with target mass against those without, and without --in-batch "
-                f"these lists have none: their lowest grade is {lowest:g}; leave out --no-in-batch, or choose another "
-                "--loss or, with wasserstein, --contrast-share 0"
-            )
-        if mining is not None and mining.grade >= self.summary.highest:
-            raise GradretError(
-                f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
-                f"the best of the lists, {self.summary.highest:g}; give a lower grade"
-            )
-        if mining is not None and settings.positive_from is not None and mining.grade >= settings.positive_from:
-            raise GradretError(
-                f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
-                f"--positive-from {settings.positive_from:g}; give a lower grade"
-            )
+        check_grades(settings, self.summary, mining)
         self.miner = None
         if mining is not None:
             kept, best = self.summary.kept, self.summary.best
@@ -152,6 +131,34 @@ class Job:
             longest = self.encoder.config.document_max_length
         mean = sum(counts) / len(counts)
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
+
+
+def check_grades(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> None:
+    """Whether the grades of lists, and of what is mined for them, suit the loss. Raises: GradretError."""
+    if mining is not None and mining.grade < 0 and settings.weighs_from_zero:
+        raise GradretError(
+            f"mine '{settings.mine}': targets of 2^grade - 1 or sqrt(grade) give the negative grade "
+            f"{mining.grade:g} nothing; use a grade of 0 or above, or {SOFTMAX_ADVICE}"
+        )
+    if mining is not None and mining.grade >= summary.highest:
+        raise GradretError(
+            f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
+            f"the best of the lists, {summary.highest:g}; give a lower grade"
+        )
+    if mining is not None and settings.positive_from is not None and mining.grade >= settings.positive_from:
+        raise GradretError(
+            f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
+            f"--positive-from {settings.positive_from:g}; give a lower grade"
+        )
+    lowest = min(summary.lowest, math.inf if mining is None else mining.grade)
+    alone = not settings.in_batch or min(settings.batch_lists, len(summary.kept)) == 1
+    if settings.contrasts and alone and lowest > 0:
+        where = "a batch of one list" if settings.in_batch else "without --in-batch a list"
+        raise GradretError(
+            f"{settings.contrasts} sets passages with target mass against those without, and {where} has none here: "
+            f"the lowest grade is {lowest:g}; train with --in-batch and two lists a batch or more, or choose another "
+            "--loss or, with wasserstein, --contrast-share 0"
+        )
 
 
 def _advise_on_sharing(batch_lists: int, size: int, resume: bool) -> str:

@@ -12,6 +12,8 @@ from gradret.errors import GradretError
 from gradret.lists import GRADE_LIMIT, JUDGED, Passage, RankingList, grades_agree, query_words
 from gradret.sources import Source, open_lists, query_selector
 
+SOFTMAX_ADVICE = "use --targets softmax (and, with wasserstein, --contrast-share 0)"
+
 
 class MixedLists(Sequence):
     """The ranking lists of one or more sources by position, one for each query, read when asked for.
@@ -183,8 +185,8 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         if refuse_negative and low < 0:
             raise GradretError(
                 f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, to which "
-                f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or use "
-                "--targets softmax"
+                f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
+                f"{SOFTMAX_ADVICE}"
             )
         passages += len(grades)
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)

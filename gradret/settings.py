@@ -10,6 +10,15 @@ LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet",
 TARGETS = ("gain", "softmax", "sqrt")
 GROUNDS = ("grade", "gain", "sqrt")
 TARGET_LOSSES = ("wasserstein", "gaussian", "kl", "contrast", "sorted")
+TAKEN_BY = {  # losses that a setting is for, where it is not for all
+    "order": ("wasserstein",),
+    "ground": ("wasserstein",),
+    "kl_share": ("wasserstein",),
+    "contrast_share": ("wasserstein",),
+    "targets": TARGET_LOSSES,
+    "positive_from": ("infonce",),
+}
+EARLIER = {"contrast_share": 0.0}  # of runs from before there was the setting, where that is not its default
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float32", "bfloat16")
@@ -138,12 +147,14 @@ class FitSettings:
         if sum(self.shares.values()) > 1:
             raise ValueError(
                 f"kl_share and contrast_share must be at most 1 together, got {self.kl_share!r} and "
-                f"{self.contrast_share!r}"
+                f"{self.contrast_share!r}; give contrast_share at most {1 - self.kl_share:g}"
             )
-        if self.contrasts and (self.targets == "softmax" or (self.in_batch and (self.in_batch_grade or 0) > 0)):
+        others = self.in_batch_grade if self.in_batch else None
+        if self.contrasts and (self.targets == "softmax" or (others or 0) > 0):
+            why = "softmax targets do" if self.targets == "softmax" else f"an in_batch_grade of {others:g} does"
             raise ValueError(
-                f"{self.contrasts} needs documents without target mass, which softmax targets and an in_batch_grade "
-                "above 0 do not leave; wasserstein without contrast_share (0) does without"
+                f"{self.contrasts} needs documents without target mass, which {why} not leave; wasserstein without "
+                "contrast_share (0) needs none"
             )
         if not 0 < self.interpolate <= 1:
             raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
@@ -159,7 +170,7 @@ class FitSettings:
         for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):
             if getattr(self, name) != default and not self.lora:
                 raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
-        if self.positive_from is not None and self.loss != "infonce":
+        if self.positive_from is not None and not self.takes("positive_from"):
             raise ValueError(f"positive_from is infonce's, not {self.loss}'s")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
@@ -182,6 +193,10 @@ class FitSettings:
         names = ["layers", "pooling", "normalize", "similarity", "query_prefix", "document_prefix"]
         names += ["query_max_length", "document_max_length", "trust_remote_code"]
         return {name: getattr(self, name) for name in names}
+
+    def takes(self, name: str) -> bool:
+        """Whether the setting is one for this loss."""
+        return self.loss in TAKEN_BY.get(name, LOSS_NAMES)
 
     @property
     def shares(self) -> dict[str, float]:

@@ -370,6 +370,16 @@ CHECKS = [
     ("[systems.ours]", '[systems.ours]\ndev = "no.jsonl"', "[systems.ours]: no.jsonl: no such file"),
     ("[systems.ours]", '[systems.ours]\ndev_measure = "nDGC"', "[systems.ours]: measure 'nDGC' is not known"),
     ('all = ["sample.jsonl"]', 'all = ["sample?queries=even"]', "[data] all: no ranking list is left: "),
+    (
+        "[systems.ours]",
+        '[systems.ours]\nmine = "k=1,grade=3"',
+        "[systems.ours]: mine 'k=1,grade=3': mined passages are ",
+    ),
+    (
+        '[data]\nall = ["sample.jsonl"]',
+        'in_batch = false\n[data]\nall = ["sample.jsonl?grades=1:1,2:2,3:3"]',
+        "[systems.ours]: contrast_share sets passages with target mass against those without, and without --in-batch ",
+    ),
 ]
 
 

@@ -49,6 +49,18 @@ def test_usage_errors_exit_with_2():
     ):
         result = invoke("fit", option, value)
         assert (result.exit_code, message in result.stderr) == (2, True)
+    alone = "is for --loss wasserstein, not gaussian; leave it out"
+    for options, message in (
+        (("--kl-share", "0.6"), "at most 1 together, got 0.6 and 0.85; give contrast_share at most 0.4"),
+        (("--loss", "gaussian", "--kl-share", "0.3"), f"--kl-share {alone}"),
+        (("--loss", "gaussian", "--order", "2"), f"--order {alone}"),
+        (
+            ("--loss", "infonce", "--targets", "gain"),
+            "--targets is for --loss wasserstein, gaussian, kl, contrast, sorted, not infonce; leave it out",
+        ),
+    ):
+        result = invoke("fit", *options)
+        assert (result.exit_code, message in result.stderr) == (2, True)
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
     names = "wasserstein, gaussian, infonce, kl, contrast, ranknet, sorted, wasserstein:1, wasserstein:2"
@@ -68,7 +80,7 @@ BAD_DATA = [
     (
         [list_record("a", (1, -2))],
         "{data}:1: list 'a' has the negative grade -2, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
-        "map it (SOURCE?grades=-2:0,...) or use --targets softmax",
+        "map it (SOURCE?grades=-2:0,...) or use --targets softmax (and, with wasserstein, --contrast-share 0)",
     ),
     ([list_record("a", ())], "{data}:1: list 'a' has no passages; give it at least one or remove the line"),
     (
@@ -124,9 +136,9 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
             "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
         ),
         (
-            ("bench", "--losses", "kl,contrast", "--targets", "softmax", "--contrast-share", "0"),
-            "--losses contrast: loss contrast needs documents without target mass, which softmax targets and an "
-            "in_batch_grade above 0 do not leave; wasserstein without contrast_share (0) does without",
+            ("bench", "--losses", "kl,contrast", "--targets", "softmax"),
+            "--losses contrast: loss contrast needs documents without target mass, which softmax targets do not leave; "
+            "wasserstein without contrast_share (0) needs none",
         ),
         (
             ("bench", "--losses", "wasserstein,wasserstein:2"),

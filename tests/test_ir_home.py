@@ -1,11 +1,18 @@
 """One process at a time where ir_datasets downloads and unpacks."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
+import gradret.collection
+import gradret.mining_pool
+import gradret.queries
+from gradret.collection import IrDatasetsCollection
 from gradret.errors import GradretError
 from gradret.ir_home import LOCK_FILE, iterate_documents, open_store, unpacking
+from gradret.mining_pool import open_pool
+from gradret.queries import read_queries
 
 
 @pytest.fixture
@@ -67,9 +74,9 @@ class Damaged:
 def test_what_a_damaged_file_raises_becomes_one_line(home):
     documents = iterate_documents(Damaged())
     assert [next(documents), next(documents)] == ["first", "second"]
-    told = "^some/collection: ir_datasets could not provide it \\({}\\); if one of its files is damaged, "
+    told = "^some/collection: ir_datasets could not provide it \\({}\\); if a file is damaged that it "
     with pytest.raises(
-        GradretError, match=told.format("ValueError: corrupt input") + f"remove its directory in {home}: it is made"
+        GradretError, match=told.format("ValueError: corrupt input") + f"downloaded or made in {home}, remove that file"
     ):
         next(documents)
     with pytest.raises(GradretError, match=told.format("EOFError: no more")):
@@ -78,7 +85,49 @@ def test_what_a_damaged_file_raises_becomes_one_line(home):
         pass
 
 
-def test_errors_of_who_reads_documents_are_left_alone(home):
-    with pytest.raises(ZeroDivisionError):
-        for _ in iterate_documents(Damaged()):
-            raise ZeroDivisionError
+@pytest.mark.parametrize("part", ["docs_count", "qrels_iter", "queries_iter", "get_many", "get"])
+def test_whatever_part_is_damaged(home, monkeypatch, part):
+    class Whole(Damaged):
+        """A dataset all of whose parts can be read but for one."""
+
+        def __getattribute__(self, name):
+            if name == part != "get_many":
+                raise EOFError(part)
+            return super().__getattribute__(name)
+
+        def has_docs(self):
+            return True
+
+        has_queries = has_qrels = has_docs
+
+        def docs_iter(self):
+            return iter([SimpleNamespace(doc_id="a", default_text=lambda: "words")])
+
+        def docs_count(self):
+            return 1
+
+        def queries_iter(self):
+            return [SimpleNamespace(query_id="q", default_text=lambda: "a word")]
+
+        def qrels_iter(self):
+            return [SimpleNamespace(query_id="q", doc_id="a", relevance=1)]
+
+        def docs_store(self):
+            return self
+
+        def get_many(self, doc_ids):
+            if doc_ids:  # there are none when it is opened
+                raise EOFError("get_many")
+            return {}
+
+    for module in (gradret.collection, gradret.queries, gradret.mining_pool):
+        monkeypatch.setattr(module, "load_dataset", lambda dataset_id: Whole())
+    readers = {
+        "docs_count": lambda: IrDatasetsCollection("some/collection"),
+        "qrels_iter": lambda: IrDatasetsCollection("some/collection"),
+        "queries_iter": lambda: read_queries("some/collection"),
+        "get_many": lambda: IrDatasetsCollection("some/collection").read_documents(["a"]),
+        "get": lambda: open_pool("some/collection").read(0),
+    }
+    with pytest.raises(GradretError, match=f"some/collection: ir_datasets could not provide it \\(EOFError: {part}\\)"):
+        readers[part]()

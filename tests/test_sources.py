@@ -296,7 +296,7 @@ def test_a_negative_grade_under_gain_targets(write_jsonl):
         check_lists(lists, refuse_negative=True)
     assert str(error.value) == (
         f"{path}:2: list 'b' has the negative grade -1, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
-        "map it (SOURCE?grades=-1:0,...) or use --targets softmax"
+        "map it (SOURCE?grades=-1:0,...) or use --targets softmax (and, with wasserstein, --contrast-share 0)"
     )
     assert check_lists(lists, refuse_negative=False).lowest == -1
 

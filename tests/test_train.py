@@ -346,12 +346,17 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-def test_a_contrast_with_nothing_is_refused(tiny_encoder, tmp_path):
+def test_a_contrast_with_nothing_is_refused(tiny_encoder, tmp_path, write_jsonl):
     """Without other lists' documents and without passages of grade 0 of their own it would be 0."""
     data = (f"{SAMPLE_FILE}?grades=1:1,2:2,3:3",)
-    for options in ({}, {"loss": "contrast"}):
-        with pytest.raises(GradretError, match="these lists have none: their lowest grade is 1; leave out --no-in-b"):
-            fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, **options), tmp_path / "out")
+    cases = (("without --in-batch a list", {"in_batch": False}), ("a batch of one list", {"batch_lists": 1}))
+    for where, alone in cases:
+        for options in ({}, {"loss": "contrast"}):
+            with pytest.raises(GradretError, match=f"and {where} has none here: the lowest grade is 1; train with"):
+                fit(small(tiny_encoder, data=data, max_steps=1, **alone, **options), tmp_path / "out")
+    one = (f"{write_jsonl('one.jsonl', [list_record('a', (3, 1))])}",)
+    with pytest.raises(GradretError, match="and a batch of one list has none here"):
+        fit(small(tiny_encoder, data=one, max_steps=1), tmp_path / "out")
     fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, mine="k=1,grade=0"), tmp_path / "mined")
     fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, contrast_share=0.0), tmp_path / "transport")
     fit(small(tiny_encoder, data=data, max_steps=1), tmp_path / "others")
@@ -368,7 +373,7 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
         fit(small(tiny_encoder, mine="k=1,grade=-1"), tmp_path / "out")
     assert str(error.value) == (
         "mine 'k=1,grade=-1': targets of 2^grade - 1 or sqrt(grade) give the negative grade -1 nothing; "
-        "use --targets softmax, or a grade of 0 or above"
+        "use a grade of 0 or above, or use --targets softmax (and, with wasserstein, --contrast-share 0)"
     )
     fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax", contrast_share=0.0), tmp_path / "out")
     with pytest.raises(GradretError, match=r"grade 3 is no lower than the best of the lists, 3; give a lower grade"):
