@@ -38,7 +38,7 @@ class FitSettings:
         data: sources, see sources.parse_source; merged into one list per query.
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
-        loss: a name in losses.LOSSES, "sorted" being a control that teaches no ranking; order, ground, kl_share and
+        loss: a name in losses.LOSSES, "sorted" being a control that knows no ranking; order, ground, kl_share and
             contrast_share are wasserstein's, targets those of wasserstein, gaussian, kl, contrast and sorted: see
             losses.
         positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.

@@ -42,7 +42,8 @@ def test_the_readme_opens_with_its_two_commands():
         ("loss", "loss-cpu", 30, "docs/loss.md"),
         ("gen", "gen-cpu", 5, "docs/generate.md"),
         ("fit", "fit-cpu", 14, "docs/training.md"),
-        ("quality", "quality/quality", 41, "README.md"),
+        ("quality", "quality/quality", 55, "README.md"),
+        ("ablations", "quality/quality", 61, "benchmarks/README.md"),
     ],
 )
 def test_the_tables_of_the_documents_are_the_results(script, results, lines, page):

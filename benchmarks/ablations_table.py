@@ -1,0 +1,30 @@
+"""The tables of what quality.toml varies, from its quality.json: python benchmarks/ablations_table.py FILE.json"""
+
+import json
+import sys
+from pathlib import Path
+
+from gradret.quality_tables import DASH, MEAN, show_setting, show_value
+
+
+def make_tables(document: dict) -> list[str]:
+    """Lines of Markdown: for each experiment that varies a setting, its systems' means over collections by value."""
+    measure = document["measures"][0]
+    lines: list[str] = []
+    for experiment in document["experiments"]:
+        if experiment["vary"] is None:
+            continue
+        labels: dict[str, list[str]] = {}
+        for row in experiment["rows"]:
+            found = row["columns"].get(MEAN)
+            missing = f" ({row['runs']} of {row['wanted']})" if row["runs"] < row["wanted"] else ""
+            cell = show_value(found["mean"][measure], found["sd"][measure]) + missing if found else DASH
+            labels.setdefault(row["label"], []).append(cell)
+        heads = [experiment["title"], *map(show_setting, experiment["values"])]
+        lines += [""] * bool(lines) + [f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(experiment["values"])]
+        lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in labels.items()]
+    return lines
+
+
+if __name__ == "__main__":
+    print("\n".join(make_tables(json.loads(Path(sys.argv[1]).read_text()))))
