@@ -354,6 +354,13 @@ def test_a_resumed_run_interpolates_from_where_it_began(tiny_encoder, tmp_path, 
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+def forget(out: Path, name: str) -> None:
+    """Make the run in `out` one of before there was the setting."""
+    record = json.loads((out / "gradret.json").read_text())
+    del record["settings"][name]
+    (out / "gradret.json").write_text(json.dumps(record))
+
+
 def test_a_run_of_before_an_option_came_goes_on(tiny_encoder, tmp_path, monkeypatch):
     settings, name_run, out = FitSettings(model=str(tiny_encoder), **SMALL), claim._name_run, tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -361,9 +368,7 @@ def test_a_run_of_before_an_option_came_goes_on(tiny_encoder, tmp_path, monkeypa
         cut_at(2, patch)
         with pytest.raises(GradretError, match="cut"):
             fit(settings, out, progress=False)
-    record = json.loads((out / "gradret.json").read_text())
-    del record["settings"]["clip"]
-    (out / "gradret.json").write_text(json.dumps(record))
+    forget(out, "clip")
     assert (out / "checkpoints").exists()
     assert fit(settings, out, resume=True, progress=False).steps == SMALL["max_steps"]
 
@@ -374,9 +379,7 @@ def test_a_run_of_before_the_contrast_goes_on_without_it(tiny_encoder, tmp_path,
         cut_at(2, patch)
         with pytest.raises(GradretError, match="cut"):
             fit(settings, out, progress=False)
-    record = json.loads((out / "gradret.json").read_text())
-    del record["settings"]["contrast_share"]
-    (out / "gradret.json").write_text(json.dumps(record))
+    forget(out, "contrast_share")
     with pytest.raises(GradretError, match="holds another run, with contrast_share=0.0 where 0.85 is asked for"):
         fit(cut_run[0], out, resume=True, progress=False)
     result = CliRunner().invoke(main, ["fit", "--out", str(out), "--resume"])
