@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from gradret.quality_tables import DASH, MEAN, show_setting, show_value
+from quality_table import open_table, show_cell
+
+from gradret.quality_tables import MEAN, show_setting
 
 
 def make_tables(document: dict) -> list[str]:
@@ -16,12 +18,8 @@ def make_tables(document: dict) -> list[str]:
             continue
         labels: dict[str, list[str]] = {}
         for row in experiment["rows"]:
-            found = row["columns"].get(MEAN)
-            missing = f" ({row['runs']} of {row['wanted']})" if row["runs"] < row["wanted"] else ""
-            cell = show_value(found["mean"][measure], found["sd"][measure]) + missing if found else DASH
-            labels.setdefault(row["label"], []).append(cell)
-        heads = [experiment["title"], *map(show_setting, experiment["values"])]
-        lines += [""] * bool(lines) + [f"| {' | '.join(heads)} |", "|---|" + "---:|" * len(experiment["values"])]
+            labels.setdefault(row["label"], []).append(show_cell(row, MEAN, measure))
+        lines += [""] * bool(lines) + open_table(experiment["title"], [*map(show_setting, experiment["values"])])
         lines += [f"| {label} | {' | '.join(cells)} |" for label, cells in labels.items()]
     return lines
 

@@ -48,14 +48,12 @@ def _show_systems(document: dict, encoder: str, rows: dict, columns: list[tuple]
     labels: dict[str, list[str]] = {}  # systems of one label stand for one another: each has its experiment's data
     for _, system in rows:
         labels.setdefault(find_label(document, system), []).append(system)
-    lines = _open_table(f"{measure}, {encoder}", [shown for *_, shown in columns])
+    lines = open_table(f"{measure}, {encoder}", [shown for *_, shown in columns])
     for label, systems in labels.items():
         cells = []
         for experiment, column, _ in columns:
             row = next((r for s in systems if (r := rows.get((experiment, s)))), None)
-            found = row and row["columns"].get(column)
-            missing = f" ({row['runs']} of {row['wanted']})" if row and row["runs"] < row["wanted"] else ""
-            cells.append(show_value(found["mean"][measure], found["sd"][measure]) + missing if found else DASH)
+            cells.append(show_cell(row, column, measure))
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return lines
 
@@ -63,7 +61,7 @@ def _show_systems(document: dict, encoder: str, rows: dict, columns: list[tuple]
 def _show_lead(document: dict, rows: dict, columns: list[tuple]) -> list[str]:
     """The primary system's mean less a baseline's, the p-value of that, and in how many seeds it is above 0."""
     measure, primary = document["measures"][0], document["primary"]
-    lines = _open_table(f"{find_label(document, primary)} against", [shown for *_, shown in columns])
+    lines = open_table(f"{find_label(document, primary)} against", [shown for *_, shown in columns])
     labels: dict[str, list[str]] = {}
     for baseline in document["baselines"]:
         labels.setdefault(find_label(document, baseline), []).append(baseline)
@@ -85,7 +83,17 @@ def _show_difference(ours: dict, theirs: dict, p: dict, measure: str) -> str:
     return f"{difference:+.4f} ({show_p(p['randomisation_holm'])}; {ahead}/{len(values)})"
 
 
-def _open_table(first: str, others: list[str]) -> list[str]:
+def show_cell(row: dict | None, column: str, measure: str) -> str:
+    """A row's mean and spread in a column, and how many of its runs are done where some are missing."""
+    if row is None or column not in row["columns"]:
+        return DASH
+    found = row["columns"][column]
+    missing = f" ({row['runs']} of {row['wanted']})" if row["runs"] < row["wanted"] else ""
+    return show_value(found["mean"][measure], found["sd"][measure]) + missing
+
+
+def open_table(first: str, others: list[str]) -> list[str]:
+    """The two lines above a table's rows."""
     return [f"| {' | '.join([first, *others])} |", "|---|" + "---:|" * len(others)]
 
 

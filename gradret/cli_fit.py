@@ -66,7 +66,7 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
     given["data"] = given["data"] or DEFAULTS.data
     named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
     if not resume:
-        _refuse_unused(make_settings(_as_tuples(given)), named)  # what is wrong is told before the wait for imports
+        settings = _choose_settings(given, named)  # what is wrong is told before the wait for imports
     with show_wait("loading PyTorch"):
         from gradret.processes import join_processes
         from gradret.train import fit as train
@@ -78,8 +78,7 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
             stored = processes.broadcast(stored)
             # What was spelled out must agree with the run.
             given |= {k: v for k, v in stored.items() if k in given and k not in named}
-        settings = make_settings(_as_tuples(given))
-        _refuse_unused(settings, named)
+            settings = _choose_settings(given, named)
         result = train(settings, out, resume=resume, device=device, tensorboard=tensorboard)
     if not processes.is_first:
         return
@@ -99,16 +98,14 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
         click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
 
 
-def _refuse_unused(settings: FitSettings, named: set[str]) -> None:
-    """Options that were given and that the loss has no use for."""
+def _choose_settings(given: dict, named: set[str]) -> FitSettings:
+    """The run's settings. Refuses options that were named and that the loss has no use for."""
+    settings = make_settings(given | {name: tuple(given[name]) for name in ("data", "exclude")})
     for name in sorted(named):
         if not settings.takes(name):
             option, losses = f"--{name.replace('_', '-')}", ", ".join(TAKEN_BY[name])
             raise click.UsageError(f"{option} is for --loss {losses}, not {settings.loss}; leave it out")
-
-
-def _as_tuples(given: dict) -> dict:
-    return given | {name: tuple(given[name]) for name in ("data", "exclude")}
+    return settings
 
 
 def _read_settings(out: str) -> dict:

@@ -21,7 +21,7 @@ from gradret.lists import query_words
 from gradret.mining import BM25_SPELLING
 from gradret.mining_pool import open_pool
 from gradret.mining_spec import BM25 as BY_BM25
-from gradret.mining_spec import parse_mining
+from gradret.mining_spec import Mining, parse_mining
 from gradret.mix import ListsSummary, MixedLists, check_lists
 from gradret.settings import FitSettings
 from gradret.sources import open_collection, parse_source
@@ -90,15 +90,16 @@ class GridInputs:
             with self._placed(system):
                 if run.settings.dev:
                     self._open(run.settings.dev)
-                if run.settings.mine:
-                    content["pool"] = self._check_mining(run.settings.mine)
+                mining = parse_mining(run.settings.mine) if run.settings.mine else None
+                if mining is not None:
+                    content["pool"] = self._check_mining(mining)
                 parse_measures([run.settings.dev_measure])
                 if run.settings.lora and find_spec("peft") is None:
                     raise GradretError("lora needs the package peft: pip install 'gradret[lora]'")
             with self._placed(f"[data] {cell.data}"):
                 content["data"], summary = self._check_lists(run.settings)
             with self._placed(system):
-                check_grades(run.settings, summary, parse_mining(run.settings.mine) if run.settings.mine else None)
+                check_grades(run.settings, summary, mining)
         return content
 
     @contextmanager
@@ -127,8 +128,7 @@ class GridInputs:
             self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
         return self._lists[name]
 
-    def _check_mining(self, text: str) -> str:
-        mining = parse_mining(text)
+    def _check_mining(self, mining: Mining) -> str:
         if mining.by == BY_BM25:
             import_bm25s(BM25_SPELLING)
         if mining.source is None:

@@ -42,15 +42,11 @@ def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
     result = invoke("fit", "--temperature", "nan")
     assert (result.exit_code, "temperature must be a finite number, got nan" in result.stderr) == (2, True)
-    for option, value, message in (
-        ("--chunk", "x", "'x' is neither a whole number above 0 nor auto"),
-        ("--chunk", "0", "'0' is neither a whole number above 0 nor auto"),
-        ("--lora-targets", ",", "',' holds no name"),
-    ):
-        result = invoke("fit", option, value)
-        assert (result.exit_code, message in result.stderr) == (2, True)
     alone = "is for --loss wasserstein, not gaussian; leave it out"
     for options, message in (
+        (("--chunk", "x"), "'x' is neither a whole number above 0 nor auto"),
+        (("--chunk", "0"), "'0' is neither a whole number above 0 nor auto"),
+        (("--lora-targets", ","), "',' holds no name"),
         (("--kl-share", "0.6"), "at most 1 together, got 0.6 and 0.85; give contrast_share at most 0.4"),
         (("--loss", "gaussian", "--kl-share", "0.3"), f"--kl-share {alone}"),
         (("--loss", "gaussian", "--order", "2"), f"--order {alone}"),
