@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def run_grid(
         out: a folder; several processes may share it.
         device: as of fit.
         shard: (i, n): only every n-th run, from the i-th.
-        max_runs: end after so many runs; with 0 nothing is opened but the rows, which are taken as they are.
-        fresh: remove the rows of these runs first.
+        max_runs: end after so many runs; with 0 nothing is opened but the rows, which are taken as they are, whatever
+            version of gradret wrote them.
+        fresh: do runs again that are done already, after removing the rows of those alone.
         progress: show bars on a terminal.
     Returns: all rows there are; also when a signal ended a run or runs failed, see Outcome.error.
     Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row can not be
@@ -76,7 +78,7 @@ def run_grid(
             if inputs is None:
                 raise GradretError("stopped before the first run; the same command starts again")
             if fresh:
-                rows.drop({run.key for run in own})
+                rows.drop({run.key for run in own[:max_runs]})
             found = choose_rows(rows.read(), wanted, grid.measures, inputs, tell=True)
             todo = [run for run in own if run.key not in found]
             if len(todo) < len(own):
@@ -84,7 +86,7 @@ def run_grid(
                 done = f"{len(own) - len(todo)} of {len(own)} runs{part} are done already in {rows.path}"
                 say(f"{done}; --fresh measures again")
             stopped, failures = Worker(grid, inputs, device, progress).work(todo[:max_runs], own, wanted, rows, stop)
-    found = choose_rows(rows.read(tell=max_runs == 0), wanted, grid.measures, inputs)
+    found = choose_rows(rows.read(all_versions=max_runs == 0, tell=False), wanted, grid.measures, inputs)
     again = "the same command without --fresh" if fresh else "the same command"
     if len(failures) > 1:
         failures = [f"{len(failures)} runs failed, which {again} tries again: {'; '.join(failures)}"]
@@ -131,8 +133,12 @@ class Worker:
                     row = self.measure(run, wanted[run])
             except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
                 return True, failures
-            except GradretError as error:
-                failures.append(f"{title}: {error}")
+            except Exception as error:
+                reason = str(error)
+                if not isinstance(error, GradretError):  # a fault of a run's own must not cost the others
+                    traceback.print_exception(error)
+                    reason = f"{type(error).__name__}: {error}"
+                failures.append(f"{title}: {reason}")
                 say(f"{failures[-1]}; going on with the others")
                 continue
             if row is None:

@@ -70,8 +70,10 @@ class Place:
         return count
 
     def read_names(self, key: str, known: Mapping, default: Sequence[str] = ()) -> tuple[str, ...]:
-        """A list of names defined elsewhere in the file, each once."""
+        """A list of names defined elsewhere in the file, each once; empty only where that is the default."""
         names = self.read(key, tuple[str, ...], tuple(default))
+        if default and not names:
+            raise self.error(f"{key}: names none; leave it out for all there are")
         for name in names:
             self.find(key, name, known)
         if len(set(names)) < len(names):

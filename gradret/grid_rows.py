@@ -47,17 +47,18 @@ class GridRows:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def read(self, *, tell: bool = True) -> dict[str, list[dict]]:
+    def read(self, *, all_versions: bool = False, tell: bool = True) -> dict[str, list[dict]]:
         """Key of a run -> its rows, the latest first, without those of another version of gradret.
 
         Args:
+            all_versions: with those of others.
             tell: say what is left out.
         """
         found: dict[str, list[dict]] = {}
         others: Counter = Counter()
         for _, row in self._read_lines():
             version = row["versions"].get("gradret")
-            if version == __version__:
+            if all_versions or version == __version__:
                 found.setdefault(find_key(row), []).insert(0, row)
             else:
                 others[version] += 1

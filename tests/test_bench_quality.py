@@ -220,6 +220,15 @@ def test_rows_of_another_version_are_done_again(plan, tmp_path, capsys):
     assert len(outcome.rows) == 2 and len(read_lines(rows)) == 3
 
 
+def test_what_is_there_is_shown_whatever_version_made_it(plan, tmp_path, capsys):
+    made = run_grid(read_grid(plan), ".", max_runs=2, progress=False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace('"gradret": "', '"gradret": "0.0.'))
+    capsys.readouterr()
+    shown = run_grid(read_grid(plan), ".", max_runs=0)
+    assert find_measured(shown.rows) == find_measured(made.rows) and capsys.readouterr().err == ""
+
+
 def test_two_shards_in_one_folder_are_one_process(in_one_go, plan, tmp_path, capsys):
     grid = read_grid(plan)
     os.makedirs("out")
@@ -245,6 +254,9 @@ def test_fresh_replaces_the_rows_of_its_own_runs_alone(plan, tmp_path):
     lines = read_lines(rows)
     assert lines[:2] == [stranger, untrained] and lines[2] == bm25
     assert len(outcome.rows) == 2
+    # With one process for all, it is the next run, which max_runs leaves alone.
+    run_grid(grid, ".", max_runs=1, fresh=True, progress=False)
+    assert read_lines(rows) == [stranger, untrained, bm25]
 
 
 def test_what_is_wanted_decides_whether_a_row_will_do(plan, capsys):
@@ -432,6 +444,24 @@ def test_runs_that_fail_are_named_and_the_others_done(plan, tmp_path, monkeypatc
         f"Error: 2 runs failed, which the same command tries again: {title}: step 1: loss is nan; "
         "run 4 of 8: infonce, seed 1 (tiny, all): step 1: loss is nan"
     )
+
+
+def test_a_fault_of_one_run_shows_where_it_is_and_costs_no_other(plan, tmp_path, monkeypatch):
+    evaluate, calls = gradret.bench.evaluate, []
+
+    def fail(*arguments, **options):
+        calls.append(options)
+        if len(calls) == 1:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(gradret.bench, "evaluate", fail)
+    result = invoke("--config", plan, "--out", "out", "--max-runs", 3)
+    assert result.exit_code == 1
+    fault = "run 2 of 8: untrained (tiny): RuntimeError: CUDA error: unspecified launch failure"
+    assert "Traceback (most recent call last):" in result.stderr and "in measure" in result.stderr
+    assert f"\n{fault}; going on with the others\n" in result.stderr and result.stderr.endswith(f"\nError: {fault}\n")
+    assert json.loads((tmp_path / "out" / "quality.json").read_text())["done"] == 2
 
 
 def test_each_run_is_told_with_what_is_left(plan, capsys):

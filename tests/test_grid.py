@@ -308,6 +308,11 @@ BAD = [
         'encoders = ["tiny"]',
         "[[experiments]] heat: encoders: 'tiny' is not defined; there are small, long",
     ),
+    (
+        'encoders = ["small"]',
+        "encoders = []",
+        "[[experiments]] heat: encoders: names none; leave it out for all there are",
+    ),
     ('vary = "temperature"\n', "", "[[experiments]] heat: vary and values belong together; give both or none"),
     (
         'vary = "temperature"',
