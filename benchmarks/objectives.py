@@ -11,14 +11,19 @@ the runs of dev.toml try.
 The candidates, with p = softmax(scores / temperature) and q a list's target mass:
 
 - infonce (van den Oord et al., arXiv 1807.03748): the highest grade positive or, as SyCL compares (arXiv 2503.23239),
-  grades 2 and 3; cumulative sums it over every threshold between grades.
+  grades 2 and 3, or grades 1 to 3; cumulative sums it over every threshold between grades; contrast weighs the
+  positives of grades 1 to 3 by their target mass.
 - kl: ListNet (Cao et al., ICML 2007). cost_augmented gives its documents a margin that grows with their distance from
   the target mass, after softmax-margin (Gimpel and Smith, NAACL 2010).
 - gaussian: SyCL's own.
 - wasserstein: exact W_1 or W_2^2 along the grade axis (Peyré and Cuturi, 2019). Its gradient vanishes where p has
-  collapsed on a wrong document; log_wasserstein and a share of kl (kl_share) are two ways to keep one there.
+  collapsed on a wrong document; log_wasserstein and a share of kl or of the contrast (kl_share, contrast_share) are
+  ways to keep one there.
+- geometric: the Fenchel-Young loss of an entropy that transport regularises (Mensch, Blondel and Peyré, ICML 2019).
 - threshold: cross-entropy at every threshold between grades, as of cumulative links in ordinal regression (McCullagh,
   JRSS B 1980), where p's mass above a threshold stands for the link.
+
+A number of a setting may be a schedule: [a, b] goes from a at the first step to b at the last, linearly.
 """
 
 import json
@@ -27,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -107,6 +112,32 @@ def cumulative_loss(scores, grades, *, temperature: float, ground: str) -> Tenso
     return sum(gap * infonce_loss(scores, grades, temperature=temperature, positive_from=level) for level, gap in terms)
 
 
+def geometric_loss(scores, grades, *, temperature: float, targets: str, ground: str, steepness: float) -> Tensor:
+    """Mean of Omega*(f) - sum_k q_k f_k, f_k the log-sum-exp of the logits at the axis's k-th place, q_k its mass.
+
+    Omega*(f) = -log min over a on the simplex of a'Ka, K_kl = exp(-(f_k + f_l + steepness |v_k - v_l|) / 2) for places
+    v; of a list without target mass 0. Less by a constant of the list than the Fenchel-Young loss. K is positive
+    definite, so the minimum is the least 1 / 1'K_S^-1 1 among the supports S with K_S^-1 1 >= 0.
+    """
+    q, places = place_mass(grades, targets, ground)
+    logits = scores.double() / temperature
+    levels = places.unique()  # (L,)
+    here = places[:, None] == levels[:, None]  # (B, L, N)
+    f = logits[:, None].masked_fill(~here, torch.finfo(logits.dtype).min).logsumexp(-1)
+    top = f.amax(-1, keepdim=True)
+    root = ((f - top) / 2).exp()  # (B, L)
+    kernel = (-steepness / 2 * (levels[:, None] - levels).abs()).exp()
+    found = []
+    for size in range(1, len(levels) + 1):
+        for support in map(list, combinations(range(len(levels)), size)):
+            part = root[:, support]
+            solved = part @ torch.linalg.inv(kernel[support][:, support])
+            found.append(((solved >= 0).all(-1) * (part * solved).sum(-1)).clamp_min(1e-300))
+    conjugate = top[:, 0] + torch.stack(found).amax(0).log()
+    mass = (q[:, None] * here).sum(-1)
+    return (mass.sum(-1) * conjugate - (mass * f).sum(-1)).mean()
+
+
 def place_mass(grades: Tensor, targets: str, ground: str) -> tuple[Tensor, Tensor]:
     """Target mass (B, N), 1 in each row with any, and the documents' places on the axis (B, N); float64."""
     return normalize_mass(weigh_grades(grades, None, targets, torch.float64)), place_grades(grades, ground).double()
@@ -117,17 +148,27 @@ LOSSES = losses.LOSSES | {
     "threshold": threshold_loss,
     "cost_augmented": cost_augmented_loss,
     "cumulative": cumulative_loss,
+    "geometric": geometric_loss,
 }
 
 
-def make_objective(setting: dict) -> Callable[[Tensor, Tensor], Tensor]:
-    """The setting's loss(scores, grades), mixed with its share of kl at the same temperature and targets."""
-    options = {k: v for k, v in setting.items() if k not in ("loss", "kl_share")}
-    loss, share = partial(LOSSES[setting["loss"]], **options), setting.get("kl_share", 0.0)
-    if not share:
-        return loss
-    kl = partial(kl_loss, temperature=setting["temperature"], targets=setting["targets"])
-    return lambda scores, grades: (1 - share) * loss(scores, grades) + share * kl(scores, grades)
+def make_objective(setting: dict) -> Callable[..., Tensor]:
+    """The setting's loss(scores, grades, progress), progress from 0 to 1 being how much of the training is done.
+
+    Its shares of kl and of the contrast have the same temperature and targets.
+    """
+
+    def objective(scores: Tensor, grades: Tensor, progress: float = 0.0) -> Tensor:
+        now = {k: v[0] + progress * (v[1] - v[0]) if isinstance(v, list) else v for k, v in setting.items()}
+        loss, shares = now.pop("loss"), {name: now.pop(f"{name}_share", 0.0) for name in ("kl", "contrast")}
+        mixed = (1 - sum(shares.values())) * LOSSES[loss](scores, grades, **now)
+        for name, share in shares.items():
+            if share:
+                options = {"temperature": now["temperature"], "targets": now["targets"]}
+                mixed = mixed + share * LOSSES[name](scores, grades, **options)
+        return mixed
+
+    return objective
 
 
 # --- the settings
@@ -148,11 +189,20 @@ VARIANTS = (
     *(candidate | {"kl_share": 0.5} for candidate in (THRESHOLD, LOG_W1, LOG_W2)),
 )
 MIXTURES = tuple(w | SQRT | {"kl_share": share} for w in (W1, W2) for share in (0.1, 0.3, 0.5, 0.6, 0.8))
+ALL_POSITIVE, CONTRAST = {"loss": "infonce", "positive_from": 1}, {"loss": "contrast", "targets": "sqrt"}
+SHARED = tuple(w | SQRT | {"contrast_share": share} for w in (W1, W2) for share in (0.6, 0.85))
+GEOMETRIC = tuple({"loss": "geometric"} | SQRT | {"steepness": steepness} for steepness in (1.0, 4.0, 16.0))
+DEFAULT = W2 | SQRT | {"contrast_share": 0.85}
+COOLED = (KL | {"targets": "sqrt"}, W2 | SQRT, W2 | SQRT | {"kl_share": 0.6}, CONTRAST, DEFAULT)
+FADED = tuple(W2 | SQRT | {f"{name}_share": [1.0, last]} for name in ("kl", "contrast") for last in (0.0, 0.6))
 SETTINGS = (
     {"loss": "untrained"},
     *(candidate | {"temperature": temperature} for candidate in CANDIDATES for temperature in (0.01, 0.02, 0.05)),
     *(variant | {"temperature": 0.02} for variant in VARIANTS),
     *(mixture | {"temperature": temperature} for mixture in MIXTURES for temperature in (0.015, 0.02)),
+    *(new | {"temperature": t} for new in (*SHARED, ALL_POSITIVE, CONTRAST, *GEOMETRIC) for t in (0.01, 0.02, 0.05)),
+    *(cooled | {"temperature": [0.05, last]} for cooled in COOLED for last in (0.01, 0.02)),
+    *(faded | {"temperature": temperature} for faded in FADED for temperature in (0.015, 0.02)),
 )
 
 # --- the network, its training and its measurement
@@ -236,7 +286,7 @@ def train(vectors: Vectors, setting: dict, seed: int) -> Network:
         batch = collate([vectors.lists[i] for i in drawn])
         queries = network(torch.stack([vectors.queries[text] for text in batch.queries]))  # (B, D)
         documents = network(torch.stack([vectors.documents[text] for text in batch.documents]))  # (N, D)
-        loss = objective(queries @ documents.T, batch.spread_grades(0.0))
+        loss = objective(queries @ documents.T, batch.spread_grades(0.0), step / max(steps - 1, 1))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), fit.clip)

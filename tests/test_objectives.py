@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ OWN = {
     "threshold": {"loss": "threshold", **AXIS},
     "cost_augmented": {"loss": "cost_augmented", "margin": 1.0, **AXIS},
     "cumulative": {"loss": "cumulative", "ground": "grade"},
+    "geometric": {"loss": "geometric", "steepness": 3.0, **AXIS},
 }
 # Grades 2, 1, 0: gains 3, 1, 0, so q = (.75, .25, 0); p = (.25, .25, .5).
 # W1 = 1 and W2^2 = 1.5 (test_losses); at worst, all of p at grade 0, 1.75 and 3.25.
@@ -55,7 +57,7 @@ def draw_lists(seed: int, columns: int = 7):
     return torch.randn(3, columns, generator=generator, dtype=torch.float64), grades
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", HAND)
 def test_by_hand(name):
     scores = 0.1 * torch.tensor([[0.25, 0.25, 0.5]], dtype=torch.float64).log()
     loss = make_own(name, temperature=0.1)(scores, torch.tensor([[2.0, 1.0, 0.0]]))
@@ -80,7 +82,7 @@ def test_documents_change_places_with_their_grades_and_not_without(name):
     assert abs(objective(scores[:, order], grades) - loss) > 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in OWN if "targets" in OWN[name]])
+@pytest.mark.parametrize("name", ["log_wasserstein 1", "log_wasserstein 2", "threshold", "cost_augmented"])
 def test_the_minimum_is_the_target_mass(name):
     """Of the augmented softmax: q less the margins."""
     _, grades = draw_lists(2)
@@ -115,11 +117,44 @@ def test_lists_of_one_grade_and_without_target_mass_are_finite(name):
     assert loss.isfinite() and scores.grad.isfinite().all()
 
 
-def test_a_share_of_kl_is_mixed_in():
+@pytest.mark.parametrize("steepness", [0.1, 1.0, 10.0])
+def test_the_geometric_conjugate_is_the_minimum_over_the_simplex(steepness):
+    scores, grades = draw_lists(5, columns=4)
+    simplex = np.array([part for part in product(range(41), repeat=4) if sum(part) == 40]) / 40
+    q, _ = objectives.place_mass(grades, "gain", "grade")
+    for s, y, mass in zip(scores.numpy(), grades.numpy(), q.numpy(), strict=True):
+        cost = s[:, None] + s + steepness * np.abs(y[:, None] - y)
+        least = np.einsum("ai,ij,aj->a", simplex, np.exp(-cost / 2), simplex).min()  # a little above the true one
+        found = make_own("geometric", steepness=steepness)(torch.tensor(s)[None], torch.tensor(y)[None]).item()
+        assert -1e-9 <= found + math.log(least) + mass @ s < 5e-3
+
+
+def test_steep_the_geometric_loss_is_the_cross_entropy_of_places():
+    scores, grades = draw_lists(6)
+    q, _ = objectives.place_mass(grades, "gain", "grade")
+    kl = objectives.make_objective({"loss": "kl", "temperature": 1.0, "targets": "gain"})(scores, grades)
+    loss = make_own("geometric", steepness=200.0)(scores, grades)
+    # Each list has one document at each grade that has mass, so places and documents have the same.
+    assert loss.item() == pytest.approx((kl - torch.xlogy(q, q).sum(-1).mean()).item())
+
+
+@pytest.mark.parametrize("name", ["kl", "contrast"])
+def test_a_share_is_mixed_in(name):
     scores, grades = draw_lists(3)
-    alone, kl = make_own("threshold"), objectives.make_objective({"loss": "kl", "temperature": 1.0, "targets": "gain"})
-    mixed = make_own("threshold", kl_share=0.3)(scores, grades)
-    assert mixed.item() == pytest.approx((0.7 * alone(scores, grades) + 0.3 * kl(scores, grades)).item())
+    alone, other = (
+        make_own("threshold"),
+        objectives.make_objective({"loss": name, "temperature": 1.0, "targets": "gain"}),
+    )
+    mixed = make_own("threshold", **{f"{name}_share": 0.3})(scores, grades)
+    assert mixed.item() == pytest.approx((0.7 * alone(scores, grades) + 0.3 * other(scores, grades)).item())
+
+
+def test_a_schedule_goes_from_its_first_number_to_its_last():
+    scores, grades = draw_lists(3)
+    moving = make_own("threshold", temperature=[1.0, 0.5], kl_share=[1.0, 0.0])
+    for progress, now in ((0.0, (1.0, 1.0)), (0.25, (0.875, 0.75)), (1.0, (0.5, 0.0))):
+        still = make_own("threshold", temperature=now[0], kl_share=now[1])
+        assert moving(scores, grades, progress).item() == pytest.approx(still(scores, grades).item())
 
 
 def test_every_setting_is_another_and_has_a_gradient():
