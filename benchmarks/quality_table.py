@@ -1,4 +1,7 @@
-"""The README's tables of a quality.json made with quality.toml: python benchmarks/quality_table.py FILE.json"""
+"""The README's tables of a quality.json made with quality.toml: python benchmarks/quality_table.py FILE.json
+
+Those of another measure that it has, of which nothing is tested: python benchmarks/quality_table.py FILE.json R@100
+"""
 
 import json
 import sys
@@ -16,12 +19,15 @@ COLUMNS = (  # experiment, its column, shown
 )
 
 
-def make_tables(document: dict) -> list[str]:
+def make_tables(document: dict, measure: str | None = None) -> list[str]:
     """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead.
 
+    Args:
+        measure: one of the document's; its first, the default, has the tests.
     A column, or an encoder, for which the primary system has not been trained yet is left out.
     """
     lines: list[str] = []
+    measure = measure or document["measures"][0]
     shown = {experiment for experiment, *_ in COLUMNS}
     for encoder in document["encoders"]:
         rows = {
@@ -38,13 +44,13 @@ def make_tables(document: dict) -> list[str]:
         }
         columns = [column for column in COLUMNS if column[:2] in trained]
         if columns:
-            lines += [""] * bool(lines) + _show_systems(document, encoder, rows, columns) + [""]
-            lines += _show_lead(document, rows, columns)
+            lines += [""] * bool(lines) + _show_systems(document, encoder, rows, columns, measure)
+            if measure == document["measures"][0]:
+                lines += ["", *_show_lead(document, rows, columns)]
     return lines
 
 
-def _show_systems(document: dict, encoder: str, rows: dict, columns: list[tuple]) -> list[str]:
-    measure = document["measures"][0]
+def _show_systems(document: dict, encoder: str, rows: dict, columns: list[tuple], measure: str) -> list[str]:
     labels: dict[str, list[str]] = {}  # systems of one label stand for one another: each has its experiment's data
     for _, system in rows:
         labels.setdefault(find_label(document, system), []).append(system)
@@ -98,4 +104,4 @@ def open_table(first: str, others: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(make_tables(json.loads(Path(sys.argv[1]).read_text()))))
+    print("\n".join(make_tables(json.loads(Path(sys.argv[1]).read_text()), *sys.argv[2:3])))
