@@ -141,12 +141,10 @@ def test_steep_the_geometric_loss_is_the_cross_entropy_of_places():
 @pytest.mark.parametrize("name", ["kl", "contrast"])
 def test_a_share_is_mixed_in(name):
     scores, grades = draw_lists(3)
-    alone, other = (
-        make_own("threshold"),
-        objectives.make_objective({"loss": name, "temperature": 1.0, "targets": "gain"}),
-    )
-    mixed = make_own("threshold", **{f"{name}_share": 0.3})(scores, grades)
-    assert mixed.item() == pytest.approx((0.7 * alone(scores, grades) + 0.3 * other(scores, grades)).item())
+    alone, mixed = make_own("threshold"), make_own("threshold", **{f"{name}_share": 0.3})
+    other = objectives.make_objective({"loss": name, "temperature": 1.0, "targets": "gain"})
+    expected = 0.7 * alone(scores, grades) + 0.3 * other(scores, grades)
+    assert mixed(scores, grades).item() == pytest.approx(expected.item())
 
 
 def test_a_schedule_goes_from_its_first_number_to_its_last():
