@@ -90,9 +90,7 @@ def threshold_loss(scores, grades, *, temperature: float, targets: str, ground: 
     loss = 0
     for side in (above, ~above):
         mass = (q[:, None] * side).sum(-1)  # (B, L - 1)
-        # A finite floor stands for -inf: with no document on a side, and so no mass, it counts as 0 and not NaN.
-        floored = logits[:, None].masked_fill(~side, torch.finfo(logits.dtype).min)
-        log_mass = floored.logsumexp(-1) - logits.logsumexp(-1, keepdim=True)
+        log_mass = sum_within(logits, side) - logits.logsumexp(-1, keepdim=True)
         loss = loss + torch.xlogy(mass, mass) - mass * log_mass
     return (levels.diff() * loss).sum(-1).mean()
 
@@ -123,7 +121,7 @@ def geometric_loss(scores, grades, *, temperature: float, targets: str, ground: 
     logits = scores.double() / temperature
     levels = places.unique()  # (L,)
     here = places[:, None] == levels[:, None]  # (B, L, N)
-    f = logits[:, None].masked_fill(~here, torch.finfo(logits.dtype).min).logsumexp(-1)
+    f = sum_within(logits, here)  # (B, L)
     top = f.amax(-1, keepdim=True)
     root = ((f - top) / 2).exp()  # (B, L)
     kernel = (-steepness / 2 * (levels[:, None] - levels).abs()).exp()
@@ -136,6 +134,14 @@ def geometric_loss(scores, grades, *, temperature: float, targets: str, ground: 
     conjugate = top[:, 0] + torch.stack(found).amax(0).log()
     mass = (q[:, None] * here).sum(-1)
     return (mass.sum(-1) * conjugate - (mass * f).sum(-1)).mean()
+
+
+def sum_within(logits: Tensor, groups: Tensor) -> Tensor:
+    """Log-sum-exp (B, G) of logits (B, N) within each group (B, G, N).
+
+    A finite floor stands for -inf: a group without a document, and so without mass, counts as 0 and not NaN.
+    """
+    return logits[:, None].masked_fill(~groups, torch.finfo(logits.dtype).min).logsumexp(-1)
 
 
 def place_mass(grades: Tensor, targets: str, ground: str) -> tuple[Tensor, Tensor]:

@@ -22,9 +22,10 @@ COLUMNS = (  # experiment, its column, shown
 def make_tables(document: dict, measure: str | None = None) -> list[str]:
     """Lines of Markdown: for each encoder its systems' means and spreads, and how far the primary one is ahead.
 
+    A column, or an encoder, for which the primary system has not been trained yet is left out.
+
     Args:
         measure: one of the document's; its first, the default, has the tests.
-    A column, or an encoder, for which the primary system has not been trained yet is left out.
     """
     lines: list[str] = []
     measure = measure or document["measures"][0]
