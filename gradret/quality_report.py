@@ -17,7 +17,7 @@ from gradret.quality_compare import Comparisons, Found, compare_changes, compare
 from gradret.quality_tables import Table, is_curve, make_measure_tables, make_tables
 from gradret.report import format_table
 
-RUN_FIELDS = ("data", "exclude", "seed")  # of FitSettings; each run has its own
+RUN_FIELDS = {"model", "data", "exclude", "seed"}  # of FitSettings; every encoder or run names its own
 LINE, NAME, COLUMN = 110, 28, 15  # characters of a line, of a row's name and of a column's
 
 
@@ -58,7 +58,6 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
         if there not in versions:
             versions.append(there)
     done = sum(key in rows_by_run and rows_by_run[key]["collections"].keys() >= wanted[key] for key in wanted)
-    own = {*RUN_FIELDS, *(name for encoder in grid.encoders.values() for name in encoder)}
     return _to_json(
         {
             "command": facts["command"],
@@ -68,7 +67,7 @@ def make_document(grid: Grid, rows_by_run: Mapping[str, dict], facts: Mapping) -
             "primary": grid.primary,
             "done": done,
             "planned": len(wanted),
-            "settings": {name: value for name, value in asdict(grid.settings).items() if name not in own},
+            "settings": {name: value for name, value in asdict(grid.settings).items() if name not in RUN_FIELDS},
             "encoders": grid.encoders,
             "tuned": grid.tuned,
             "systems": {

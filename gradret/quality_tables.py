@@ -24,7 +24,7 @@ class Table:
         header: the columns' names; the first is that of the rows' names.
         rows: as many cells as the header has.
         best: (row, column) of the highest value of each column, from the rows whose runs are all done.
-        note: what p is; "" where there is none.
+        note: what the columns "change" and "p" are; "" where there is neither.
     """
 
     title: str
@@ -158,21 +158,22 @@ def _make_curve_table(
     changes = {c["system"]: c["columns"][column] for c in experiment["changes"] if c["encoder"] == rows[0]["encoder"]}
     tested = {name for change in changes.values() for name in change["p"]}
     baseline = next((name for name in document["baselines"] if name in tested), None)
-    header, note = [name_axis(experiment["vary"]), *values], ""
+    header, notes = [name_axis(experiment["vary"]), *values], []
     if changes:
         header.append("change")
+        notes.append(f"change: from {values[0]} to {values[-1]}")
     if baseline is not None:
         header.append("p")
-        note = f"change: from {values[0]} to {values[-1]}. " + _explain_p(document, baseline, column, "change of")
+        notes.append(_explain_p(document, baseline, column, "change of"))
     shown = []
     for (system, label), line in zip(systems.items(), cells, strict=True):
         change = changes.get(system)
         ends = [f"{change['change']:+.4f}" if change else DASH] if changes else []
-        if note:
+        if baseline is not None:
             p = change["p"].get(baseline) if change else None
             ends.append("" if system == baseline else show_p(p and p[P_SHOWN]))
         shown.append([label, *(text for text, _ in line), *ends])
-    return Table(title, header, shown, _find_best(cells), note)
+    return Table(title, header, shown, _find_best(cells), ". ".join(notes))
 
 
 def _take(row: dict | None, column: str, measure: str, counted: bool = False) -> tuple[str, float | None]:

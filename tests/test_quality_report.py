@@ -27,6 +27,7 @@ from gradret.grid_rows import GridRows
 from gradret.quality_charts import SET_OFF, describe_chart, make_figure
 from gradret.quality_report import draw_quality, format_quality, make_document
 from gradret.quality_tables import make_tables, show_p, show_setting, show_value
+from gradret.settings import FitSettings
 from gradret.significance import correct_holm, randomisation_test, t_test
 
 NEWCOMER = """\
@@ -288,6 +289,13 @@ def test_the_baseline_shown_is_the_first_that_a_table_has():
     assert make_tables(document, document["experiments"][1])[0].header[-1] == "mean of collections"
 
 
+def test_what_one_encoder_names_is_still_a_setting_of_the_other():
+    encoders = {"small": {"model": "M", "learning_rate": 5e-4}, "large": {"model": "L"}}
+    document = make_filled(make_grid(encoders=encoders))
+    assert document["settings"]["learning_rate"] == FitSettings().learning_rate
+    assert document["encoders"]["small"]["learning_rate"] == 5e-4
+
+
 def test_equals_are_all_best():
     grid = make_grid(make_experiment(systems=("bm25", "untrained", "infonce"), collections=("A",)))
     document = make_document(grid, fill_rows(grid, LEVELS | {"untrained": 0.5, "infonce": 0.3}), make_facts(grid))
@@ -302,6 +310,7 @@ def test_numbers_varied_are_columns():
     (table,) = make_tables(document, document["experiments"][0])
     assert table.title == "All systems, encoder small: nDCG@10 (mean of collections), 2 seeds"
     assert table.header == ["temperature", "0.1", "0.2", "change"]
+    assert table.note == "change: from 0.1 to 0.2"
     assert table.rows == [
         ["Untrained", "0.3500", "0.3500", "+0.0000"],
         ["W2", "0.5600 ± 0.0141", "0.4500 (1/2)", "–"],
