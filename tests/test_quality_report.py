@@ -24,6 +24,7 @@ from gradret.errors import GradretError
 from gradret.grid import System
 from gradret.grid_file import read_grid
 from gradret.grid_rows import GridRows
+from gradret.lists import Passage, RankingList
 from gradret.quality_charts import SET_OFF, describe_chart, make_figure
 from gradret.quality_report import draw_quality, format_quality, make_document
 from gradret.quality_tables import make_tables, show_p, show_setting, show_value
@@ -554,6 +555,28 @@ def test_the_table_of_claims_apart(monkeypatch):
         "| BM25, small | 0.3000 | 0.1500 | 0.4500 |",
         "| W2, small | 0.5000 | 0.6000 | 0.4000 |",
     ]
+
+
+class NumberEncoder:
+    """Texts are numbers; a document's score is its number."""
+
+    def encode(self, texts, kind="document"):
+        return np.array([[float(text)] for text in texts], dtype=np.float32)
+
+    def score(self, queries, documents):
+        return queries @ documents.T
+
+
+def test_the_order_of_pairs(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    import pairs
+
+    def make_list(*numbers):  # of grades 2, 1, 0, 0
+        passages = [Passage(grade, number) for grade, number in zip((2, 1, 0, 0), numbers, strict=True)]
+        return RankingList("q", "1", passages)
+
+    lists = [make_list("4", "3", "2", "1"), make_list("2", "3", "2", "1")]  # wrong: the first pair, and a tie
+    assert pairs.measure_order(NumberEncoder(), lists) == {"pairs": 10, "right": 0.8, "first": {"1": 1, "2": 1}}
 
 
 # --- the committed results
