@@ -128,8 +128,9 @@ def _draw_curves(axes, document: dict, experiment: dict, rows: list[dict], colum
             for row in rows
             if row["system"] == system and row["runs"] == row["wanted"] and (found := row["columns"].get(column))
         )
+        flat = document["systems"][system]["ranker"] != "fit"  # the same at every value
         # Side by side, so that whiskers do not hide one another.
-        shift = 0.012 * (i - (len(systems) - 1) / 2)
+        shift = 0.0 if flat else 0.012 * (i - (len(systems) - 1) / 2)
         if logarithmic:
             x = [value * (values[-1] / values[0]) ** shift for value, _, _ in points]
         else:
@@ -137,7 +138,7 @@ def _draw_curves(axes, document: dict, experiment: dict, rows: list[dict], colum
         number = others.index(system) if system in others else 0
         if system == document["primary"]:
             style = {"color": SET_OFF, "linewidth": 2.4, "zorder": 3, "marker": "o"}
-        elif document["systems"][system]["ranker"] != "fit":  # the same at every value
+        elif flat:
             style = {"color": EDGE, "linewidth": 1.2, "linestyle": (0, (1 + 2 * (number % 3), 2))}
         else:
             style = {"color": OTHERS[number % len(OTHERS)], "linewidth": 1.2, "marker": MARKERS[number % len(MARKERS)]}

@@ -461,6 +461,7 @@ def test_curves():
     lines = {c.get_label(): c.lines[0] for c in figure.axes[0].containers}
     assert list(lines) == ["Untrained", "InfoNCE", "W2"]
     assert lines["Untrained"].get_ydata() == pytest.approx([0.4, 0.4])
+    assert list(lines["Untrained"].get_xdata()) == [0.1, 0.2]  # from end to end
     assert lines["InfoNCE"].get_ydata() == pytest.approx([0.51])
     assert lines["W2"].get_ydata() == pytest.approx([0.61, 0.51])  # from the lowest value on
     assert lines["W2"].get_xdata() == pytest.approx([0.1, 0.2], abs=0.005)
@@ -558,25 +559,37 @@ def test_the_table_of_claims_apart(monkeypatch):
 
 
 class NumberEncoder:
-    """Texts are numbers; a document's score is its number."""
+    """Texts are numbers, a document's score is the query's times its own; below 0 for a query taken for a document."""
 
-    def encode(self, texts, kind="document"):
-        return np.array([[float(text)] for text in texts], dtype=np.float32)
+    def encode(self, texts, kind="document", *, precision):
+        assert precision == "float32"
+        sign = 1 if kind == "document" else -1
+        return np.array([[sign * float(text)] for text in texts], dtype=np.float32)
 
     def score(self, queries, documents):
-        return queries @ documents.T
+        return -queries @ documents.T
 
 
-def test_the_order_of_pairs(monkeypatch):
+def test_the_order_of_grades(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
-    import pairs
+    import order
 
-    def make_list(*numbers):  # of grades 2, 1, 0, 0
-        passages = [Passage(grade, number) for grade, number in zip((2, 1, 0, 0), numbers, strict=True)]
-        return RankingList("q", "1", passages)
+    def make_list(*passages):
+        return RankingList("q", "1", [Passage(grade, score) for grade, score in passages])
 
-    lists = [make_list("4", "3", "2", "1"), make_list("2", "3", "2", "1")]  # wrong: the first pair, and a tie
-    assert pairs.measure_order(NumberEncoder(), lists) == {"pairs": 10, "right": 0.8, "first": {"1": 1, "2": 1}}
+    lists = [
+        make_list((2, "4"), (1, "3"), (0, "2"), (0, "1")),
+        make_list((0, "3"), (1, "2"), (2, "3")),  # 2 before 1 alone; grades 0 and 2 tie, for the first place, too
+        make_list((0, "1"), (2, "2"), (1, "3")),
+    ]
+    assert order.measure_order(NumberEncoder(), lists) == {
+        "pairs": {
+            "1,0": {"pairs": 4, "right": 3},
+            "2,0": {"pairs": 4, "right": 3},
+            "2,1": {"pairs": 3, "right": 2},
+        },
+        "first": {"0": 1, "1": 1, "2": 1},
+    }
 
 
 # --- the committed results
