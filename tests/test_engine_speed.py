@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import make_tiny_gguf
@@ -20,6 +21,11 @@ def run(tmp_path, *arguments):
     return result
 
 
+def list_rounds(speeds: dict[str, float]) -> tuple[float, float]:
+    """The slower and the faster of two rounds; percentiles lie between the two in proportion."""
+    return (4 * speeds["p20"] - speeds["p80"]) / 3, (4 * speeds["p80"] - speeds["p20"]) / 3
+
+
 def test_both_sides_are_measured_with_and_without_a_grammar(tmp_path, tiny_gguf):
     result = run(tmp_path, "--model", str(tiny_gguf), *FEW)
     found = json.loads((tmp_path / "gen.json").read_text())
@@ -30,9 +36,11 @@ def test_both_sides_are_measured_with_and_without_a_grammar(tmp_path, tiny_gguf)
         ("gradret", True),
     ]
     assert all(0 < row["tokens_per_s"]["p20"] <= row["tokens_per_s"]["p80"] for row in found["rows"])
-    loop, ours = found["rows"][2]["tokens_per_s"], found["rows"][3]["tokens_per_s"]
-    assert ours["p20"] / loop["p80"] <= found["ratios"]["with grammar"]["median"] * 1.01
-    assert found["ratios"]["with grammar"]["median"] <= ours["p80"] / loop["p20"] * 1.01
+    loop, ours = (np.array(list_rounds(row["tokens_per_s"])) for row in found["rows"][2:])
+    medians = [np.mean(ours / loop), np.mean(ours[::-1] / loop)]  # which speed was which round's is not told
+    assert any(
+        found["ratios"]["with grammar"]["median"] == pytest.approx(median, rel=0.01, abs=0.01) for median in medians
+    )
     assert list(found["ratios"]) == ["without grammar", "with grammar"]
     assert (found["sequences"], found["threads"], found["max_tokens"], found["repeats"]) == (3, 2, 12, 2)
     assert found["model"].startswith("random weights, 2 layers of 64") and found["prompt_tokens"] > 100
