@@ -7,6 +7,7 @@ trains it on that order.
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import torch
 
 from gradret import Encoder, RankingList, load_encoder, read_lists
 from gradret.encoder_load import choose_precision
-from gradret.grid import ENCODER_FIELDS
 from gradret.grid_file import read_grid
 from gradret.versions import versions
 
@@ -31,7 +31,7 @@ def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "
     first: Counter[float] = Counter()
     for ranking in lists:
         query = torch.from_numpy(encoder.encode([ranking.query], "query", precision=precision))
-        texts = [passage.text for passage in ranking.passages]
+        texts = [passage.content for passage in ranking.passages]
         scores = encoder.score(query, torch.from_numpy(encoder.encode(texts, "document", precision=precision)))[0]
         scored = sorted(zip([passage.grade for passage in ranking.passages], scores.tolist(), strict=True))
         first[max(scored, key=lambda pair: pair[1])[0]] += 1
@@ -47,10 +47,11 @@ def main(files: list[str]) -> None:
     """Print what quality.toml's encoders do with the lists of all files."""
     lists = [ranking for file in files for ranking in read_lists(file)]
     result = {"command": " ".join(["python benchmarks/order.py", *files]), "versions": versions(), "lists": len(lists)}
-    for name, choice in read_grid(Path(__file__).with_name("quality.toml")).encoders.items():
-        options = {field: choice[field] for field in ENCODER_FIELDS[1:] if field in choice}
-        encoder = load_encoder(choice["model"], **options)
-        precision = choose_precision("auto", encoder.device)
+    grid = read_grid(Path(__file__).with_name("quality.toml"))
+    for name, choice in grid.encoders.items():
+        settings = replace(grid.settings, **choice)
+        encoder = load_encoder(settings.model, **settings.encoder_options)
+        precision = choose_precision(settings.precision, encoder.device)
         result[name] = {"precision": precision} | measure_order(encoder, lists, precision)
     print(json.dumps(result, indent=2))
 
