@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quality_table import open_table, show_cell
 
-from gradret.quality_tables import MEAN, show_setting
+from gradret.bench.quality_tables import MEAN, show_setting
 
 
 def make_tables(document: dict) -> list[str]:

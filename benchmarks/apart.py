@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.bench import choose_rows
-from gradret.grid import Grid
-from gradret.grid_file import read_grid
-from gradret.grid_rows import GridRows
+from gradret.bench.grid import Grid
+from gradret.bench.grid_file import read_grid
+from gradret.bench.grid_rows import GridRows
+from gradret.bench.quality import choose_rows
 
 FOLDER = Path(__file__).parent
 COLLECTION = "SciFact test"

@@ -39,21 +39,20 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from gradret import losses
-from gradret.batches import collate, draw_lists
-from gradret.collection import Collection
-from gradret.encoder_load import choose_precision, load_encoder
-from gradret.evaluation import measure_run
-from gradret.grades import place_grades, weigh_grades
-from gradret.grid_file import read_grid
-from gradret.lists import RankingList, decode_json, query_words
-from gradret.losses import infonce_loss, kl_loss, wasserstein_loss
-from gradret.mix import MixedLists, check_lists
-from gradret.reference import normalize_mass
-from gradret.retrieve import default_cache, embed_corpus, top_k
+from gradret.bench.grid_file import read_grid
+from gradret.data.collections import Collection
+from gradret.data.lists import RankingList, decode_json, query_words
+from gradret.data.sources import MixedLists, check_lists, open_collection, parse_source
+from gradret.encoder.load import choose_precision, load_encoder
+from gradret.evaluation.measures import measure_run
+from gradret.evaluation.search import default_cache, embed_corpus, top_k
+from gradret.files import versions
+from gradret.loss import functions as losses
+from gradret.loss.functions import infonce_loss, kl_loss, wasserstein_loss
+from gradret.loss.grades import place_grades, weigh_grades
+from gradret.loss.reference import normalize_mass
 from gradret.settings import FitSettings, count_steps, learning_rate_at
-from gradret.sources import open_collection, parse_source
-from gradret.versions import versions
+from gradret.train.batches import collate, draw_lists
 
 PLAN = Path(__file__).with_name("dev.toml")
 EVALUATED = ("beir/scifact/test", "cranfield?queries=even")  # reported elsewhere: their queries are not trained on

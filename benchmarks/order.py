@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from gradret import Encoder, RankingList, load_encoder, read_lists
-from gradret.encoder_load import choose_precision
-from gradret.grid_file import read_grid
-from gradret.versions import versions
+from gradret.bench.grid_file import read_grid
+from gradret.encoder.load import choose_precision
+from gradret.files import versions
 
 
 def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "float32") -> dict:

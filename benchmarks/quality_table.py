@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from gradret.quality_tables import DASH, MEAN, find_label, show_p, show_value
+from gradret.bench.quality_tables import DASH, MEAN, find_label, show_p, show_value
 
 COLUMNS = (  # experiment, its column, shown
     ("main", "SciFact test", "SciFact"),

@@ -1,5 +1,6 @@
 """What a long command shows and hears: lines on stderr, and requests to stop."""
 
+import os
 import shlex
 import signal
 import sys
@@ -10,7 +11,44 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from gradret.launch import is_first_process
+
+class GradretError(Exception):
+    """Bad input or a failed operation that the user can mend: one line, exit code 1, no traceback.
+
+    The message says where, what was expected, what came and what to do.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever is quoted in it
+
+
+class Interrupted(GradretError):
+    """A run ended by SIGINT or SIGTERM after it was saved."""
+
+
+class ToldElsewhere(GradretError):
+    """This process ends with another one, whose line tells why: exit code 1, nothing printed."""
+
+
+class ProcessLost(GradretError):
+    """Another of the processes that share the work has ended."""
+
+
+def count_processes() -> int:
+    """How many processes torchrun, or a launcher that sets the same variables, has started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that shows and writes: the only one, or torchrun's first."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def require_one(what: str, instead: str = "") -> None:
+    """Refuse what has no use for several processes. Raises: GradretError."""
+    if count_processes() > 1:
+        raise GradretError(f"{what} runs in one process; start it without torchrun{instead}")
+
 
 SECOND_THOUGHT_S = 2.0
 PATIENCE_S = 2  # work that is done sooner needs no progress bar

@@ -67,7 +67,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 
 def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
     """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then."""
-    from gradret.random_gguf import Size, byte_characters, write_random_gguf
+    from gradret.bench.random_gguf import Size, byte_characters, write_random_gguf
 
     words = sorted(set(re.findall("[a-z]{3,7}", SAMPLE_FILE.read_text().lower())))[::3][:400]
     space = byte_characters()[ord(" ")]
@@ -86,7 +86,7 @@ def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory) -> Path:
     pytest.importorskip("llama_cpp")
-    from gradret.llama_model import avoid_amx
+    from gradret.generate.llama import avoid_amx
 
     avoid_amx()  # also of what the tests load by llama-cpp-python itself
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
@@ -102,7 +102,9 @@ def real_server(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = path.with_suffix(".log")
-    serve = "from gradret.llama_model import avoid_amx; avoid_amx(); from llama_cpp.server.__main__ import main; main()"
+    serve = (
+        "from gradret.generate.llama import avoid_amx; avoid_amx(); from llama_cpp.server.__main__ import main; main()"
+    )
     command = [sys.executable, "-c", serve, "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)

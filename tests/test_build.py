@@ -66,12 +66,12 @@ def run_loss_tests(site: Path, *arguments):
         "import sys\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if not getattr(f, '__module__', '').startswith('__editable__')]\n"
     )
-    code = "import gradret, gradret.kernels as k; print(gradret.__file__, getattr(k.compiled, '__file__', None))"
+    code = "import gradret, gradret.loss.kernels as k; print(gradret.__file__, getattr(k.compiled, '__file__', None))"
     printed = run("-c", code, cwd=site.parent, PYTHONPATH=str(site)).stdout
     where = printed.splitlines()[-1].split()
     kernels = [str(path) for path in site.glob("gradret/_kernels.*")] or ["None"]
     assert where == [str(site / "gradret" / "__init__.py"), *kernels], printed
-    tests = [REPOSITORY / "tests" / f"test_{name}.py" for name in ("losses", "kernels", "retrieval_loss")]
+    tests = [REPOSITORY / "tests" / "loss" / f"test_{name}.py" for name in ("losses", "kernels", "retrieval_loss")]
     flags = ["-q", "-rs", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", REPOSITORY / "tests", *arguments]
     return run("-m", "pytest", *tests, *flags, cwd=site.parent, PYTHONPATH=str(site))
 
@@ -124,7 +124,7 @@ def test_architectures_that_nvcc_does_not_know(monkeypatch):
 def test_this_installation_has_kernels():
     """Where a compiler is, an installation without kernels is a broken build."""
 
-    from gradret import kernels
+    from gradret.loss import kernels
 
     if not any(shutil.which(c) for c in ("g++", "c++", "clang++")):
         pytest.skip("no C++ compiler here")

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from gradret import console
 from gradret.cli import main
 from gradret.console import PATIENCE_S, be_quiet, say, show_bar
-from gradret.evaluation import evaluate
+from gradret.evaluation.measures import evaluate
 
 
 def run_in_a_terminal(*arguments) -> tuple[str, str]:

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-from gradret.collection import Collection
-from gradret.lists import query_words
-from gradret.mix import MixedLists, check_lists
-from gradret.sources import open_collection, parse_source
+from gradret.data.collections import Collection
+from gradret.data.lists import query_words
+from gradret.data.sources import MixedLists, check_lists, open_collection, parse_source
 
 UNPACKED = shutil.ignore_patterns("docs.pklz4", "*.qrels", "*.json", "*.txt")  # what another test has unpacked
 CRANFIELD_GRADES = "-1=4,1=4,2=3,3=2,4=1"
@@ -84,7 +83,7 @@ def test_the_published_figures_of_scifact(tmp_path):
 
 READ_ALL = """
 import sys
-from gradret.collection import IrDatasetsCollection
+from gradret.data.collections import IrDatasetsCollection
 print("ready", flush=True)
 sys.stdin.readline()
 collection = IrDatasetsCollection("beir/scifact/test")

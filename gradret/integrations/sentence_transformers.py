@@ -9,8 +9,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
-from gradret.losses import make_loss, mix_losses
-from gradret.retrieval_loss import wasserstein_retrieval_loss
+from gradret.loss.functions import make_loss, mix_losses
+from gradret.loss.retrieval import wasserstein_retrieval_loss
 from gradret.settings import FitSettings
 
 DEFAULTS = FitSettings()
@@ -26,9 +26,9 @@ class WassersteinLoss(nn.Module):
 
     Args:
         model: its similarity_fn_name, "cosine" or "dot", is the score.
-        order, temperature, targets, ground: see gradret.losses.wasserstein_loss. Unlike the `scale` of other losses,
-            the temperature divides the scores.
-        kl_share, contrast_share: shares of gradret.losses.kl_loss and contrast_loss in the loss, 0 to 1 together. By
+        order, temperature, targets, ground: see gradret.wasserstein_loss. Unlike the `scale` of other losses, the
+            temperature divides the scores.
+        kl_share, contrast_share: shares of gradret.kl_loss and contrast_loss in the loss, 0 to 1 together. By
             default .85 of it are the contrast, as in `gradret fit`.
         in_batch: whether the other rows' passages join each list, with the default grade.
         default_grade: theirs.

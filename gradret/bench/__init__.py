@@ -1,0 +1,1 @@
+"""Benchmarks that users run: what training bought, and the speed of losses."""

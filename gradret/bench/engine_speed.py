@@ -1,0 +1,183 @@
+"""Tokens a second of the llama.cpp engine beside a loop over llama-cpp-python's chat completion."""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradret.bench.workloads import find_percentiles
+from gradret.console import GradretError, say
+from gradret.files import versions
+from gradret.generate.engine import Form, Reply, Request
+from gradret.generate.llama import TOP_K, LlamaEngine, Sampling, avoid_amx, count_cores
+from gradret.generate.prompts import Prompts
+from gradret.generate.queries import Query
+from gradret.generate.replies import make_form
+from gradret.generate.run import request_kinds, stream_seed
+from gradret.settings import GenSettings
+
+LOOP = "create_chat_completion loop"
+SAME_PROMPT = 0.02  # both sides may count a prompt's tokens this differently, by how they cut the text
+
+
+def measure_engine(
+    model: Path,
+    prompts: Prompts,
+    queries: Sequence[Query],
+    settings: GenSettings,
+    *,
+    sequences: int = 16,
+    max_tokens: int = 256,
+    loop_queries: int = 3,
+    repeats: int = 3,
+    gpu_layers: int = -1,
+    threads: int | None = None,
+) -> dict:
+    """Time both on the same model, prompts, sampler and token cap, without a grammar and with one.
+
+    Rounds of the loop and of the engine take turns in one process; the ratio is taken within each round. The loop
+    keeps what prompts share in its cache, too.
+
+    Args:
+        queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them.
+        max_tokens: of every reply; a model with random weights always writes so many.
+    Returns: a JSON-serialisable document; "rows" hold tokens_per_s, "ratios" the engine's over the loop's, each as
+        median, p20 and p80 over the rounds.
+    Raises: GradretError when the two do not read the same prompts.
+    """
+    from llama_cpp import __version__ as llama_version
+
+    threads = threads or count_cores()
+    sampling = Sampling(settings.temperature, settings.top_p)
+    kind = request_kinds(prompts, settings)[0]
+    kind = Request(kind.key, kind.messages, max_tokens)
+    engine = LlamaEngine(model, [kind], sequences=sequences, gpu_layers=gpu_layers, threads=threads, sampling=sampling)
+    loop = ChatLoop(model, engine.context_tokens, gpu_layers, threads, sampling)
+    form = make_form(prompts.scale.keys, settings.min_chars, settings.max_chars)
+    rows, ratios = [], {}
+    try:
+        for name, held in (("without grammar", None), ("with grammar", form)):
+            requests = [
+                Request(
+                    i, prompts.write(q.text), max_tokens, stream_seed(q, settings.seed, engine.identity, 1, None), held
+                )
+                for i, q in enumerate(queries)
+            ]
+            _check_same_prompts(engine, loop, requests)
+            speeds: dict[str, list[float]] = {LOOP: [], "gradret": []}
+            for repeat in range(repeats):
+                turn = [requests[(repeat * loop_queries + i) % len(requests)] for i in range(loop_queries)]
+                for system, run, wanted in ((LOOP, loop.run, turn), ("gradret", engine_run(engine), requests)):
+                    began = time.perf_counter()
+                    tokens = sum(reply.tokens for reply in run(wanted))
+                    speeds[system].append(tokens / (time.perf_counter() - began))
+                    say(f"{name}, round {repeat + 1} of {repeats}: {system} {speeds[system][-1]:.1f} tokens/s")
+            rows += [{"system": s, "grammar": held is not None, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
+            ratios[name] = _spread(np.divide(speeds["gradret"], speeds[LOOP]))
+    finally:
+        engine.close()
+        loop.close()
+    return {
+        "versions": versions() | {"llama_cpp_python": llama_version},
+        "model": engine.identity,
+        "model_bytes": model.stat().st_size,
+        "sequences": sequences,
+        "threads": threads,
+        "queries": len(queries),
+        "loop_queries": loop_queries,
+        "repeats": repeats,
+        "max_tokens": max_tokens,
+        "prompt_tokens": engine.count_shared(kind),
+        "rows": rows,
+        "ratios": ratios,
+    }
+
+
+class ChatLoop:
+    """One reply after the other through llama-cpp-python's high-level class."""
+
+    def __init__(self, model: Path, context: int, gpu_layers: int, threads: int, sampling: Sampling):
+        from llama_cpp import Llama
+
+        avoid_amx()
+        self._sampling = sampling
+        self._llama = Llama(
+            str(model),
+            n_ctx=context,
+            n_gpu_layers=gpu_layers,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        """A reply for each request."""
+        from llama_cpp import LlamaGrammar
+
+        for request in requests:
+            form: Form | None = request.form
+            answer = self._llama.create_chat_completion(
+                list(request.messages),
+                max_tokens=request.max_tokens,
+                temperature=self._sampling.temperature,
+                top_p=self._sampling.top_p,
+                top_k=TOP_K,
+                min_p=0.0,
+                seed=request.seed % 2**31,
+                grammar=LlamaGrammar.from_string(form.grammar, verbose=False) if form else None,
+            )
+            choice, usage = answer["choices"][0], answer["usage"]
+            yield Reply(
+                request,
+                choice["message"]["content"],
+                choice["finish_reason"],
+                usage["completion_tokens"],
+                usage["prompt_tokens"],
+            )
+
+    def close(self) -> None:
+        """Free the model."""
+        self._llama.close()
+
+
+def engine_run(engine: LlamaEngine):
+    """The same for an engine: a function from requests to their replies, in the order they are done."""
+
+    def run(requests: Sequence[Request]) -> Iterator[Reply]:
+        waiting = list(reversed(requests))
+        while True:
+            while waiting and engine.free:
+                engine.submit(waiting.pop())
+            replies = engine.collect()
+            if not replies:
+                return
+            yield from replies
+
+    return run
+
+
+def _check_same_prompts(engine: LlamaEngine, loop: ChatLoop, requests: Sequence[Request]) -> None:
+    """Both warm up on one short reply, and have read equally many tokens for it."""
+    short = [Request(0, r.messages, 1, r.seed) for r in requests[:1]]
+    (ours,), (theirs,) = engine_run(engine)(short), loop.run(short)
+    if abs(ours.prompt_tokens - theirs.prompt_tokens) > SAME_PROMPT * theirs.prompt_tokens:
+        raise GradretError(
+            f"the engine reads {ours.prompt_tokens} tokens where llama-cpp-python reads {theirs.prompt_tokens} for the "
+            "same chat; measure with a model whose chat template both read alike"
+        )
+
+
+def _spread(values) -> dict:
+    return {name: round(value, 2) for name, value in find_percentiles(values).items()}
+
+
+def format_engine_speed(document: dict) -> str:
+    """The document of measure_engine as lines for a terminal."""
+    lines = [f"{document['model']}: {document['sequences']} sequences, {document['max_tokens']} tokens a reply"]
+    lines.append(f"{'tokens/s':<30}{'without grammar':>18}{'with grammar':>18}")
+    for system in dict.fromkeys(row["system"] for row in document["rows"]):
+        speeds = [row["tokens_per_s"]["median"] for row in document["rows"] if row["system"] == system]
+        lines.append(f"{system:<30}" + "".join(f"{speed:>18.1f}" for speed in speeds))
+    lines.append(f"{'gradret / loop':<30}" + "".join(f"{r['median']:>18.2f}" for r in document["ratios"].values()))
+    return "\n".join(lines)

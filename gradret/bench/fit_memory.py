@@ -1,0 +1,89 @@
+"""Peak memory of one training step of `gradret fit`, whole processes, each fresh.
+
+On a CPU the peak of resident memory, Python, PyTorch and the weights included; on CUDA what the allocator held at most.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from gradret.bench.memory import MIB
+from gradret.console import GradretError, say
+from gradret.settings import FitSettings
+from gradret.train.loop import fit
+from gradret.train.memory import fresh_environment, is_peak_known, peak_bytes
+
+LONGEST_S = 3600  # a run that takes longer is given up
+
+
+def check_memory(device: torch.device) -> None:
+    """Refuse early what could not be measured. Raises: GradretError."""
+    if device.type == "mps" or (device.type == "cpu" and not is_peak_known()):
+        raise GradretError(
+            f"--memory: peak memory on {device.type} is not measured on this system: on a CPU it is read from Linux's "
+            "/proc, on CUDA from PyTorch's allocator; leave --memory out"
+        )
+
+
+def measure_memory(
+    settings: FitSettings, sizes: Sequence[int], chunk: int, device: str, folder: Path
+) -> list[dict[str, float | None]]:
+    """Peak memory of a run of one step with so many lists a batch, each in a process of its own.
+
+    Args:
+        settings: whose data holds max(sizes) lists at least; batch_lists, chunk and max_steps are replaced.
+        sizes: lists a batch; the first is measured without gradient caching, too, and first.
+        chunk: passages that gradient caching encodes at once.
+        folder: an empty one, for the runs.
+    Returns: lists, chunk, peak_mib, and the ratio of that to the first's.
+    Raises: GradretError with the last line of a run that failed.
+    """
+    rows = []
+    for number, (lists, cached) in enumerate([(sizes[0], None), *((size, chunk) for size in sizes)]):
+        say(f"memory: {lists} lists" + (f", chunks of {cached}" if cached else ""))
+        run = replace(settings, batch_lists=lists, chunk=cached, max_steps=1)
+        peak = _measure_run(run, device, folder / f"memory-{number}")
+        rows.append({"lists": lists, "chunk": cached, "peak_mib": round(peak, 1)})
+    return [row | {"ratio": row["peak_mib"] / rows[0]["peak_mib"]} for row in rows]
+
+
+def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
+    job = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "gradret.bench.fit_memory"],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            timeout=LONGEST_S,
+            env=fresh_environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise GradretError(f"--memory: a step of {settings.batch_lists} lists took more than {LONGEST_S} s") from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
+        raise GradretError(f"--memory: a step of {settings.batch_lists} lists failed ({reason}); take smaller sizes")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The measured process: a job as JSON on stdin, its peak in MiB on stdout."""
+    job = json.load(sys.stdin)
+    torch.set_num_threads(job["threads"])
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in job["settings"].items()}
+    fit(FitSettings(**settings), job["out"], device=job["device"], progress=False)
+    if torch.device(job["device"]).type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = peak_bytes()
+    print(json.dumps(peak / MIB))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Peak memory of a row's forward and backward above what exists before it, measured apart from time.
+
+On CUDA by the allocator's own count. On a CPU by the peak of resident memory, row by row in a fresh process.
+"""
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from gradret.bench.workloads import COMPILED, Row, make_workload, run_once
+from gradret.train.memory import can_restart_peak, fresh_environment, peak_bytes, resident_bytes, restart_peak
+
+MIB = 1 << 20
+LONGEST_S = 300  # a row that takes longer is given up
+NO_WAY = "peak memory off CUDA is read from Linux's /proc/self, which this system does not offer"
+
+
+def peak_resolution(device: torch.device) -> float:
+    """MiB below which a peak says nothing: Linux counts a process's pages in batches on each processor it runs on."""
+    if device.type != "cpu":
+        return 0.0
+    batch = max(32, 2 * (os.cpu_count() or 1))  # pages, as in the kernel's lib/percpu_counter.c
+    return batch * torch.get_num_threads() * mmap.PAGESIZE / MIB
+
+
+def measure_cuda_peak(row: Row) -> float:
+    """Peak MiB above the inputs of one forward and backward on the current device, after an earlier one."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run_once(row)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def measure_cpu_peaks(
+    shape: Sequence[int], dtype: str, orders: Sequence[int], names: Sequence[str]
+) -> Iterator[tuple[float | None, str | None]]:
+    """For each named row of a CPU workload: peak MiB above the inputs, or None and the reason.
+
+    A process that has loaded gradret and run nothing is copied for every row. The copy makes the workload, runs the row
+    once, so that code, threads and compiled loops are there, and measures the second time.
+    """
+    if not (can_restart_peak() and hasattr(os, "fork")):
+        yield from ((None, NO_WAY) for _ in names)
+        return
+    job = {"shape": shape, "dtype": dtype, "orders": orders, "names": names, "threads": torch.get_num_threads()}
+    # glibc then returns every freed block of a page at once: none is left over for the measured call to reuse unseen.
+    environment = fresh_environment(MALLOC_MMAP_THRESHOLD_="4096", TORCHINDUCTOR_COMPILE_THREADS="1")
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradret.bench.memory"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            process.stdin.write(json.dumps(job))
+            process.stdin.close()
+            for _ in names:
+                line = process.stdout.readline()
+                yield tuple(json.loads(line)) if line else (None, "the measuring process ended before this row")
+        finally:
+            process.kill()
+
+
+def main() -> None:
+    """The measuring process: a job as JSON on stdin, one line of JSON for each row on stdout."""
+    job = json.load(sys.stdin)
+    for name in job["names"]:
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            signal.alarm(LONGEST_S)
+            os.dup2(2, 1)  # whatever is printed by a row is no result
+            peak = _measure_row(job, name)
+            os.write(writer, json.dumps(peak).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            answer = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if status == -signal.SIGALRM:
+            reason = f"took more than {LONGEST_S} s"
+        else:
+            reason = None if answer else f"the measuring process ended with {status}"
+        print(json.dumps([json.loads(answer) if answer else None, reason]), flush=True)
+
+
+def _measure_row(job: dict, name: str) -> float:
+    torch.set_num_threads(job["threads"])
+    workload = make_workload(job["shape"], job["dtype"], "cpu")
+    rows = workload.rows(job["orders"], compiled=name.startswith(COMPILED))  # loading the compiler takes seconds
+    row = next(row for row in rows if row.name == name)
+    del rows
+    run_once(row)
+    restart_peak()
+    before = resident_bytes()
+    run_once(row)
+    return (peak_bytes() - before) / MIB
+
+
+if __name__ == "__main__":
+    main()

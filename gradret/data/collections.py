@@ -1,0 +1,363 @@
+"""Collections: documents, queries and qrels, from a BEIR directory, ir_datasets or a ranking-list file."""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradret.console import PATIENCE_S, GradretError, say, show_bar
+from gradret.data.lists import ListFile, Passage, decode_json, hash64, open_file
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing keeps processes apart
+    fcntl = None  # type: ignore[assignment]
+
+
+LOCK_FILE = "gradret.lock"
+
+
+def load_dataset(dataset_id: str) -> Any:
+    """The dataset of an ir_datasets id. Raises: GradretError when there is none."""
+    import ir_datasets
+
+    ir_datasets.log.easy().logger().setLevel(logging.WARNING)  # its notes on opened files would bury ours
+    try:
+        return ir_datasets.load(dataset_id)
+    except KeyError:
+        raise GradretError(
+            f"{dataset_id}: no such file or directory, and not an ir_datasets id; "
+            "check the path, or pick an id from https://ir-datasets.com"
+        ) from None
+
+
+def iterate_documents(dataset: Any) -> Iterator[Any]:
+    """The documents of a dataset of ir_datasets in its order. Raises: GradretError as `reading` does."""
+    with reading(dataset):
+        with unpacking():
+            documents = iter(dataset.docs_iter())
+            first = list(islice(documents, 1))
+        yield from chain(first, documents)
+
+
+def open_store(dataset: Any) -> Any:
+    """The documents of a dataset of ir_datasets by id: its docs_store. Raises: GradretError as `reading` does."""
+    with reading(dataset), unpacking():
+        store = dataset.docs_store()
+        store.get_many([])  # which for most datasets makes its files, where they are not yet
+    return store
+
+
+@contextmanager
+def reading(dataset: Any) -> Iterator[None]:
+    """Turns what ir_datasets raises in here into one line.
+
+    That is anything: a download that failed, a licence not yet accepted, and for a damaged file what its format's
+    library raises.
+    """
+    try:
+        yield
+    except Exception as error:
+        import ir_datasets
+
+        raise GradretError(
+            f"{dataset.dataset_id()}: ir_datasets could not provide it ({type(error).__name__}: {error}); if a file "
+            f"is damaged that it downloaded or made in {ir_datasets.util.home_path()}, remove that file"
+        ) from error
+
+
+@contextmanager
+def unpacking() -> Iterator[None]:
+    """While no other process is in here: two that have ir_datasets make the same files at once damage them.
+
+    Not to be nested. Without a lock where the home can not be written to, on a network file system that has none, and
+    on Windows.
+    """
+    import ir_datasets
+
+    path = ir_datasets.util.home_path() / LOCK_FILE
+    with ExitStack() as stack:
+        if fcntl is not None:
+            with suppress(OSError):
+                file = stack.enter_context(open(path, "a"))
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say(f"waiting for another process that downloads or unpacks a collection ({path})")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+BEIR_HEADER = ["query-id", "corpus-id", "score"]
+TREC_SUFFIXES = (".txt", ".qrels", ".trec")
+TROVE_FILE = "qrels.jsonl"
+
+Qrels = dict[str, dict[str, float]]
+
+
+def read_qrels(directory: Path, split: str) -> Qrels:
+    """Query id -> {doc id -> grade}, of the first of these files that is there.
+
+    `qrels/SPLIT.tsv`, with the header query-id, corpus-id, score and whole numbers (BEIR); `qrels/SPLIT.txt`, .qrels or
+    .trec, lines of `QUERY 0 DOCUMENT GRADE` (trec_eval); `qrels.jsonl`, a line a query with qid, docid and score, the
+    latter two lists of one length (Trove), which is the same for every split.
+
+    Raises: GradretError when there is none, or a line is not of its format.
+    """
+    beir = directory / "qrels" / f"{split}.tsv"
+    if beir.exists():
+        return _collect(_read_beir(beir))
+    for suffix in TREC_SUFFIXES:
+        trec = beir.with_suffix(suffix)
+        if trec.exists():
+            return _collect(_read_trec(trec))
+    trove = directory / TROVE_FILE
+    if trove.exists():
+        return _collect(_read_trove(trove))
+    there = sorted({p.stem for suffix in (".tsv", *TREC_SUFFIXES) for p in beir.parent.glob(f"*{suffix}")})
+    raise GradretError(f"{beir}: no such file; splits with qrels here: {', '.join(there) or 'none'}")
+
+
+def _collect(lines: Iterator[tuple[str, str, float]]) -> Qrels:
+    qrels: Qrels = {}
+    for query_id, doc_id, grade in lines:
+        qrels.setdefault(query_id, {})[doc_id] = grade
+    return qrels
+
+
+def _read_beir(path: Path) -> Iterator[tuple[str, str, float]]:
+    with open_file(path) as file:
+        header = file.readline().decode("utf-8", "replace").rstrip("\r\n")
+        if header.split("\t") != BEIR_HEADER:
+            raise GradretError(
+                f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{header[:60]}'; "
+                "add it as the first line"
+            )
+        expected = "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
+        yield from _read_lines(file, path, 2, lambda line: line.split("\t"), expected)
+
+
+def _read_trec(path: Path) -> Iterator[tuple[str, str, float]]:
+    def split(line: str) -> list[str]:
+        query_id, _, *others = line.split()
+        return [query_id, *others]
+
+    with open_file(path) as file:
+        yield from _read_lines(file, path, 1, split, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade")
+
+
+def _read_lines(
+    lines: Iterable[bytes], path: Path, first: int, split: Callable[[str], list[str]], expected: str
+) -> Iterator[tuple[str, str, float]]:
+    """Judgments of lines that `split` cuts into query, document and grade; the first line has the number `first`."""
+    for number, line in enumerate(lines, first):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        if not text:
+            continue
+        try:
+            query_id, doc_id, grade = split(text)
+            yield query_id, doc_id, int(grade)
+        except ValueError:
+            raise GradretError(f"{path}:{number}: expected {expected}") from None
+
+
+def _read_trove(path: Path) -> Iterator[tuple[str, str, float]]:
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            record = decode_json(line, f"{path}:{number}")
+            try:
+                query_id, doc_ids, scores = (record[key] for key in ("qid", "docid", "score"))
+                if not isinstance(query_id, str) or not all(isinstance(doc_id, str) for doc_id in doc_ids):
+                    raise TypeError
+                for doc_id, score in zip(doc_ids, scores, strict=True):
+                    if not math.isfinite(score):
+                        raise ValueError
+                    yield query_id, doc_id, score
+            except (KeyError, TypeError, ValueError):
+                raise GradretError(
+                    f"{path}:{number}: expected a JSON object with a string qid and two lists of one length, docid of "
+                    "strings and score of numbers"
+                ) from None
+
+
+@dataclass(slots=True)
+class Document:
+    """A document of a collection; `content` is what an encoder reads."""
+
+    doc_id: str
+    content: str
+
+
+class Collection(ABC):
+    """What one evaluation needs, or one training source with real judgments.
+
+    Attributes:
+        name: how the user named it.
+        queries: query id -> text, in the collection's order; only queries with qrels.
+        qrels: query id -> {doc id -> grade}.
+        document_count: how many documents.
+        drop_self: whether a document whose id is the query's is left out of a ranking (BEIR does so for
+            ArguAna and Quora, whose queries are documents).
+    """
+
+    name: str
+    queries: dict[str, str]
+    qrels: dict[str, dict[str, float]]
+    document_count: int
+    drop_self: bool
+
+    @abstractmethod
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        """The documents in the collection's order, from position `start`."""
+
+    @abstractmethod
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out."""
+
+    def _keep_judged_queries(self, queries: dict[str, str]) -> None:
+        self.queries = {query_id: text for query_id, text in queries.items() if self.qrels.get(query_id)}
+        if not self.queries:
+            raise GradretError(f"{self.name}: no query has a judgment; check that queries and qrels belong together")
+
+
+class BeirCollection(Collection):
+    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels as qrels.read_qrels takes them.
+
+    Args:
+        queries: a file in place of the directory's queries.jsonl, in its form; None for that one.
+    """
+
+    def __init__(self, directory: Path, split: str, queries: Path | None = None):
+        self.name = f"{directory}:{split}"
+        self._corpus = directory / "corpus.jsonl"
+        self.drop_self = is_self_retrieving(directory.resolve().name)
+        self.qrels = read_qrels(directory, split)
+        queries = directory / "queries.jsonl" if queries is None else queries
+        texts: dict[str, str] = {}
+        for record, _ in read_records(queries, ("_id", "text")):
+            if texts.setdefault(record["_id"], record["text"]) != record["text"]:
+                raise GradretError(f"{queries}: query id '{record['_id']}' stands for two different queries")
+        self._keep_judged_queries(texts)
+        judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
+        self._offsets: dict[str, int] = {}
+        hashes = array("Q")  # 8 bytes a document, to find an id used twice
+        records = read_records(self._corpus, ("_id", "text"))
+        for record, offset in show_bar(records, desc=f"reading {self._corpus}", unit="doc", delay=PATIENCE_S):
+            hashes.append(hash64(record["_id"]))
+            if record["_id"] in judged:
+                self._offsets[record["_id"]] = offset
+        self.document_count = len(hashes)
+        if len(np.unique(np.frombuffer(hashes, np.uint64))) < len(hashes):
+            raise GradretError(
+                f"{self._corpus}: some document ids are used more than once; give every document its own"
+            )
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for record, _ in islice(read_records(self._corpus, ("_id", "text")), start, None):
+            yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        found = {}
+        with open_file(self._corpus) as file:
+            for doc_id in doc_ids:
+                if doc_id in self._offsets:
+                    file.seek(self._offsets[doc_id])
+                    record = decode_json(file.readline(), str(self._corpus))
+                    found[doc_id] = Passage(0, record["text"], record.get("title") or None, doc_id)
+        return found
+
+
+class IrDatasetsCollection(Collection):
+    """Any ir_datasets id that has documents, queries and qrels, through its API alone."""
+
+    def __init__(self, dataset_id: str):
+        import ir_datasets
+
+        self.name, self._dataset = dataset_id, load_dataset(dataset_id)
+        if not (self._dataset.has_qrels() and self._dataset.has_queries() and self._dataset.has_docs()):
+            splits = [i for i in ir_datasets.registry._registered if i.startswith(f"{dataset_id}/")]
+            splits = [i for i in splits if ir_datasets.load(i).has_qrels()]
+            hint = f"name one that has, such as {', '.join(splits[:3])}" if splits else "name a dataset that has"
+            raise GradretError(f"{dataset_id}: this ir_datasets id has no qrels; {hint}")
+        self.drop_self = is_self_retrieving(*dataset_id.split("/"))
+        self._store: Any = None
+        with reading(self._dataset), unpacking():
+            count = self._dataset.docs_count()
+            qrels, queries = list(self._dataset.qrels_iter()), list(self._dataset.queries_iter())
+        self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
+        self.qrels = {}
+        for qrel in qrels:
+            self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
+        self._keep_judged_queries({q.query_id: q.default_text() for q in queries})
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for document in islice(iterate_documents(self._dataset), start, None):
+            yield Document(document.doc_id, document.default_text())
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        if self._store is None:
+            self._store = open_store(self._dataset)
+        with reading(self._dataset):
+            found = self._store.get_many(doc_ids)
+        return {doc_id: Passage(0, document.default_text(), None, doc_id) for doc_id, document in found.items()}
+
+
+class ListCollection(Collection):
+    """A ranking-list file as a collection: its distinct passages are the documents, its grades the qrels.
+
+    A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document.
+    """
+
+    def __init__(self, path: Path):
+        self.name = str(path)
+        self.drop_self = False
+        self.queries, self.qrels = {}, {}
+        self._documents: dict[str, str] = {}
+        doc_ids: dict[str, str] = {}
+        lists = ListFile(path)
+        for ranking_list in (lists[i] for i in range(len(lists))):
+            grades = self.qrels.setdefault(ranking_list.query_id, {})
+            self.queries[ranking_list.query_id] = ranking_list.query
+            for position, passage in enumerate(ranking_list.passages, 1):
+                own_id = passage.doc_id or f"{ranking_list.query_id}/{position}"
+                doc_id = doc_ids.setdefault(passage.content, own_id)
+                if self._documents.setdefault(doc_id, passage.content) != passage.content:
+                    raise GradretError(f"{ranking_list.where}: doc_id '{doc_id}' stands for two different texts")
+                grades.setdefault(doc_id, passage.grade)
+        self.document_count = len(self._documents)
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for doc_id, content in islice(self._documents.items(), start, None):
+            yield Document(doc_id, content)
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
+
+
+def is_self_retrieving(*names: str) -> bool:
+    """Whether one of these is a collection whose queries are among its documents: ArguAna or Quora."""
+    return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
+
+
+def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
+    offset = 0
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                record = decode_json(line, f"{path}:{number}")
+                for key in keys:
+                    if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                        raise GradretError(f"{path}:{number}: expected a JSON object with the string '{key}'")
+                yield record, offset
+            offset += len(line)

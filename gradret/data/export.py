@@ -1,0 +1,198 @@
+"""Ranking lists in the formats of BEIR, Tevatron, Trove and TREC, and any source as ranking lists."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.data.collections import BEIR_HEADER
+from gradret.data.lists import Passage, RankingList, format_list, hash64
+from gradret.data.sources import Source, open_lists, parse_source
+
+FORMS = ("beir", "tevatron", "trove", "trec", "lists")
+QRELS = {"beir": "qrels/train.tsv", "trove": "qrels.jsonl", "trec": "qrels/train.txt"}
+ONE_FILE = ("tevatron", "lists")
+UNFIT = {  # BEIR's reader takes a quotation mark at the start for CSV quoting
+    "beir": (re.compile(r'[\t\r\n]|^"'), "BEIR's", "tabs, line breaks and a quotation mark at its start"),
+    "trec": (re.compile(r"\s|^$"), "TREC's", "white space"),
+}
+
+
+def export_lists(source: str, form: str, out: Path, *, positive_from: float | None = None) -> dict:
+    """Write ranking lists in a neighbour's format, or what a neighbour has as ranking lists.
+
+    A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document, which a query
+    judges once, by the first grade.
+
+    Args:
+        source: the lists as `fit --data` names them, without options but query_file.
+        form: "beir", a directory of corpus.jsonl, queries.jsonl and qrels/train.tsv with whole numbers; "trec", the
+            same with trec_eval's qrels/train.txt; "trove", the same corpus.jsonl and queries.jsonl, and qrels.jsonl
+            with real numbers, as MaterializedQRelConfig reads them (ir-trove 0.0.2); "tevatron", one JSONL file with
+            the texts under positive_passages and negative_passages (Tevatron 1; Tevatron 2 reads it beside its newer
+            format with ids and a corpus); "lists", ranking lists.
+        out: the directory or file to make; an empty directory may be there.
+        positive_from: for tevatron: positive are the passages of this grade or above; None for those of the highest
+            grade of their list.
+
+    Returns: counts: queries, documents, judgements.
+    Raises: GradretError when the lists can not be read, a doc_id has two texts, the format can not say a grade or an
+        id, or `out` is taken or can not be written; no half of it stays then.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}")
+    if positive_from is not None and form != "tevatron":
+        raise GradretError(f"{form} keeps every grade; only tevatron's passages are positive from some grade on")
+    out = Path(out)
+    lists = _open(source)
+    try:
+        if out.exists() and (form in ONE_FILE or not out.is_dir() or any(out.iterdir())):
+            raise GradretError(f"{out}: is already there, and nothing is overwritten; name another place")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # beside it, to be moved in one piece
+        try:
+            if form == "tevatron":
+                counts = _write_tevatron(lists, work / "out", positive_from)
+            elif form == "lists":
+                counts = _write_lists(lists, work / "out")
+            else:
+                counts = _write_collection(lists, form, work / "out")
+            os.replace(work / "out", out)
+        finally:
+            shutil.rmtree(work)
+    except OSError as error:
+        raise GradretError(f"{out}: can not be written ({error.strerror})") from error
+    return counts
+
+
+def _open(source: str) -> Sequence[RankingList]:
+    parsed = parse_source(source)
+    if parsed != Source(parsed.name, query_file=parsed.query_file):
+        raise GradretError(f"{source}: lists are written as they are; leave out the options after '?' but query_file")
+    return open_lists(parsed)
+
+
+def _write_lists(lists: Sequence[RankingList], path: Path) -> dict:
+    documents, judgements = _Documents(), 0
+    with ExitStack() as files:
+        file = _create(path, files)
+        for ranking_list in _read_in_order(lists):
+            documents.name(ranking_list)
+            file.write(format_list(ranking_list) + "\n")
+            judgements += len(ranking_list.passages)
+    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
+
+
+def _write_tevatron(lists: Sequence[RankingList], path: Path, positive_from: float | None) -> dict:
+    documents, judgements = _Documents(), 0
+    with ExitStack() as files:
+        file = _create(path, files)
+        for ranking_list in _read_in_order(lists):
+            judged, _ = documents.name(ranking_list)
+            lowest = max(p.grade for p in judged.values()) if positive_from is None else positive_from
+            positives = [_describe(i, p, "docid") for i, p in judged.items() if p.grade >= lowest]
+            negatives = [_describe(i, p, "docid") for i, p in judged.items() if not p.grade >= lowest]
+            # Tevatron draws from both, and breaks off in the middle of an epoch where there is nothing to draw from.
+            for group, name in ((positives, "positive"), (negatives, "negative")):
+                if not group:
+                    raise GradretError(
+                        f"{_place(ranking_list)} has no {name} passage when grades from {lowest:g} on are positive, "
+                        "but Tevatron needs one; choose another lowest positive grade, or remove the list"
+                    )
+            record = {"query_id": ranking_list.query_id, "query": ranking_list.query}
+            _write_line(file, record | {"positive_passages": positives, "negative_passages": negatives})
+            judgements += len(judged)
+    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
+
+
+def _write_collection(lists: Sequence[RankingList], form: str, directory: Path) -> dict:
+    documents, judgements = _Documents(), 0
+    with ExitStack() as files:
+        corpus, queries, qrels = (
+            _create(directory / name, files) for name in ("corpus.jsonl", "queries.jsonl", QRELS[form])
+        )
+        if form == "beir":
+            qrels.write("\t".join(BEIR_HEADER) + "\n")
+        for ranking_list in _read_in_order(lists):
+            judged, new = documents.name(ranking_list)
+            for doc_id in new:
+                _write_line(corpus, _describe(doc_id, judged[doc_id], "_id"))
+            _write_line(queries, {"_id": ranking_list.query_id, "text": ranking_list.query})
+            if form in UNFIT:
+                qrels.writelines(_format_qrel(form, ranking_list, doc_id, p.grade) for doc_id, p in judged.items())
+            else:  # all real: readers of JSON lines guess one type for the column
+                scores = [float(p.grade) for p in judged.values()]
+                _write_line(qrels, {"qid": ranking_list.query_id, "docid": list(judged), "score": scores})
+            judgements += len(judged)
+    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
+
+
+def _format_qrel(form: str, ranking_list: RankingList, doc_id: str, grade: float) -> str:
+    unfit, whose, what = UNFIT[form]
+    if grade != int(grade):
+        raise GradretError(
+            f"{_place(ranking_list)} has the grade {grade:g}, but {whose} are whole numbers; "
+            "round the grades in the lists, or export to trove, which takes real ones"
+        )
+    for identifier in (ranking_list.query_id, doc_id):
+        if unfit.search(identifier):
+            raise GradretError(
+                f"{ranking_list.where}: the id {json.dumps(identifier)} does not fit into a line of {whose} qrels; "
+                f"rename it, without {what}"
+            )
+    fields = [ranking_list.query_id, doc_id, str(int(grade))]
+    return "\t".join(fields) + "\n" if form == "beir" else " ".join([fields[0], "0", *fields[1:]]) + "\n"
+
+
+class _Documents:
+    """The ids of the distinct passages seen; of their texts only hashes are kept."""
+
+    def __init__(self):
+        self._id_of: dict[int, str] = {}
+        self._content_of: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._content_of)
+
+    def name(self, ranking_list: RankingList) -> tuple[dict[str, Passage], list[str]]:
+        """The list's passages by document id, and which ids are new."""
+        judged, new = {}, []
+        for position, passage in enumerate(ranking_list.passages, 1):
+            content = hash64(passage.content)
+            doc_id = self._id_of.setdefault(content, passage.doc_id or f"{ranking_list.query_id}/{position}")
+            if doc_id not in self._content_of:
+                new.append(doc_id)
+            if self._content_of.setdefault(doc_id, content) != content:
+                raise GradretError(
+                    f"{_place(ranking_list)}: doc_id '{doc_id}' stands for two different texts; rename one"
+                )
+            judged.setdefault(doc_id, passage)
+        return judged, new
+
+
+def _read_in_order(lists: Sequence[RankingList]) -> Iterator[RankingList]:
+    for index in show_bar(range(len(lists)), desc="exporting", unit="list", delay=PATIENCE_S):
+        yield lists[index]
+
+
+def _describe(doc_id: str, passage: Passage, key: str) -> dict:
+    return {key: doc_id, "title": passage.title or "", "text": passage.text}
+
+
+def _create(path: Path, files: ExitStack) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+
+
+def _write_line(file: TextIO, record: dict) -> None:
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _place(ranking_list: RankingList) -> str:
+    return f"{ranking_list.where}: list '{ranking_list.query_id}'"

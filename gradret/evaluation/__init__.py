@@ -1,0 +1,1 @@
+"""Exact search and the measures of its rankings."""

@@ -1,0 +1,1 @@
+"""Writing graded lists with a language model."""

@@ -1,0 +1,297 @@
+"""Checks of written passages: what no list should hold, found by rules."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from gradret.console import GradretError
+from gradret.data.lists import RankingList
+from gradret.generate.engine import Form
+from gradret.settings import GenSettings
+
+# Why an answer yields no list; what the counts of a summary go by.
+REASONS = (
+    "empty reply",
+    "cut off",
+    "not JSON",
+    "wrong keys",
+    "no text",
+    "length",
+    "repetition",
+    "duplicate",
+    "refusal",
+    "prompt echo",
+    "query copied",
+    "language",
+)
+MAX_REPEAT = 2000  # llama.cpp's MAX_REPETITION_THRESHOLD: above it {m,n} fails or quietly loses its n
+# U+FFFD is among them: bytes that are no character are read as several of it, where the grammar counted one.
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]+")
+# What texts can not hold, of ASCII only: to the first byte of a longer character llama.cpp refuses all that begin with
+# it if one of them is excluded, and models write rare characters byte by byte.
+EXCLUDED = r'"\\\x00-\x1F\x7F'
+THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the prompt may have opened
+OBJECT_START = re.compile(r'\{\s*["}]')
+# An object as its pairs: a key twice shows, arrays stay lists. Line breaks within a string are mended by clean_text.
+DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
+
+
+class Unusable(Exception):
+    """A reply that gives no list. `reason` is one of REASONS, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def make_form(keys: Sequence[str], min_chars: int, max_chars: int) -> Form:
+    """The form of a reply: a JSON object of exactly these keys in this order, as json.dumps writes it.
+
+    The grammar bounds the characters of each text; it leaves no freedom of space, in which a model could stay for
+    ever, and ends with the brace. The schema, for endpoints, has only what all of them take; no lengths.
+    """
+    members = ' ", " '.join(f"{json.dumps(json.dumps(key) + ': ')} text" for key in keys)
+    rest = _repeat("char", min_chars - 1, max_chars - 1)
+    grammar = "\n".join(
+        (
+            f'root ::= "{{" {members} "}}"',
+            f'text ::= "\\"" first {rest[0]} "\\""',
+            f"first ::= [^ {EXCLUDED}] | escape",
+            f"char ::= [^{EXCLUDED}] | escape",
+            'escape ::= "\\\\" ["\\\\]',
+            *rest[1:],
+            "",
+        )
+    )
+    schema = {
+        "type": "object",
+        "properties": {key: {"type": "string"} for key in keys},
+        "required": list(keys),
+        "additionalProperties": False,
+    }
+    return Form(grammar, schema)
+
+
+def _repeat(name: str, low: int, high: int) -> list[str]:
+    """What stands for low to high times the rule `name`, then the rules it needs; no repetition above MAX_REPEAT."""
+    if high <= MAX_REPEAT:
+        return [f"{name}{{{low},{high}}}" if high else '""']
+    blocks, low_rest = divmod(low, MAX_REPEAT)
+    more, more_rest = divmod(high - low, MAX_REPEAT)
+    rules = [f"block ::= {name}{{{MAX_REPEAT}}}", f"more0 ::= {name}{{0,{more_rest}}}" if more_rest else 'more0 ::= ""']
+    # After a full block another may begin, or the text ends within one: two readings at a time, never more.
+    rules += [f"more{i} ::= block more{i - 1} | {name}{{0,{MAX_REPEAT - 1}}}" for i in range(1, more + 1)]
+    used = ["block"] * blocks + ([f"{name}{{{low_rest}}}"] if low_rest else []) + [f"more{more}"]
+    return [" ".join(used), *rules]
+
+
+def clean_text(text: str) -> str:
+    """The text as one printable paragraph: runs of white space and of what can not be shown become one space."""
+    return " ".join(UNPRINTABLE.sub(" ", text).split())
+
+
+def parse_reply(text: str, keys: Sequence[str]) -> dict[str, str]:
+    """The cleaned passages of a reply, in the order of `keys`.
+
+    Thoughts (<think>...</think>) at the start, fences and words around the one JSON object are passed over, and so
+    are keys that nobody asked for.
+
+    Raises: Unusable.
+    """
+    text = THOUGHTS.sub("", text, count=1) if THOUGHTS.match(text) else text
+    if not text.strip():
+        raise Unusable("empty reply", "nothing was written")
+    found, cut = _find_objects(text)
+    answers = [pairs for pairs in found if any(key in keys for key, _ in pairs)]
+    if len(answers) > 1:
+        raise Unusable("not JSON", f"{len(answers)} objects with the keys asked for, expected 1")
+    if not answers and cut:
+        raise Unusable("cut off", f"the JSON object does not end: ...{_quote(text[-40:])}")
+    if not found:
+        raise Unusable("not JSON", f"no JSON object in {_quote(text.strip())}")
+    pairs = answers[0] if answers else found[0]
+    names = [key for key, _ in pairs]
+    for key in keys:
+        if names.count(key) != 1:
+            raise Unusable("wrong keys", f"{key} is there {names.count(key)} times, expected once")
+    values = dict(pairs)
+    for key in keys:
+        if not isinstance(values[key], str):
+            raise Unusable("no text", f"{key} is not a string")
+    passages = {key: clean_text(values[key]) for key in keys}
+    for key, passage in passages.items():
+        if not passage:
+            raise Unusable("no text", f"{key} is empty")
+    return passages
+
+
+def _find_objects(text: str) -> tuple[list[tuple], bool]:
+    """The outermost JSON objects in a text, each as its pairs, and whether one began that does not end."""
+    found, cut, position = [], False, 0
+    while start := OBJECT_START.search(text, position):
+        try:
+            pairs, position = DECODER.raw_decode(text, start.start())
+            found.append(pairs)
+        except json.JSONDecodeError as error:
+            cut = cut or error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+            position = start.end()
+        except ValueError:  # a number of thousands of digits
+            position = start.end()
+        except RecursionError:  # thousands of brackets, each a start to try: no answer lies in there
+            break
+    return found, cut
+
+
+def _quote(text: str) -> str:
+    shown = clean_text(text)
+    return f"'{shown}'" if len(shown) <= 60 else f"'{shown[:57]}...'"
+
+
+# Thresholds against 513 real lists (2,052 passages written by a large model), of which they reject none.
+SHINGLE = 3  # words
+MIN_SHINGLES = 8  # of the shorter text; below, chance decides
+# Share of the shorter text's shingles that the other has, too. Two passages of a real list share at most .06; a copy
+# in which every fifth word is another shares .5 of them in the median.
+NEAR_DUPLICATE = 0.3
+ECHO_WORDS = 8  # in a row, as in the instructions; real passages have at most 4 in common with them
+# No real passage holds its whole query, of 3 words or more; but a shorter one, or a name, may come up by itself: only
+# one of COPIED_WORDS is a copy wherever it stands, one of OPENING_WORDS if the passage opens with it.
+COPIED_WORDS, OPENING_WORDS = 12, 6
+LEAST_DISTINCT = 0.5  # share of a passage's shingles that are not there a second time; real passages have .95 at least
+LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
+
+# Thai, Lao, Burmese, Khmer, kana and Han write no spaces: there each character counts as a word, if half a one.
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+# Vowel signs of Indic scripts, Hebrew and Arabic points, accents: part of a word, though not for \w.
+MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
+WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")
+UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
+
+FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
+# At the start only, and with what is refused: "I can't sleep" opens many a good passage.
+REFUSAL = re.compile(
+    r"""\W*(
+    ((i'm|i\ am|we're|we\ are)\ )?((very|so)\ )?sorry([,.!:;]|\ but\b)\ ?((but|however),?\ )?(i|we|as\ an?\ ai)\b
+    |((my|our)\ |(i|we)\ )?(sincere(ly)?\ )?apolog(ies|i[sz]e)\b.{0,40}\b(i|we)\ (can|could|am|are|do|will)
+    |(unfortunately,?\ )?i('m|\ am)?\ (can'?t|can\ ?not|won't|will\ not|(un|not\ )able\ to|must\ decline\ to)\ (\w+\ )?
+        (assist|help\ (you|with)|provide|write|generate|create|fulfil|comply|complete|(answer|respond\ to)\ (th|your))
+    |i\ must\ decline\b|i\ will\ not\ be\ able\ to\ (assist|help|provide|write|answer)
+    |(unfortunately,?\ )?i\ (do\ not|don't)\ have\ (access\ to\ (real|external|current|the\ internet)|the\ ability\ to)
+    |as\ an?\ (ai(,|\ (assistant|(language\ )?model|system),)|artificial\ intelligence,|(large\ )?language\ model,)
+    |the\ query\ (asks|is\ about|seeks)\b|(perfectly|highly)\ relevant\b.{0,3}:|grade\ -?\d\s*[:.]
+    |(sure|certainly|of\ course|okay|ok)\b.{0,20}\bhere('s|\ is|\ are)\b
+    |here('s|\ is|\ are)\ (an?|the|your|my)\ ([\w-]+\ ){0,4}passages?\b
+    |(this|the\ following)\ passage\ (does|would|provides|answers|discusses|is\ (not\ )?(ir)?relevant)\b
+    |es\ tut\ mir\ (sehr\ )?leid,\ aber\ ich|leider\ kann\ ich\ (\w+\ ){0,4}(nicht|keine)
+    |(je\ suis\ )?désolée?,\ (mais\ )?je|lo\ siento,\ (pero\ )?no
+    |mi\ dispiace,\ (ma\ )?non|(me\ )?desculpe,\ (mas\ )?não
+    |(很|非常)?(抱歉|对不起|對不起)[，,]|作为(一个|一名)?(ai|人工智能|语言模型)|申し訳(ありません|ございません)|죄송(합니다|하지만)
+    )""",
+    re.VERBOSE | re.IGNORECASE | re.DOTALL,
+)
+
+
+class Checks:
+    """All checks on the passages of a list.
+
+    Args:
+        instructions: what the model was told, which no passage may repeat.
+        examples: the prompt's example lists, likewise.
+
+    Raises: GradretError when the settings ask for a language that can not be recognised, or py3langid is missing.
+    """
+
+    def __init__(self, settings: GenSettings, instructions: str, examples: Sequence[RankingList] = ()):
+        self._settings = settings
+        self._instructions = _shingles(split_words(instructions), ECHO_WORDS)
+        self._examples = [split_words(passage.text) for example in examples for passage in example.passages]
+        self._identifier = _load_identifier(settings.language) if settings.language else None
+
+    def check(self, query: str, texts: Sequence[str]) -> None:
+        """Refuse a list of which one passage, cleaned by replies.parse_reply, is no good.
+
+        Raises: Unusable with the reason, and in its detail the passage, counted from 1.
+        """
+        words = [split_words(text) for text in texts]
+        query_words = split_words(query)
+        for number, (text, own) in enumerate(zip(texts, words, strict=True), 1):
+            self._check_passage(f"passage {number}", text, own, query_words)
+        for second, other in enumerate(words):
+            for first, own in enumerate(words[:second]):
+                if share := _near_duplicate(own, other):
+                    raise Unusable(
+                        "duplicate", f"passages {first + 1} and {second + 1} share {share:.0%} of their text"
+                    )
+
+    def _check_passage(self, where: str, text: str, words: list[str], query: list[str]) -> None:
+        low, high = self._settings.min_chars, self._settings.max_chars
+        if not low <= len(text) <= high:
+            raise Unusable("length", f"{where} has {len(text)} characters, expected {low} to {high}")
+        if not words:
+            raise Unusable("no text", f"{where} has no words")
+        shingles = len(words) - SHINGLE + 1
+        if shingles >= MIN_SHINGLES and len(_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
+            raise Unusable("repetition", f"{where} says the same words again and again")
+        if REFUSAL.match(text.replace("’", "'")):
+            raise Unusable("refusal", f"{where} opens with '{text[:50]}'")
+        if key := FORM_KEY.search(text):
+            raise Unusable("prompt echo", f"{where} holds '{key[0]}'")
+        if echo := _shingles(words, ECHO_WORDS) & self._instructions:
+            raise Unusable("prompt echo", f"{where} repeats the instructions: '{' '.join(min(echo))}'")
+        if any(_near_duplicate(words, example) for example in self._examples):
+            raise Unusable("prompt echo", f"{where} repeats an example")
+        weight = _weigh(query)
+        opens = weight >= OPENING_WORDS and words[: len(query)] == query
+        if opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words))):
+            raise Unusable("query copied", f"{where} holds the whole query")
+        if self._identifier:
+            shares = dict(self._identifier.rank(text))
+            if shares[self._settings.language] < LANGUAGE_SHARE:
+                found = max(shares, key=shares.get)
+                raise Unusable("language", f"{where} is in '{found}', expected '{self._settings.language}'")
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, without case and punctuation; in scripts without spaces, its characters."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def _weigh(words: list[str]) -> float:
+    return sum(0.5 if UNSPACED_WORD.fullmatch(word) else 1 for word in words)
+
+
+def _shingles(words: list[str], size: int) -> set[tuple[str, ...]]:
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
+
+
+def _contains(words: list[str], part: list[str]) -> bool:
+    return bool(part) and f" {' '.join(part)} " in f" {' '.join(words)} "
+
+
+def _near_duplicate(one: list[str], other: list[str]) -> float:
+    """The share of the shorter text's shingles that both have, if it makes them near-duplicates; otherwise 0."""
+    if one == other:
+        return 1.0
+    shingles = _shingles(one, SHINGLE), _shingles(other, SHINGLE)
+    shorter = min(map(len, shingles))
+    if shorter < MIN_SHINGLES:
+        return 0.0
+    share = len(shingles[0] & shingles[1]) / shorter
+    return share if share >= NEAR_DUPLICATE else 0.0
+
+
+def _load_identifier(language: str):
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise GradretError(
+            "a language is checked with py3langid, which is not installed: pip install 'gradret[gen]'"
+        ) from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    codes = sorted(label for label in identifier.labels if len(label) == 2)
+    if language not in codes:
+        raise GradretError(f"language '{language}' can not be checked; expected one of {', '.join(codes)}")
+    return identifier

@@ -1,0 +1,1 @@
+"""Losses over graded lists, and the kernels behind them."""

@@ -1,0 +1,293 @@
+"""Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar mean over lists.
+
+B is the number of lists, N the number of documents a list, absent ones included. `targets` says where a
+list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); "sqrt", the root
+of y (0 below grade 0); or the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far
+mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that
+0 to 1 is further than 2 to 3.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from gradret.loss.grades import FLOATS, PreparedGrades, check_grades, check_temperature, place_targets, weigh_grades
+from gradret.loss.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
+from gradret.loss.transport import Transport, check_options
+
+
+def wasserstein_loss(
+    scores: Tensor,
+    grades: Tensor | PreparedGrades,
+    *,
+    order: int = 1,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    ground: str = "grade",
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Mean exact W_p^p, along the grade axis, between predicted and target relevance mass.
+
+    p = softmax(scores / temperature) and q = targets, over each row; mass at a document sits at its grade, or where
+    `ground` puts that.
+
+    Args:
+        scores: (B, N) float; higher ranks earlier. Never written.
+        grades: (B, N) real, same device; needs no gradient. Or what prepare_grades made of grades, targets, ground and
+            mask.
+        order: 1 or 2, the p of W_p^p; the unit of the result is that of the ground distance^order.
+        temperature: > 0, in units of score.
+        targets: "gain", "softmax", "sqrt", or weights (B, N).
+        ground: "grade", "gain" or "sqrt".
+        mask: (B, N) bool, True where a document exists; None for all.
+        reduction: "mean" or "sum" over lists, or "none".
+
+    Returns: scalar, or (B,) for "none"; float64 for float64 scores, else float32. A row without target mass counts as
+        0 and gets no gradient.
+    Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets, ground or reduction are
+        unknown.
+        RuntimeError when the gradient is differentiated again.
+    Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
+        arXiv 2503.23239.
+    """
+    check_options(order, reduction)
+    _check_scores(scores, grades.shape, temperature)
+    weights = name = None
+    if not isinstance(grades, PreparedGrades):
+        mask, weights, name = check_grades(grades, targets, mask)
+        grades, weights, name = place_targets(grades, mask, weights, name, ground)
+    elif mask is not None or targets != "gain" or ground != "grade":
+        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
+    if grades.device != scores.device:
+        raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
+    if not torch.is_grad_enabled():
+        scores = scores.detach()  # then no gradient is computed
+    options = (int(order), float(temperature), reduction)
+    loss: Tensor = Transport.apply(scores, grades, mask, weights, name, *options)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def gaussian_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Squared 2-Wasserstein distance between Gaussians fitted over the batch to p's and q's rows.
+
+    |mean_p - mean_q|^2 + tr C_p + tr C_q - 2 tr (C_p C_q)^1/2, where the last trace is the nuclear norm of
+    E_p E_q^T / (B - 1) with E the centred rows: no N x N matrix, no eigenvalues of a product.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one a list: rows
+        without predicted or target mass are no part of it, and for one row the covariances are 0. NaN when a score is.
+    Source: SyCL, arXiv 2503.23239, which takes targets="softmax"; the trace after Mathiasen and Hvilshøj,
+        arXiv 2009.14075.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    wide = accumulation_dtype(scores.device)
+    p = masked_softmax(scores.to(wide) / temperature, mask)  # (B, N)
+    q = normalize_mass(weights.to(wide))
+    alive = ((p.sum(-1) != 0) & (q.sum(-1) != 0)).to(wide)[:, None]  # (B, 1)
+    rows = alive.sum().clamp_min(1)
+    mean_p, mean_q = (p * alive).sum(0) / rows, (q * alive).sum(0) / rows  # (N,)
+    e_p, e_q = (p - mean_p) * alive, (q - mean_q) * alive
+    try:
+        sigma = torch.linalg.svdvals(e_p @ e_q.T)  # (B,)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # it does not converge on NaN
+        return (p.sum() * torch.nan).to(result_dtype(scores))
+    # Rows without spread leave null directions, whose singular vectors are arbitrary: keep them out of the gradient.
+    sigma = torch.where(sigma > sigma.detach().amax() * 1e-12, sigma, 0)
+    traces = e_p.square().sum() + e_q.square().sum() - 2 * sigma.sum()
+    value = (mean_p - mean_q).square().sum() + traces / (rows - 1).clamp_min(1)
+    return value.to(result_dtype(scores))
+
+
+def infonce_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    positive_from: float | None = None,
+) -> Tensor:
+    """Mean of -log e_i / (e_i + sum of e over the negatives), e = exp(scores / temperature).
+
+    Positive are the documents of the row's highest grade, or those of grade `positive_from` and above, each against all
+    documents of a lower one; several positives are averaged. A row without positives or negatives counts as 0.
+
+    Args, Returns, Raises: as wasserstein_loss, without order and targets.
+    Source: van den Oord et al., arXiv 1807.03748; SyCL, arXiv 2503.23239, compares with positive_from=2.
+    """
+    mask = _check_list(scores, grades, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
+    grades = grades.to(logits.dtype)
+    top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
+    positive = mask & (grades >= (top if positive_from is None else positive_from))
+    return (_oppose(logits, positive, mask).sum(-1) / positive.sum(-1).clamp_min(1)).mean()
+
+
+def kl_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean KL(q || p), p = softmax(scores / temperature): the listwise cross-entropy less the entropy of q.
+
+    Args, Returns, Raises: as wasserstein_loss, without order.
+    Source: ListNet, Cao et al. (ICML 2007).
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
+    q = normalize_mass(weights.to(logits.dtype))
+    cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # a score of -inf without target mass costs nothing
+    return (torch.xlogy(q, q) - cross).sum(-1).mean()
+
+
+def contrast_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents without target mass), e as in infonce_loss.
+
+    Each document with target mass against all those without, weighed by its mass. Unlike in kl_loss, those with mass do
+    not compete: one that is ranked high already is not pushed down for the others' sake. It does not see which of them
+    has the higher grade; wasserstein_loss does.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass, or with nothing but, counts
+        as 0.
+    Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
+    q = normalize_mass(weights.to(logits.dtype))
+    return (q * _oppose(logits, q > 0, mask)).sum(-1).mean()
+
+
+def ranknet_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean over each row's pairs y_i > y_j of log(1 + exp((s_j - s_i) / temperature)), then over rows.
+
+    Needs B * N * N numbers. A row without a pair counts as 0.
+
+    Args, Returns, Raises: as wasserstein_loss, without order and targets.
+    Source: RankNet, Burges et al. (ICML 2005).
+    """
+    mask = _check_list(scores, grades, temperature, mask)
+    mask = mask & (scores != -torch.inf)  # pairs with a score of -inf are settled
+    logits = (_widen(scores) / temperature).masked_fill(~mask, 0)
+    pair = (grades[:, :, None] > grades[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # (B, N, N)
+    terms = nnf.softplus(logits[:, None, :] - logits[:, :, None]) * pair
+    return (terms.sum((1, 2)) / pair.sum((1, 2)).clamp_min(1)).mean()
+
+
+def sorted_loss(
+    scores: Tensor,
+    grades: Tensor,
+    *,
+    temperature: float = 1.0,
+    targets: str | Tensor = "gain",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Mean of sum_k (p_(k) - q_(k))^2 over the sorted masses, p = softmax(scores / temperature): a negative control.
+
+    It asks for the right masses, but not at which documents: the same for every permutation of the scores, it can
+    teach no ranking. A benchmark in which it helps measures something else than the grades.
+
+    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass counts as 0.
+    Source: N times W_2^2 between the distributions of a row's masses, one-dimensional optimal transport, Peyré and
+        Cuturi (2019), section 2.6.
+    """
+    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    p = masked_softmax(_widen(scores) / temperature, mask)  # (B, N)
+    q = normalize_mass(weights.to(p.dtype))
+    difference = (p.sort(-1).values - q.sort(-1).values) * (q.sum(-1, keepdim=True) > 0)
+    return difference.square().sum(-1).mean()
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "wasserstein": wasserstein_loss,
+    "gaussian": gaussian_loss,
+    "infonce": infonce_loss,
+    "kl": kl_loss,
+    "contrast": contrast_loss,
+    "ranknet": ranknet_loss,
+    "sorted": sorted_loss,
+}
+
+
+def make_loss(name: str, **options: Any) -> Callable[..., Tensor]:
+    """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
+    taken = inspect.signature(LOSSES[name]).parameters
+    return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
+
+
+def mix_losses(
+    loss: Callable[..., Tensor], shares: Mapping[str, float], scores: Tensor, grades: Tensor, **options: Any
+) -> Tensor:
+    """`loss` with shares of the named ones, which get the options; `loss` has its own bound, and gets the mask."""
+    mixed = loss(scores, grades, mask=options.get("mask")) * (1 - sum(shares.values()))
+    for name, share in shares.items():
+        if share:
+            mixed = mixed + share * LOSSES[name](scores, grades, **options)
+    return mixed
+
+
+def _oppose(logits: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
+    """-log e_i / (e_i + sum of e over the negatives) of each positive, e = exp(logits); 0 elsewhere. (B, N)"""
+    negative = mask & ~positive
+    # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
+    floor = torch.finfo(logits.dtype).min
+    total = logits.masked_fill(~negative, floor).clamp_min(floor).logsumexp(-1, keepdim=True)
+    opposed = positive & negative.any(-1, keepdim=True)
+    return -nnf.logsigmoid(logits.masked_fill(~opposed, 0) - total) * opposed
+
+
+def _widen(scores: Tensor) -> Tensor:
+    return scores.to(result_dtype(scores))
+
+
+def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None:
+    if scores.dim() != 2 or scores.shape != shape or scores.dtype not in FLOATS:
+        raise ValueError(
+            "scores and grades must both be (B, N), scores of 16, 32 or 64 bit floating point; "
+            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(shape)}"
+        )
+    check_temperature(temperature)
+
+
+def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+    _check_scores(scores, grades.shape, temperature)
+    check_grades(grades, "gain", mask)
+    return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+
+
+def _target_weights(
+    scores: Tensor, grades: Tensor, targets: str | Tensor, temperature: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Unnormalised target mass (B, N), 0 where masked, and the mask."""
+    mask = _check_list(scores, grades, temperature, mask)
+    _, weights, name = check_grades(grades, targets, mask)
+    dtype = result_dtype(scores)
+    if weights is None:
+        weights = weigh_grades(grades, mask, cast(str, name), dtype)
+    return weights.to(dtype).masked_fill(~mask, 0), mask

@@ -1,0 +1,300 @@
+"""What a list's loss depends on besides the scores, computed once: grade levels or the order of grades, target mass.
+
+A list of at most 32 distinct grades needs no sort: each document names its level. Others are sorted by grade.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from gradret.loss.kernels import backend, compiled, current_stream
+from gradret.settings import GROUNDS, TARGETS
+
+MAX_LEVELS = 32
+ABSENT = 255
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of scores
+_GRADE_CODES = {torch.float32: 0, torch.float64: 1, torch.int64: 2}
+_TARGET_CODES = {"gain": 0, "softmax": 1, None: 2}
+
+
+class Tables(NamedTuple):
+    """Grades in the form that kernels read; see csrc/lists.h for the two forms.
+
+    index: (B, N) uint8 levels, or int32 positions in ascending order of grade.
+    values: (B, L) grades, ascending. mass: (B, L) target mass, 1 in all or 0 everywhere. counts: (B,) int32.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # not the method of tuples
+    values: Tensor
+    mass: Tensor
+    counts: Tensor
+
+    @property
+    def pointers(self) -> tuple[int | bool, ...]:
+        """As the kernels' arguments."""
+        index, values, mass, counts = self
+        return (
+            index.data_ptr(),
+            index.dtype != torch.uint8,
+            values.data_ptr(),
+            mass.data_ptr(),
+            counts.data_ptr(),
+            values.shape[1],
+        )
+
+
+@dataclass(frozen=True)
+class PreparedGrades:
+    """Grades, targets and mask of a batch of lists, ready for wasserstein_loss; made by prepare_grades."""
+
+    tables: Tables
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tables.index.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.tables.index.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedGrades":
+        """The same on another device."""
+        dtype = table_dtype(torch.device(device))
+        index, values, mass, counts = self.tables
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return PreparedGrades(Tables(move(index), move(values.to(dtype)), move(mass.to(dtype)), move(counts)))
+
+
+def prepare_grades(
+    grades: Tensor, *, targets: str | Tensor = "gain", ground: str = "grade", mask: Tensor | None = None
+) -> PreparedGrades:
+    """Everything of wasserstein_loss that does not depend on the scores, for grades that serve several steps.
+
+    On CUDA this waits for the device, to see whether grades are few enough to go without a sort; prepare on the CPU and
+    move the result where that matters.
+
+    Args:
+        grades: (B, N) real.
+        targets: "gain", "softmax", "sqrt", or weights (B, N), >= 0; see gradret.loss.functions.
+        ground: "grade", "gain" or "sqrt"; see gradret.loss.functions.
+        mask: (B, N) bool, True where a document exists; None for all.
+
+    Returns: what wasserstein_loss takes in place of grades, targets, ground and mask, in float64 on the CPU, else
+        float32.
+    Raises: ValueError when shapes differ, or targets or ground are unknown.
+    """
+    mask, weights, name = check_grades(grades, targets, mask)
+    grades, weights, name = place_targets(grades, mask, weights, name, ground)
+    if backend(grades.device) != "cpu":
+        tables = _find_levels(grades, mask, weights, name)
+        if tables is not None:
+            return PreparedGrades(tables)
+    return PreparedGrades(make_tables(grades, mask, weights, name))
+
+
+def check_grades(
+    grades: Tensor, targets: str | Tensor, mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, str | None]:
+    """The mask, the weights if targets are weights, else their name. Raises: ValueError."""
+    if grades.dim() != 2 or grades.is_complex():
+        raise ValueError(f"grades must be (B, N) and real, got {grades.dtype} {tuple(grades.shape)}")
+    for other, what in ((mask, "mask"), (targets, "targets")):
+        if isinstance(other, Tensor) and other.device != grades.device:
+            raise ValueError(f"{what} must be on the grades' device, {grades.device}; got {other.device}")
+    if mask is not None and (mask.shape != grades.shape or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool {tuple(grades.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    if isinstance(targets, Tensor):
+        if targets.shape != grades.shape:
+            raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
+        return mask, targets, None
+    check_targets(targets)
+    return mask, None, targets
+
+
+def check_targets(targets: str) -> None:
+    """Raises: ValueError unless it is one of TARGETS."""
+    if targets not in TARGETS:
+        raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r}")
+
+
+def place_targets(
+    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, ground: str
+) -> tuple[Tensor, Tensor | None, str | None]:
+    """Places on the axis that mass moves along, and targets as make_tables takes them, from what check_grades gave.
+
+    Kernels know an axis of grades and the targets that stand in _TARGET_CODES: all others become weights here.
+    Raises: ValueError when the ground distance is unknown.
+    """
+    if targets is not None and (targets not in _TARGET_CODES or ground != "grade"):
+        weights, targets = weigh_grades(grades, mask, targets, table_dtype(grades.device)), None
+    return place_grades(grades, ground), weights, targets
+
+
+def place_grades(grades: Tensor, ground: str) -> Tensor:
+    """Where grades stand on the axis of the ground distance: at y, 2^y - 1, or the root of |y| with y's sign.
+
+    Raises: ValueError when it is unknown.
+    """
+    if ground not in GROUNDS:
+        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
+    if ground == "grade":
+        return grades
+    real = grades.detach().to(table_dtype(grades.device))
+    return torch.exp2(real) - 1 if ground == "gain" else real.abs().sqrt().copysign(real)
+
+
+def weigh_grades(grades: Tensor, mask: Tensor | None, targets: str, dtype: torch.dtype) -> Tensor:
+    """Unnormalised target mass (B, N) of each document; what stands at masked positions means nothing."""
+    real = grades.detach().to(dtype)
+    present = real if mask is None else real.masked_fill(~mask, -torch.inf)
+    top = present.amax(-1, keepdim=True) if real.shape[-1] else real.new_zeros(len(real), 1)
+    shown = real if mask is None else real.masked_fill(~mask, 0)
+    return target_weights(shown, targets, torch.where(top == -torch.inf, 0, top))
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises: ValueError unless it is a number above 0."""
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError("temperature must be a number: the loss has no gradient in it; scale the scores instead")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, got {temperature!r}")
+
+
+def table_dtype(device: torch.device) -> torch.dtype:
+    """Of values and mass: float64 on the CPU, whose sums are float64; float32 elsewhere."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def make_tables(
+    grades: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    targets: str | None,
+    dtype: torch.dtype | None = None,
+) -> Tables:
+    """Levels where that needs no look at the device's data, else the sorted form; values and mass in `dtype`."""
+    if backend(grades.device) == "cpu":
+        return _make_tables_compiled(grades, mask, weights, targets)
+    return _sort_grades(grades, mask, weights, targets, dtype or table_dtype(grades.device))
+
+
+def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
+    """Unnormalised target mass at each grade: 2^y - 1 ("gain"), e^y ("softmax") or sqrt(y) ("sqrt"), 0 below grade 0.
+
+    The first two are divided by what they are at about `top`, each list's highest grade, which normalising takes out.
+    """
+    if targets == "softmax":
+        return (values - top).exp()
+    if targets == "sqrt":
+        return values.clamp_min(0).sqrt()
+    # 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
+    return (torch.exp2(values - top.clamp_min(0)) * -torch.expm1(-math.log(2) * values)).clamp_min(0)
+
+
+def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables:
+    rows, columns = grades.shape
+    if grades.dtype not in _GRADE_CODES:
+        grades = grades.to(torch.float32 if grades.is_floating_point() else torch.int64)
+    grades = grades.detach().contiguous()
+    mask = None if mask is None else mask.contiguous()
+    weights = None if weights is None else weights.detach().to(torch.float64).contiguous()
+    head = (
+        torch.get_num_threads(),
+        grades.data_ptr(),
+        _GRADE_CODES[grades.dtype],
+        0 if mask is None else mask.data_ptr(),
+        0 if weights is None else weights.data_ptr(),
+        _TARGET_CODES[targets],
+        rows,
+        columns,
+    )
+    here = grades.device  # not the default one, which may be a GPU
+    counts = torch.empty(rows, dtype=torch.int32, device=here)
+    for index_dtype, width, prepare in (
+        (torch.uint8, MAX_LEVELS, compiled.prepare_levels),
+        (torch.int32, columns, compiled.prepare_sorted),
+    ):
+        index = torch.empty((rows, columns), dtype=index_dtype, device=here)
+        values, mass = torch.empty((2, rows, width), dtype=torch.float64, device=here)
+        if prepare(*head, values.data_ptr(), mass.data_ptr(), counts.data_ptr(), index.data_ptr()) is not False:
+            break
+    return Tables(index, values, mass, counts)
+
+
+def _sort_grades(
+    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, dtype: torch.dtype
+) -> Tables:
+    device, (rows, columns) = grades.device, grades.shape
+    real = grades.detach().to(dtype)
+    if backend(device) == "cuda" and dtype == torch.float32 and columns <= compiled.MAX_SORT_COLUMNS:
+        real, mask_bytes = real.contiguous(), None if mask is None else mask.contiguous()
+        index = torch.empty((rows, columns), dtype=torch.int32, device=device)
+        values = torch.empty((rows, columns), dtype=dtype, device=device)
+        counts = torch.empty(rows, dtype=torch.int32, device=device)
+        compiled.sort_grades(
+            device.index,
+            current_stream(device),
+            real.data_ptr(),
+            0 if mask_bytes is None else mask_bytes.data_ptr(),
+            rows,
+            columns,
+            index.data_ptr(),
+            values.data_ptr(),
+            counts.data_ptr(),
+        )
+        long_index = index.long()
+    else:
+        if mask is None:
+            counts = torch.full((rows,), columns, dtype=torch.int32, device=device)
+            values, long_index = real.sort(dim=-1, stable=True)
+        else:
+            # By grade, then by presence, both stable: absent documents end up last.
+            long_index = real.masked_fill(~mask, 0).argsort(dim=-1, stable=True)
+            long_index = long_index.gather(-1, (~mask).gather(-1, long_index).byte().argsort(dim=-1, stable=True))
+            counts = mask.sum(-1, dtype=torch.int32)
+            last = (counts.long() - 1).clamp_min(0)[:, None]
+            position = torch.arange(columns, device=device).expand(rows, columns).minimum(last)
+            values = real.masked_fill(~mask, 0).gather(-1, long_index.gather(-1, position)) if columns else real
+        index = long_index.int()
+    present = torch.arange(columns, device=device) < counts[:, None]
+    if weights is None:
+        top = values[:, -1:]
+        mass = target_weights(values, cast(str, targets), top)
+    else:
+        mass = weights.detach().to(dtype).gather(-1, long_index)
+    return Tables(index, values, _normalize(mass.masked_fill(~present, 0)), counts)
+
+
+def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables | None:
+    """The level form with one table of grades for all lists, or None when the batch has more than 32 grades."""
+    device, (rows, _) = grades.device, grades.shape
+    real = grades.detach().to(table_dtype(device))
+    distinct = (real if mask is None else real[mask]).unique()
+    if len(distinct) > MAX_LEVELS or not len(distinct) or not distinct.isfinite().all():
+        return None  # an infinite grade would be an infinite gap in all lists
+    levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
+    levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
+    dtype = torch.float64 if device.type != "mps" else torch.float32
+    mass = torch.zeros((rows, len(distinct) + 1), dtype=dtype, device=device)
+    mass = mass.scatter_add(-1, levels, (torch.ones_like(real) if weights is None else weights).to(mass))
+    mass = mass[:, :-1]
+    if weights is None:
+        # The list's own highest grade: relative to the batch's a gain could underflow.
+        top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
+        weight = target_weights(distinct, cast(str, targets), torch.where(top.isfinite(), top, 0))
+        mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
+    index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
+    values = distinct.expand(rows, -1).contiguous()
+    counts = torch.full((rows,), len(distinct), dtype=torch.int32, device=device)
+    return Tables(index.contiguous(), values, _normalize(mass).to(values.dtype), counts)
+
+
+def _normalize(mass: Tensor) -> Tensor:
+    total = mass.sum(-1, keepdim=True)
+    return mass / torch.where(total != 0, total, 1)

@@ -1,0 +1,119 @@
+"""The list-wise transport operator in plain PyTorch, for devices without a compiled kernel.
+
+Sums are made in float64 where the device has it.
+"""
+
+import torch
+from torch import Tensor
+
+from gradret.loss.grades import ABSENT, Tables
+
+
+def transport(
+    scores: Tensor, tables: Tables, order: int, temperature: float, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """W_p^p between predicted and target mass along the grade axis, and its gradient, list by list.
+
+    With P the mass of softmax(scores / temperature) at each grade v in ascending order, Q the target mass, prefix sums
+    F of P and G of Q, and gaps g_i = v_{i+1} - v_i:
+
+        order 1: sum g_i |F_i - G_i|,                            t_i = g_i sgn(F_i - G_i)
+        order 2: integral of (F^-1(u) - G^-1(u))^2 over [0, 1],  t_i = 2 g_i (G^-1(F_i) - (v_i + v_{i+1}) / 2)
+
+    d loss / d s_i = p_i c_i / temperature, where c is the potential phi_l = sum_{i >= l} t_i less its mean
+    under P. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i,
+    which does not cancel as phi_l - sum_k P_k phi_k does when p has saturated.
+
+    Args:
+        scores: (B, N) float.
+        tables: see gradret.loss.grades.
+        order: 1 or 2.
+        temperature: > 0, in units of score.
+        scale: what the gradient is multiplied by.
+
+    Returns: loss (B,), float64 for float64 scores, else float32, and its gradient (B, N) with respect to scores, in
+        their dtype. A list without predicted or target mass has loss 0 and gradient 0.
+    Source: Peyré and Cuturi, Computational Optimal Transport (2019), section 2.6.
+    """
+    if scores.shape[-1] == 0:
+        return torch.zeros(len(scores), dtype=result_dtype(scores), device=scores.device), torch.zeros_like(scores)
+    dtype = accumulation_dtype(scores.device)
+    by_level = tables.index.dtype == torch.uint8
+    index = tables.index.long()
+    v, Q = tables.values.to(dtype), tables.mass.to(dtype)  # (B, L)
+    if by_level:
+        absent = index == ABSENT
+        level = index.masked_fill(absent, 0)
+    else:
+        present = torch.arange(scores.shape[1], device=scores.device) < tables.counts[:, None]
+        absent = torch.zeros_like(present).scatter(-1, index, ~present)
+    p = masked_softmax(scores.to(dtype) / temperature, ~absent)  # (B, N)
+    P = torch.zeros_like(v).scatter_add(-1, level, p) if by_level else p.gather(-1, index)  # (B, L)
+    alive = (P.sum(-1) != 0) & (Q.sum(-1) != 0)  # (B,); NaN is alive, so that it shows
+    loss, c = _solve(P, Q, v, order, 8 * torch.finfo(dtype).eps)
+    check = P.sum(-1) + Q.sum(-1)
+    loss = torch.where(check.isnan(), check, loss)  # also where all gaps are 0
+    c = c.gather(-1, level) if by_level else torch.zeros_like(p).scatter(-1, index, c)
+    gradient = torch.where(absent, 0, p * c) * (scale / temperature)
+    # P and Q are 0 in a list without mass, but the quantiles of nothing are not.
+    loss = torch.where(alive, loss, 0).to(result_dtype(scores))
+    return loss, torch.where(alive[:, None], gradient, 0).to(scores.dtype)
+
+
+def _solve(P: Tensor, Q: Tensor, v: Tensor, order: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Loss (B,) and centred potential (B, L) of masses P and Q at ascending grades v, all (B, L)."""
+    F, G = P.cumsum(-1), Q.cumsum(-1)
+    # What differs by the rounding of the sums alone is equal: at P = Q the subgradient is 0.
+    snapped = torch.where((F - G).abs() <= tolerance * torch.maximum(F, G), G, F)
+    S = P.flip(-1).cumsum(-1).flip(-1)[:, 1:]  # S[:, i]: mass above gap i
+    gaps = v.diff()  # (B, L - 1)
+    if order == 1:
+        loss = (gaps * (F - G)[:, :-1].abs()).sum(-1)
+        t = gaps * (snapped - G)[:, :-1].sign()
+    else:
+        loss = _quantile_loss(F, G, v)
+        # On an exact tie of F with a step of G the quantile jumps: take the mean of its two limits.
+        middle = (_quantile(G, snapped, v, right=False) + _quantile(G, snapped, v, right=True))[:, :-1] / 2
+        t = 2 * gaps * (middle - (v[:, :-1] + v[:, 1:]) / 2)
+    c = torch.zeros_like(P)
+    c[:, 1:] -= (t * F[:, :-1]).cumsum(-1)
+    c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
+    return loss, c
+
+
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """float64, but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def result_dtype(scores: Tensor) -> torch.dtype:
+    """What a loss of these scores comes in: float64 for float64, else float32."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:
+    """v at the first position where cdf >= u (> u if right), never above the last position that has mass."""
+    last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
+    index = torch.searchsorted(cdf, u.contiguous(), right=right)
+    return v.gather(-1, torch.minimum(index, last))
+
+
+def _quantile_loss(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
+    """The integral of (F^-1 - G^-1)^2, both constant between neighbours of the merged steps."""
+    steps = torch.cat([F, G], -1).sort(-1).values  # (B, 2L)
+    widths = steps.diff(prepend=torch.zeros_like(steps[:, :1]))
+    return (widths * (_quantile(F, steps, v, right=False) - _quantile(G, steps, v, right=False)) ** 2).sum(-1)
+
+
+def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over the positions where mask is True, (B, N); a row without any is all zeros."""
+    logits = logits.masked_fill(~mask, -torch.inf)
+    top = logits.detach().amax(-1, keepdim=True)
+    mass = (logits - torch.where(top == -torch.inf, 0, top)).exp()
+    return normalize_mass(mass)
+
+
+def normalize_mass(mass: Tensor) -> Tensor:
+    """mass / its sum over the row, (B, N); a row without mass stays zero."""
+    total = mass.sum(-1, keepdim=True)
+    return mass / torch.where(total != 0, total, 1)  # NaN shows

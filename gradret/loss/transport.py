@@ -1,0 +1,210 @@
+"""The list-wise transport operator: dispatch to a kernel, autograd, and its registration for torch.compile."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from gradret.loss import reference
+from gradret.loss.grades import PreparedGrades, Tables, make_tables
+from gradret.loss.kernels import backend, compiled, current_stream
+from gradret.loss.reference import result_dtype
+
+_SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+# Whether backward() was called with retain_graph=True; where PyTorch does not say, assume that it was.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+TWICE = "wasserstein_loss gives first derivatives only: its gradient can not be differentiated again"
+
+
+def check_options(order: int, reduction: str) -> None:
+    """Raises: ValueError unless order is 1 or 2 and reduction "mean", "sum" or "none"."""
+    if order not in (1, 2):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+
+
+def transport(
+    scores: Tensor, tables: Tables, order: int, temperature: float, reduction: str, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss and its gradient (B, N), None if not needed, by the path that serves the device.
+
+    See reference.transport for the formulas and arguments. The gradient of float16 scores comes in float32: it
+    waits for the incoming gradient, a loss scale often, without which much of it would be 0 in float16.
+    """
+    device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
+    path = backend(device)
+    scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
+    if dtype == torch.float16 and (path != "cuda" or needs_gradient):
+        return transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
+    if path == "torch" or (path == "cuda" and dtype == torch.float64):
+        loss, gradient = reference.transport(scores, tables, order, temperature, scale)
+        return _reduce(loss, reduction), gradient if needs_gradient else None
+    if scores.stride(1) != 1 and columns > 1:
+        scores = scores.contiguous()
+    in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
+    loss = torch.empty(() if in_kernel else rows, dtype=result_dtype(scores), device=device)
+    gradient = torch.empty((rows, columns), dtype=dtype, device=device) if needs_gradient else None
+    arguments = (
+        scores.data_ptr(),
+        _SCALAR_CODES[dtype],
+        rows,
+        columns,
+        scores.stride(0),
+        *tables.pointers,
+        order,
+        temperature,
+        scale,
+        loss.data_ptr(),
+        0 if gradient is None else gradient.data_ptr(),
+    )
+    if path == "cpu":
+        compiled.transport_cpu(torch.get_num_threads(), scale if in_kernel else 0.0, *arguments)
+    else:
+        scratch = torch.empty(compiled.transport_scratch_bytes(*arguments), dtype=torch.uint8, device=device)
+        compiled.transport_cuda(device.index, current_stream(device), scratch.data_ptr(), *arguments)
+    return loss if in_kernel else _reduce(loss, reduction), gradient
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+
+
+def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient (B, N) times factor, () or (B,); the tensor itself where that is 1 and the graph is not kept.
+
+    On CUDA, where the host does not know the factor, then also in place: what saved_tensors_hooks have packed without a
+    copy changes with it.
+    """
+    path = backend(gradient.device)
+    if _graph_is_kept() or path == "torch" or gradient.dtype == torch.float64:
+        return _multiply(gradient, factor)
+    if path == "cuda":
+        factor = factor.float().contiguous()
+        compiled.scale_gradient(
+            gradient.device.index,
+            current_stream(gradient.device),
+            gradient.data_ptr(),
+            _SCALAR_CODES[gradient.dtype],
+            *gradient.shape,
+            factor.data_ptr(),
+            factor.dim() == 1,
+        )
+        return gradient
+    return gradient if not factor.dim() and factor.item() == 1 else _multiply(gradient, factor)
+
+
+def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
+    return (gradient * (factor[:, None] if factor.dim() else factor)).to(gradient.dtype)
+
+
+@torch.library.custom_op("gradret::transport", mutates_args=())
+def transport_op(
+    scores: Tensor,
+    index: Tensor,
+    values: Tensor,
+    mass: Tensor,
+    counts: Tensor,
+    order: int,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    tables = Tables(index, values, mass, counts)
+    width = values.shape[1:] if index.dtype == torch.uint8 else scores.shape[1:]
+    if index.shape != scores.shape or not scores.shape[:1] + width == values.shape == mass.shape:
+        raise ValueError(f"tables of lists {tuple(index.shape)} do not fit scores {tuple(scores.shape)}")
+    return transport(scores, tables, order, temperature, reduction, True)
+
+
+@transport_op.register_fake
+def _(scores, index, values, mass, counts, order, temperature, reduction):
+    return _fake(scores, reduction)
+
+
+@torch.library.custom_op("gradret::transport_grades", mutates_args=())
+def transport_grades_op(
+    scores: Tensor,
+    grades: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    targets: str | None,
+    order: int,
+    temperature: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
+    return transport(scores, tables, order, temperature, reduction, True)
+
+
+@transport_grades_op.register_fake
+def _(scores, grades, mask, weights, targets, order, temperature, reduction):
+    return _fake(scores, reduction)
+
+
+def _fake(scores: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    shape = scores.shape[:1] if reduction == "none" else ()
+    dtype = torch.float32 if scores.dtype == torch.float16 else scores.dtype
+    return scores.new_empty(shape, dtype=result_dtype(scores)), scores.new_empty(scores.shape, dtype=dtype)
+
+
+def _tables_dtype(scores: Tensor) -> torch.dtype | None:
+    return torch.float64 if scores.dtype == torch.float64 else None
+
+
+class _Once(torch.autograd.Function):
+    """The identity; differentiating it is refused."""
+
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(TWICE)
+
+
+def first_derivatives_only(backward):
+    """A Function's backward whose results, asked for with create_graph=True, refuse to be differentiated."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *gradients):
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        return tuple(None if g is None else _Once.apply(g.requires_grad_()) for g in results)
+
+    return checked
+
+
+class Transport(torch.autograd.Function):
+    """transport() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
+
+    @staticmethod
+    def forward(ctx, scores, grades, mask, weights, targets, order, temperature, reduction):
+        if torch.compiler.is_compiling():
+            if isinstance(grades, PreparedGrades):
+                loss, gradient = transport_op(scores, *grades.tables, order, temperature, reduction)
+            else:
+                loss, gradient = transport_grades_op(
+                    scores, grades, mask, weights, targets, order, temperature, reduction
+                )
+        else:
+            if isinstance(grades, PreparedGrades):
+                tables = grades.tables
+            else:
+                tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
+            loss, gradient = transport(scores, tables, order, temperature, reduction, ctx.needs_input_grad[0])
+        ctx.save_for_backward(gradient)
+        ctx.dtype = scores.dtype
+        return loss
+
+    @staticmethod
+    @first_derivatives_only
+    def backward(ctx, grad_loss):
+        (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            gradient = _multiply(gradient, grad_loss)
+        else:
+            gradient = _scale_gradient(gradient, grad_loss)
+        return gradient.to(ctx.dtype), *(None,) * 7

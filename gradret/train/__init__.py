@@ -1,0 +1,1 @@
+"""Training an encoder on graded lists."""

@@ -1,0 +1,117 @@
+"""From ranking lists to the tensors of a step: which lists, which distinct documents, which grades."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradret.data.lists import RankingList
+from gradret.distributed import ALONE, Processes
+from gradret.encoder.model import Encoder
+
+
+def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
+    """Positions of the `size` lists of a step, out of `count`.
+
+    Epochs are seeded permutations laid end to end, and step s takes places s * size onwards: every list comes
+    once an epoch, every step is full, and a step's lists depend on the seed and the step alone.
+    """
+    positions = []
+    place = step * size
+    while len(positions) < size:
+        epoch, start = divmod(place, count)
+        part = _epoch_order(count, seed, epoch)[start : start + size - len(positions)].tolist()
+        positions += part
+        place += len(part)
+    return positions
+
+
+@lru_cache(maxsize=2)  # a step touches one epoch, or two where they meet
+def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+@dataclass
+class Batch:
+    """B lists with their N distinct documents; each list has up to n of its own.
+
+    Attributes:
+        query_ids, queries: B strings.
+        documents: N texts, every one once however many lists share it.
+        columns: (B, n) int64, a list's own documents as positions in `documents`.
+        grades: (B, n) float32.
+        mask: (B, n) bool, True where the list has a document.
+    """
+
+    query_ids: list[str]
+    queries: list[str]
+    documents: list[str]
+    columns: Tensor
+    grades: Tensor
+    mask: Tensor
+
+    def list_pairs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Who is graded for whom among some of the lists: M list numbers (counted from the first of them), M columns,
+        M grades."""
+        mask = self.mask[rows]
+        return mask.nonzero()[:, 0], self.columns[rows][mask], self.grades[rows][mask]
+
+    def spread_grades(self, floor: float, rows: slice = slice(None)) -> Tensor:
+        """(B, N) grades of every document for every list, or some of the lists: its own, `floor` for the others'."""
+        row, column, grade = self.list_pairs(rows)
+        grades = torch.full((len(self.mask[rows]), len(self.documents)), floor, dtype=torch.float32)
+        grades[row, column] = grade
+        return grades
+
+
+def collate(lists: Sequence[RankingList]) -> Batch:
+    """A Batch of ranking lists. A document that stands twice in one list keeps its first grade."""
+    position: dict[str, int] = {}
+    rows = []
+    for ranking_list in lists:
+        own: dict[int, float] = {}
+        for passage in ranking_list.passages:
+            own.setdefault(position.setdefault(passage.content, len(position)), passage.grade)
+        rows.append(own)
+    shape = len(rows), max(len(own) for own in rows)
+    columns, grades = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        columns[row, : len(own)] = torch.tensor(list(own))
+        grades[row, : len(own)] = torch.tensor(list(own.values()), dtype=torch.float32)
+        mask[row, : len(own)] = True
+    return Batch([r.query_id for r in lists], [r.query for r in lists], list(position), columns, grades, mask)
+
+
+def draw_batches(
+    lists: Sequence[RankingList],
+    kept: np.ndarray,
+    step: int,
+    *,
+    batch_lists: int,
+    accumulate: int,
+    seed: int,
+    processes: Processes = ALONE,
+) -> Iterator[Batch]:
+    """The step's micro-batches of `batch_lists` lists each, read as they are asked for.
+
+    Each process reads its share of the lists; all get the whole batch.
+    """
+    positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
+    for start in range(0, len(positions), batch_lists):
+        batch = positions[start : start + batch_lists]
+        read = [lists[int(kept[batch[i]])] for i in processes.split(len(batch))]
+        yield collate([ranking_list for part in processes.gather_objects(read) for ranking_list in part])
+
+
+def tokenize_batch(batch: Batch, encoder: Encoder, processes: Processes = ALONE) -> list[np.ndarray]:
+    """Token ids of the batch's B queries and N documents, in this order; each process tokenizes its share."""
+    count = len(batch.queries)
+    share = processes.split(count + len(batch.documents))
+    queries = batch.queries[share.start : share.stop]
+    documents = batch.documents[max(share.start - count, 0) : max(share.stop - count, 0)]
+    tokens = encoder.tokenize(queries, "query") + encoder.tokenize(documents, "document")
+    return [text for part in processes.gather_objects(tokens) for text in part]

@@ -1,0 +1,173 @@
+"""The gradient of a batch: texts encoded in chunks, embeddings shared by all processes, gradient caching.
+
+The loss needs all embeddings of a batch at once, the encoder needs only some texts at a time. So every chunk of texts
+is encoded, the loss gives the gradient of each embedding, and each chunk is taken backward with its own: with its
+activations kept, or encoded again (gradient caching). What a chunk holds and the state of its dropout depend on the
+batch, the seed and the step alone, so that neither the caching nor the number of processes changes the gradient.
+
+Source: gradient caching, Gao et al., arXiv 2101.06983.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradret.data.lists import hash64
+from gradret.distributed import ALONE, Processes
+from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
+from gradret.loss.functions import make_loss, mix_losses
+from gradret.loss.pairs import prepare_pairs
+from gradret.loss.retrieval import wasserstein_retrieval_loss
+from gradret.settings import FitSettings
+from gradret.train.batches import Batch, tokenize_batch
+
+BLOCK_ELEMENTS = 1 << 22  # of the scores that exist at once: 16 MiB in float32, and as much for each step of a loss
+
+
+class Objective:
+    """A run's loss.
+
+    Args:
+        settings: loss, order, temperature, targets, ground, positive_from, in_batch, kl_share and
+            contrast_share are used.
+        floor: grade of the other lists' documents; None: a list has its own documents alone.
+    """
+
+    def __init__(self, settings: FitSettings, floor: float | None):
+        self.settings, self.floor = settings, floor
+        names = ("order", "temperature", "targets", "ground", "positive_from")
+        self._loss = make_loss(settings.loss, **{name: getattr(settings, name) for name in names})
+
+    def add_gradients(
+        self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0
+    ) -> float:
+        """Add the gradient of `scale` times the loss to the embeddings' .grad, and return that value.
+
+        With several processes: of this one's lists alone; the sum over the processes is that of the batch.
+
+        Args:
+            queries: (B, D) leaf that requires gradients; its dot products with documents are the scores.
+            documents: (N, D), likewise.
+        """
+        count = len(batch.queries)
+        if self.settings.loss == "gaussian":  # one value for the whole batch: everyone computes all of it
+            parts, shares = [slice(0, count)], [1 / processes.size]
+        else:
+            own = processes.split(count)
+            size = self._block_rows(batch)
+            parts = [slice(i, min(i + size, own.stop)) for i in range(own.start, own.stop, size)]
+            shares = [(part.stop - part.start) / count for part in parts]
+        total = 0.0
+        for part, share in zip(parts, shares, strict=True):
+            loss = self._loss_of(queries[part], documents, batch, part) * (share * scale)
+            loss.backward()
+            total += loss.item()  # waits for the device
+        return total
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether scores go straight into the loss, without a matrix of them."""
+        s, floor = self.settings, self.floor
+        weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
+        return s.loss == "wasserstein" and floor is not None and not (any(s.shares.values()) and weighs)
+
+    def _block_rows(self, batch: Batch) -> int:
+        """How many lists at once."""
+        if self.is_fused:
+            return len(batch.queries)
+        columns = batch.columns.shape[1] if self.floor is None else len(batch.documents)
+        per_list = columns**2 if self.settings.loss == "ranknet" else columns
+        return max(1, BLOCK_ELEMENTS // per_list)
+
+    def _loss_of(self, queries: Tensor, documents: Tensor, batch: Batch, part: slice) -> Tensor:
+        s, device = self.settings, queries.device
+        if self.is_fused:
+            shape = (len(queries), len(documents))
+            given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
+            pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
+            shares = {"kl_share": s.kl_share, "contrast_share": s.contrast_share}
+            options = {"order": s.order, "temperature": s.temperature, **shares}
+            return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
+        if self.floor is None:
+            columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
+            scores = (documents[columns] @ queries[:, :, None]).squeeze(-1)  # (b, n, D) (b, D, 1): (b, n)
+        else:
+            grades, mask = batch.spread_grades(self.floor, part).to(device), None
+            scores = queries @ documents.T  # (b, N)
+        options = {"temperature": s.temperature, "targets": s.targets, "mask": mask}
+        return mix_losses(self._loss, s.shares, scores, grades, **options)
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """How the batches of a run are computed.
+
+    Attributes:
+        encoder: trained, on its device.
+        objective: the loss.
+        precision: "float32" or "bfloat16" (autocast).
+        chunk: texts encoded at once, see chunks.plan_chunks.
+        cached: whether chunks are encoded twice instead of keeping their activations.
+        processes: who share each batch.
+        check: called before each chunk; what it raises ends the batch.
+    """
+
+    encoder: Encoder
+    objective: Objective
+    precision: str
+    chunk: int
+    cached: bool
+    processes: Processes = ALONE
+    check: Callable[[], None] = lambda: None
+
+    def add_gradients(self, batch: Batch, seed: str, scale: float = 1.0) -> float:
+        """Add this process's part of the gradient of `scale` times the batch's loss to the parameters, return the loss.
+
+        The loss is the whole batch's; gradients are still to be summed over the processes.
+
+        Args:
+            batch: the same in all processes.
+            seed: names the batch; dropout depends on it.
+        """
+        tokens = tokenize_batch(batch, self.encoder, self.processes)
+        lengths = [len(text) for text in tokens]
+        plan = plan_chunks(lengths, self.chunk)
+        mine = deal_chunks(plan, lengths, self.processes.size)[self.processes.rank]
+        cached = self.cached and len(mine) > 1  # the activations of one chunk fit
+        kept: list[Tensor] = []
+        encoder = self.encoder
+        shape = len(tokens), encoder.dimension  # (B + N, D)
+        embeddings = torch.zeros(shape, dtype=encoder.dtype, device=encoder.device)
+        with self._autocast(), torch.set_grad_enabled(not cached):
+            for number in mine:
+                self.check()
+                embedded = self._embed(tokens, plan[number], seed, number)
+                embeddings[plan[number]] = embedded.detach()
+                if not cached:
+                    kept.append(embedded)
+        self.processes.add([embeddings])  # the others' rows were 0 here
+        gradients = torch.zeros_like(embeddings)
+        sizes = [len(batch.queries), len(batch.documents)]
+        queries, documents = (part.requires_grad_() for part in embeddings.split(sizes))
+        queries.grad, documents.grad = gradients.split(sizes)
+        loss = self.objective.add_gradients(queries, documents, batch, self.processes, scale)
+        self.processes.add([gradients])
+        with self._autocast():
+            for number in mine:
+                self.check()
+                embedded = self._embed(tokens, plan[number], seed, number) if cached else kept.pop(0)
+                with torch.autocast(self.encoder.device.type, enabled=False):
+                    embedded.backward(gradients[plan[number]])
+                del embedded
+        return self.processes.add_number(loss)
+
+    def _embed(self, tokens: Sequence[np.ndarray], rows: np.ndarray, seed: str, number: int) -> Tensor:
+        """(n, D) embeddings of a chunk, with the dropout that belongs to it."""
+        torch.manual_seed(hash64(seed, str(number)) >> 1)
+        return self.encoder.search_vectors(self.encoder.embed_tokens([tokens[i] for i in rows]))
+
+    def _autocast(self):
+        return autocast(self.encoder.device, self.precision)

@@ -1,0 +1,593 @@
+"""Mining of hard negatives: passages that rank high for a query, added to its list at a grade of choice."""
+
+import hashlib
+import math
+import re
+import shutil
+import sys
+import tempfile
+from abc import abstractmethod
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.data.collections import (
+    Collection,
+    Document,
+    is_self_retrieving,
+    iterate_documents,
+    load_dataset,
+    open_store,
+    read_records,
+    reading,
+)
+from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, hash64, open_file, query_words
+from gradret.data.sources import MixedLists, Source, find_path, parse_source
+from gradret.distributed import ALONE, Processes
+from gradret.encoder.model import Encoder
+from gradret.evaluation.search import default_cache, embed_corpus, top_k
+
+
+@contextmanager
+def without(*names: str) -> Iterator[None]:
+    """Imports in here do not find these packages; what was loaded before stays.
+
+    JAX is such a one: bm25s and POT load it for functions not used here, and it takes most of a GPU's memory at once.
+    For the rest of the process they then go on without it.
+    """
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+ENCODER, BM25 = "encoder", "bm25"
+KEYS = ("k", "grade", "from", "by", "skip", "every")
+LEAST_EVERY = 0.001  # epochs: each round ranks for all lists
+COUNT_DIGITS = 18  # what an int64 holds
+# SOURCE may hold commas itself, as in lists.jsonl?grades=1,0: only one before a key ends it.
+SEPARATOR = re.compile(rf",\s*(?=(?:{'|'.join(KEYS)})=)")
+
+
+@dataclass(frozen=True)
+class Mining:
+    """`k=2,grade=1[,from=SOURCE][,by=encoder|bm25][,skip=S][,every=EPOCHS]`, parsed.
+
+    Attributes:
+        k: passages added to a list.
+        grade: theirs.
+        source: where the documents come from, see mining_pool.open_pool; None: the passages of the training lists.
+        by: "encoder" or "bm25", what ranks them.
+        skip: how many of the best ranked are left out: they may be relevant and merely not labelled.
+        every: epochs after which they are mined again with the encoder as it then is; None: once, before the first
+            step.
+    """
+
+    k: int
+    grade: float
+    source: str | None = None
+    by: str = ENCODER
+    skip: int = 0
+    every: float | None = None
+
+    def count_rounds(self, epoch: float) -> int:
+        """How many times the passages have been mined again when so many epochs are done: 0 at the start."""
+        return 0 if self.every is None else int(epoch / self.every + 1e-9)
+
+
+def parse_mining(text: str) -> Mining:
+    """A Mining from its spelling, e.g. `k=2,grade=1,from=beir/scifact,skip=5`.
+
+    A comma belongs to SOURCE unless one of the keys and `=` follow it.
+
+    Raises: GradretError.
+    """
+    here, given = f"mine '{text}'", {}
+    for item in SEPARATOR.split(text.strip()):
+        key, equals, value = item.partition("=")
+        if key != "from" and "," in value:  # what follows the comma is no key
+            value, _, item = value.partition(",")
+            key = item.partition("=")[0]
+        if key not in KEYS or not equals:
+            raise GradretError(
+                f"{here}: '{item}' is not known; use k=K,grade=GRADE and, if wanted, from=SOURCE, "
+                "by=encoder|bm25, skip=S, every=EPOCHS"
+            )
+        if key in given:
+            raise GradretError(f"{here}: {key} is given twice; leave one out")
+        given[key] = value
+    for key in ("k", "grade"):
+        if key not in given:
+            raise GradretError(f"{here}: {key} is missing; give at least k=K,grade=GRADE, such as k=2,grade=1")
+    if "from" in given:
+        if not given["from"]:
+            raise GradretError(f"{here}: from is empty; name a file, a BEIR directory or an ir_datasets id")
+        parse_source(given["from"])
+    by = given.get("by", ENCODER)
+    if by not in (ENCODER, BM25):
+        raise GradretError(f"{here}: by '{by}' is not one of {ENCODER}, {BM25}")
+    every = None
+    if "every" in given:
+        if by == BM25:
+            raise GradretError(f"{here}: every is for by={ENCODER}; BM25 would rank as before: leave it out")
+        every = _parse_number(given["every"])
+        if every is None or every <= 0:
+            raise GradretError(f"{here}: every '{given['every']}' is not a number of epochs above 0")
+        if every < LEAST_EVERY:
+            raise GradretError(f"{here}: every '{given['every']}' is below {LEAST_EVERY} epochs; mine less often")
+    grade = _parse_number(given["grade"])
+    if grade is None or abs(grade) >= GRADE_LIMIT:
+        raise GradretError(f"{here}: grade '{given['grade']}' is not a finite number below {GRADE_LIMIT}")
+    k, skip = _parse_count(given["k"]), _parse_count(given.get("skip", "0"))
+    if not k:
+        raise GradretError(f"{here}: k '{given['k']}' is not a whole number above 0")
+    if skip is None:
+        raise GradretError(f"{here}: skip '{given['skip']}' is not a whole number of 0 or above")
+    return Mining(k, grade, given.get("from"), by, skip, every)
+
+
+def _parse_number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _parse_count(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
+
+
+# A function of B queries and a depth: for each the positions of its best documents and, descending, their scores.
+ScoredRanker = Callable[[list[str], int], Sequence[tuple[np.ndarray, np.ndarray]]]
+
+
+def import_bm25s(what: str):
+    """The package bm25s. Raises: GradretError when it is not installed, saying what needs it."""
+    try:
+        with without("jax"):
+            import bm25s
+    except ModuleNotFoundError as error:
+        if error.name != "bm25s":
+            raise
+        raise GradretError(f"{what} needs the package bm25s: pip install 'gradret[bm25]'") from None
+    return bm25s
+
+
+def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], None] = lambda: None) -> ScoredRanker:
+    """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
+    stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
+
+    Documents that share no word with the query are not ranked; of equal scores the earlier document comes first.
+
+    Args:
+        collection: its documents are ranked.
+        what: needs it, for the message where bm25s is not installed.
+        check: called for each document and each query; what it raises ends the work.
+    """
+    bm25s = import_bm25s(what)
+    tokenizer = bm25s.tokenization.Tokenizer()
+
+    def read_contents() -> Iterator[str]:
+        documents, total = collection.documents(), collection.document_count
+        for document in show_bar(documents, total=total, desc="indexing for BM25", unit="doc", delay=PATIENCE_S):
+            check()
+            yield document.content
+
+    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(read_contents(), allow_empty=False)]
+    vocabulary = tokenizer.get_vocab_dict()
+    index = bm25s.BM25(backend="numpy")
+    if vocabulary:
+        index.index((tokens, vocabulary), create_empty_token=False, show_progress=False)
+
+    def rank(queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        rankings = []
+        tokenized = tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False)
+        for words in show_bar(tokenized, total=len(queries), desc="ranking by BM25", unit="query", delay=PATIENCE_S):
+            check()
+            scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
+            found = np.flatnonzero(scores)
+            if len(found) > depth:  # those that are as good as the last of the best, too: the earlier ones win
+                found = found[scores[found] >= np.partition(scores[found], -depth)[-depth]]
+            best = found[np.argsort(-scores[found], kind="stable")][:depth]
+            rankings.append((best, scores[best]))
+        return rankings
+
+    return rank
+
+
+def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[str, float]]]:
+    """Rank the documents for every query: query id -> [(doc id, score)], best first, at most `depth`.
+
+    Ties, and documents with the query's id, are treated as retrieve.search does.
+    """
+    rank = index_bm25(collection)
+    doc_ids = [document.doc_id for document in collection.documents()]
+    rankings = rank(list(collection.queries.values()), depth + collection.drop_self)
+    run = {}
+    for query_id, (positions, scores) in zip(collection.queries, rankings, strict=True):
+        pairs = list(zip((doc_ids[p] for p in positions), scores.tolist(), strict=True))
+        if collection.drop_self:
+            pairs = [(doc_id, score) for doc_id, score in pairs if doc_id != query_id]
+        pairs.sort(key=lambda pair: pair[0], reverse=True)
+        pairs.sort(key=lambda pair: -pair[1])
+        run[query_id] = pairs[:depth]
+    return run
+
+
+CORPUS_KEYS = ("_id", "text")
+PLACE_BITS = 24  # of a place in ranking lists, for the passage's number in its list
+ID_BLOCK = 65536  # ids turned into one array at a time
+
+
+def content_key(text: str) -> int:
+    """What makes two contents one: the same words, whatever their case and the space between them."""
+    return hash64(query_words(text))
+
+
+class Pool(Collection):
+    """Documents to mine from, as a collection without queries whose document ids are positions.
+
+    Of equal contents only the first is there, and none without words. In memory stand 16 bytes a document, no text.
+
+    Attributes:
+        keys: (documents,) uint64, content_key of each.
+        fingerprint: hex digest of all ids and contents in their order.
+    Raises: GradretError when there is no document.
+    """
+
+    def __init__(self, name: str, *, drop_self: bool = False):
+        self.name, self.drop_self, self.queries, self.qrels = name, drop_self, {}, {}
+        keys, places, ids = array("Q"), array("q"), array("Q")
+        digest = hashlib.blake2b(digest_size=16)
+        for place, doc_id, content in show_bar(
+            self._scan(), desc="reading documents to mine from", unit="doc", delay=PATIENCE_S
+        ):
+            digest.update(f"{doc_id}\0{content}\0".encode())
+            if content.strip():
+                keys.append(content_key(content))
+                places.append(place)
+                if drop_self:
+                    ids.append(hash64(doc_id))
+        if not keys:
+            raise GradretError(f"{name}: holds no document with words to mine from")
+        self.fingerprint = digest.hexdigest()
+        all_keys = np.frombuffer(keys, np.uint64)
+        first = np.sort(np.unique(all_keys, return_index=True)[1])
+        self.keys, self._places = all_keys[first], np.frombuffer(places, np.int64)[first]
+        self.document_count = len(first)
+        # Of a document that is another's double, too: its content is what must be left out.
+        order = np.argsort(np.array(ids, np.uint64), kind="stable")
+        self._id_hashes, self._id_keys = np.array(ids, np.uint64)[order], all_keys[order]
+
+    @abstractmethod
+    def _scan(self) -> Iterator[tuple[int, str, str]]:
+        """Every document once: its place (what `read` needs to find it), its id and its content."""
+
+    @abstractmethod
+    def read(self, position: int) -> Passage:
+        """The document at a position as a new passage of grade 0."""
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        for position in range(start, self.document_count):
+            yield Document(str(position), self.read(position).content)
+
+    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        return {i: self.read(int(i)) for i in doc_ids if i.isdecimal() and int(i) < self.document_count}
+
+    def find_own_keys(self, query_id: str) -> set[int]:
+        """With drop_self, the key of the document that has the query's id; else none."""
+        found = np.uint64(hash64(query_id))
+        at = np.searchsorted(self._id_hashes, found)
+        return {int(self._id_keys[at])} if at < len(self._id_hashes) and self._id_hashes[at] == found else set()
+
+
+class ListPool(Pool):
+    """The passages of ranking lists.
+
+    Args:
+        lists: by position.
+        rows: positions in `lists` of those whose passages are taken.
+    """
+
+    def __init__(self, name: str, lists: Sequence[RankingList], rows: Iterable[int], *, drop_self: bool = False):
+        self._lists, self._rows = lists, rows
+        self._last: tuple[int, list[Passage]] = (-1, [])
+        super().__init__(name, drop_self=drop_self)
+
+    def _scan(self) -> Iterator[tuple[int, str, str]]:
+        for row in self._rows:
+            for number, passage in enumerate(self._lists[int(row)].passages):
+                yield int(row) << PLACE_BITS | number, passage.doc_id or "", passage.content
+
+    def read(self, position: int) -> Passage:
+        row, number = divmod(int(self._places[position]), 1 << PLACE_BITS)
+        if self._last[0] != row:  # documents() asks for all passages of a list in turn
+            self._last = row, self._lists[row].passages
+        return replace(self._last[1][number], grade=0)
+
+
+class CorpusPool(Pool):
+    """The corpus.jsonl of a BEIR directory; queries and qrels need not be there."""
+
+    def __init__(self, directory: Path, *, drop_self: bool = False):
+        self._path = directory / "corpus.jsonl"
+        self._file = open_file(self._path)
+        super().__init__(str(directory), drop_self=drop_self)
+
+    def _scan(self) -> Iterator[tuple[int, str, str]]:
+        for record, offset in read_records(self._path, CORPUS_KEYS):
+            yield offset, record["_id"], _make_passage(record).content
+
+    def read(self, position: int) -> Passage:
+        self._file.seek(int(self._places[position]))
+        return _make_passage(decode_json(self._file.readline(), str(self._path)))
+
+
+class IrDatasetsPool(Pool):
+    """The documents of any ir_datasets id, with or without queries and qrels; memory grows by their ids."""
+
+    def __init__(self, dataset_id: str, *, drop_self: bool = False):
+        self._dataset = load_dataset(dataset_id)
+        if not self._dataset.has_docs():
+            raise GradretError(f"{dataset_id}: this ir_datasets id has no documents; name one that has")
+        self._store, self._id_blocks = None, [[]]
+        super().__init__(dataset_id, drop_self=drop_self)
+        self._ids = np.concatenate([np.array(block, "S") for block in self._id_blocks])[self._places]
+        del self._id_blocks
+
+    def _scan(self) -> Iterator[tuple[int, str, str]]:
+        for number, document in enumerate(iterate_documents(self._dataset)):
+            if len(self._id_blocks[-1]) == ID_BLOCK:
+                self._id_blocks[-1:] = [np.array(self._id_blocks[-1], "S"), []]
+            self._id_blocks[-1].append(document.doc_id.encode())
+            yield number, document.doc_id, document.default_text()
+
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        # In the collection's order, which its store reads much slower one by one.
+        chosen = np.zeros(self._places[-1] + 1, bool)
+        chosen[self._places[start:]] = True
+        for position, document in enumerate(compress(iterate_documents(self._dataset), chosen), start):
+            yield Document(str(position), document.default_text())
+
+    def read(self, position: int) -> Passage:
+        if self._store is None:
+            self._store = open_store(self._dataset)
+        doc_id = self._ids[position].decode()
+        with reading(self._dataset):
+            return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
+
+
+def open_pool(text: str) -> Pool:
+    """The documents of a source: a BEIR directory, an ir_datasets id, or a file of ranking lists (or `sample`).
+
+    Queries and qrels are not used, and need not exist. Of a file of ranking lists, the options after the '?' choose
+    passages as they do for training lists; of the others all documents are taken.
+
+    Raises: GradretError.
+    """
+    source = parse_source(text)
+    path = find_path(source.name)
+    if path is not None and path.is_file():
+        lists = MixedLists([replace(source, drop_self=None)])
+        return ListPool(text, lists, range(len(lists)), drop_self=bool(source.drop_self))
+    if source != Source(source.name, drop_self=source.drop_self):
+        raise GradretError(
+            f"{text}: grades, sample, queries and labels choose among judged documents, but all documents of "
+            f"{source.name} are mined from; leave these options out"
+        )
+    names = source.name.split("/") if path is None else [path.resolve().name]
+    drop_self = is_self_retrieving(*names) if source.drop_self is None else source.drop_self
+    return IrDatasetsPool(source.name, drop_self=drop_self) if path is None else CorpusPool(path, drop_self=drop_self)
+
+
+def _make_passage(record: dict) -> Passage:
+    return Passage(0, record["text"], record.get("title") or None, record["_id"])
+
+
+QUERY_BLOCK = 1024  # lists read, encoded and searched at once
+BM25_SPELLING = f"mine by={BM25}"  # in messages
+
+# A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`.
+Ranker = Callable[[list[str], int], Sequence[np.ndarray]]
+
+
+class Miner:
+    """Ranks a pool of documents for the query of every list and picks k that the list does not have.
+
+    Left out are: the list's own passages, also those that its sources' options (grades=, sample=) keep from training;
+    the passages of other lists with the same query; the query itself; with drop_self the document with the query's
+    id. Passages are one when their words are, see mining_pool.content_key, whatever their ids.
+
+    Of the collections to be measured nothing enters but what a user names as from=SOURCE, and of that only documents,
+    never queries or qrels. Lists that `fit --exclude` leaves out are not in `kept`: nothing is mined for their
+    queries, nor, by default, from their passages.
+
+    Args:
+        mining: see Mining.
+        lists: the training lists by position.
+        kept: (lists trained on,) positions in `lists`.
+        rows: those of them that are mined for; None for all.
+    Attributes:
+        rows: as above.
+        pool: the documents, see Pool; by default the passages of the kept lists.
+        fingerprint: of the pool's content: positions mined from another one mean nothing.
+    Raises: GradretError when the source can not be read, or bm25s is asked for and not installed.
+    """
+
+    def __init__(self, mining: Mining, lists: Sequence[RankingList], kept: np.ndarray, rows: np.ndarray | None = None):
+        self.mining, self._lists, self._kept = mining, lists, kept
+        self.rows = kept if rows is None else rows
+        if mining.by == BM25:
+            import_bm25s(BM25_SPELLING)  # before the work
+        self.pool: Pool = (
+            ListPool("the training lists", lists, kept) if mining.source is None else open_pool(mining.source)
+        )
+        self.fingerprint = self.pool.fingerprint
+
+    def mine(
+        self,
+        encoder: Encoder,
+        *,
+        precision: str = "float32",
+        batch_size: int = 32,
+        processes: Processes = ALONE,
+        progress: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> np.ndarray:
+        """Positions in the pool of the passages mined for each of the lists, best first.
+
+        The processes share the embedding of the pool; the first searches and tells the others. Of equal scores the
+        earlier document comes first. BM25 ranks only documents that share a word with the query.
+
+        Args:
+            encoder: as it is now; of no use to BM25.
+            precision: "float32" or "bfloat16" (autocast).
+            batch_size: texts encoded at once.
+            processes: all of them must call.
+            progress: show bars on a terminal.
+            check: called now and then; what it raises ends the work. By default whether the other processes are there.
+        Returns: (lists mined for, k) int64, -1 where there are fewer; k is at most the number of documents.
+        Raises: GradretError.
+        """
+        check = check or processes.check
+        if self.mining.by == BM25:
+            return self._choose_for_all(processes, lambda: rank_by_bm25(self.pool, check), progress, check)
+        with _working_folder(processes) as folder:
+            options = {"batch_size": batch_size, "precision": precision}
+            shared = {"progress": progress, "processes": processes, "check": check}
+            corpus = embed_corpus(encoder, self.pool, folder, **shared, **options)
+
+            def rank(queries: list[str], depth: int) -> np.ndarray:
+                vectors = encoder.encode(queries, "query", **options)
+                vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()  # (B, D)
+                return top_k(vectors, corpus.vectors, depth, device=encoder.device, check=check)[1]
+
+            return self._choose_for_all(processes, lambda: rank, progress, check)
+
+    def _choose_for_all(
+        self, processes: Processes, make_ranker: Callable[[], Ranker], progress: bool, check: Callable[[], None]
+    ) -> np.ndarray:
+        found = None
+        with processes.agree():
+            if processes.is_first:
+                found = self._choose(make_ranker(), progress, check)
+        return processes.broadcast(found)
+
+    def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
+        mining, twins = self.mining, self._find_twins()
+        result = np.full((len(self.rows), min(mining.k, self.pool.document_count)), -1, np.int64)
+        with show_bar(shown=progress, total=len(result), desc="mining", unit="list") as bar:
+            for start in range(0, len(result), QUERY_BLOCK):
+                check()
+                rows = self.rows[start : start + QUERY_BLOCK].tolist()
+                known = [self._find_known(row, twins.get(row, [row])) for row in rows]
+                # The pool holds every content once: no more than the known ones are passed over.
+                depth = min(mining.k + mining.skip + max(map(len, known)), self.pool.document_count)
+                rankings = rank([self._lists[row].query for row in rows], depth)
+                for place, (ranking, left_out) in enumerate(zip(rankings, known, strict=True), start):
+                    keys = self.pool.keys[ranking].tolist()
+                    unknown = [p for p, key in zip(ranking, keys, strict=True) if key not in left_out]
+                    chosen = unknown[mining.skip : mining.skip + mining.k]
+                    result[place, : len(chosen)] = chosen
+                bar.update(len(rows))
+        return result
+
+    def _find_twins(self) -> dict[int, list[int]]:
+        """For each kept list whose query's words are another's, too: the positions of all that have them."""
+        words = np.array([hash64(query_words(self._lists[row].query)) for row in self._kept.tolist()], np.uint64)
+        _, group, count = np.unique(words, return_inverse=True, return_counts=True)
+        groups: dict[int, list[int]] = {}
+        for at in np.flatnonzero(count[group] > 1).tolist():
+            groups.setdefault(int(group[at]), []).append(int(self._kept[at]))
+        return {row: rows for rows in groups.values() for row in rows}
+
+    def _find_known(self, row: int, twins: list[int]) -> set[int]:
+        """The keys of what must not be mined for a list."""
+        ranking_list = self._lists[row]
+        known = {content_key(p.content) for twin in twins for p in read_known(self._lists, twin)}
+        known.add(content_key(ranking_list.query))
+        return known | self.pool.find_own_keys(ranking_list.query_id)
+
+
+class MinedLists(Sequence):
+    """Ranking lists with the mined passages behind their own, read when asked for; the wrapped lists stay as they are.
+
+    Args:
+        lists: by position.
+        rows: (lists mined for,) their positions in `lists`; the others get nothing.
+        pool: that was mined from.
+        positions: (lists mined for, k) int64 as Miner.mine gives them.
+        grade: of the mined passages.
+    Raises: GradretError when the positions do not belong to these lists and this pool.
+    """
+
+    def __init__(self, lists: Sequence[RankingList], rows: np.ndarray, pool: Pool, positions: np.ndarray, grade: float):
+        last = positions.max(initial=-1) + 1
+        if len(positions) != len(rows) or last > pool.document_count:
+            raise GradretError(
+                f"{pool.name}: passages were mined for {len(positions)} lists, the last of them document {last}, but "
+                f"there are {len(rows)} lists and {pool.document_count} documents: the data changed; start a new run"
+            )
+        self._lists, self._pool, self._positions, self._grade = lists, pool, positions, grade
+        self._rows = np.full(len(lists), -1, np.int64)
+        self._rows[rows] = np.arange(len(rows))
+
+    def __len__(self) -> int:
+        return len(self._lists)
+
+    def __getitem__(self, index: int) -> RankingList:
+        ranking_list, row = self._lists[index], self._rows[index]
+        chosen = [int(p) for p in self._positions[row] if p >= 0] if row >= 0 else []
+        mined = [replace(self._pool.read(p), grade=self._grade) for p in chosen]
+        return replace(ranking_list, passages=[*ranking_list.passages, *mined])
+
+
+def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
+    """A list's passages; of a mix all that its sources have for the query, whatever their options select.
+
+    A positive that `sample=` did not draw must not come back as a negative.
+    """
+    return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
+
+
+def rank_by_bm25(pool: Pool, check: Callable[[], None] = lambda: None) -> Ranker:
+    """A ranker by BM25, see bm25.index_bm25: documents that share no word with the query are not ranked."""
+    rank = index_bm25(pool, BM25_SPELLING, check)
+    return lambda queries, depth: [positions for positions, _ in rank(queries, depth)]
+
+
+@contextmanager
+def _working_folder(processes: Processes):
+    """A folder on the cache's disk for the time being, in the first process, which alone writes; "." in the others."""
+    folder = None
+    with processes.agree():
+        if processes.is_first:
+            folder = _make_folder()
+    try:
+        yield Path(folder or ".")
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_folder() -> str:
+    # Beside the cache, not in /tmp, which may be memory. The embeddings of an encoder in training serve no one else.
+    cache = default_cache()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix="mining-", dir=cache)
+    except OSError as error:
+        raise GradretError(
+            f"{cache}: can not be written ({error.strerror}); set GRADRET_CACHE to a folder that can"
+        ) from None

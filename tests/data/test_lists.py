@@ -1,0 +1,144 @@
+import json
+
+import pytest
+from conftest import SAMPLE_FILE, list_record
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradret.console import GradretError
+from gradret.data.lists import (
+    ListFile,
+    Passage,
+    RankingList,
+    format_list,
+    parse_list,
+    query_key,
+    read_lists,
+    write_lists,
+)
+
+
+def test_a_line_becomes_a_list_and_keeps_unknown_keys():
+    record = {
+        "query_id": "q",
+        "query": "why",
+        "passages": [{"grade": 2.4, "text": "t", "title": "T", "doc_id": "d", "judge": "x"}],
+        "meta": {"model": "m"},
+        "source": "here",
+    }
+    parsed = parse_list(record, "f:1")
+    assert parsed.passages == [Passage(2.4, "t", "T", "d", {"judge": "x"})]
+    assert parsed.passages[0].content == "T t"
+    assert (parsed.meta, parsed.extra) == ({"model": "m"}, {"source": "here"})
+    assert json.loads(format_list(parsed)) == record
+
+
+def test_a_whole_number_serves_as_query_id():
+    assert parse_list(list_record("x") | {"query_id": 7}, "f:1").query_id == "7"
+
+
+BAD = [
+    ([1, 2], "f.jsonl:1: expected a JSON object, got [1, 2]"),
+    (list_record("q") | {"query_id": ""}, "f.jsonl:1: query_id '' is not a non-empty string"),
+    (list_record("q") | {"query": None}, "f.jsonl:1: query null of list 'q' is not a non-empty string"),
+    (list_record("q", grades=()), "f.jsonl:1: list 'q' has no passages; give it at least one or remove the line"),
+    (
+        list_record("q", grades=(3, "high")),
+        "f.jsonl:1: passage 2: grade 'high' is not a number; write one such as 0, 1, 2 or 3",
+    ),
+    (
+        list_record("q", grades=(True,)),
+        "f.jsonl:1: passage 1: grade true is not a number; write one such as 0, 1, 2 or 3",
+    ),
+    (
+        list_record("q", grades=(float("nan"),)),
+        "f.jsonl:1: passage 1: grade NaN is not a finite number below 1000; write one such as 0, 1, 2 or 3",
+    ),
+    (list_record("q") | {"passages": [{"grade": 1}]}, "f.jsonl:1: passage 1: text null is not a string"),
+    (
+        list_record("q") | {"passages": ["x"]},
+        "f.jsonl:1: passage 1: expected a JSON object with grade and text, got 'x'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "message"), BAD)
+def test_a_bad_record_is_refused_with_its_place(record, message):
+    with pytest.raises(GradretError) as error:
+        parse_list(record, "f.jsonl:1")
+    assert str(error.value) == message
+
+
+texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+
+
+@given(
+    st.builds(
+        RankingList,
+        texts,
+        texts,
+        st.lists(
+            st.builds(
+                Passage,
+                st.floats(-999, 999),
+                st.text(st.characters(codec="utf-8")),
+                st.none() | texts,
+                st.none() | texts,
+            ),
+            min_size=1,
+        ),
+    )
+)
+def test_format_and_parse_are_inverse(ranking_list):
+    line = format_list(ranking_list)
+    assert "\n" not in line
+    assert parse_list(json.loads(line), "") == ranking_list
+
+
+def test_file_is_read_by_position_as_in_order(tmp_path):
+    lists = list(read_lists(SAMPLE_FILE))
+    assert len(lists) == 96
+    assert sum(len(r.passages) for r in lists) == 384
+    path = tmp_path / "copy.jsonl"
+    write_lists(path, lists)
+    path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines are no lists
+    indexed = ListFile(path)
+    assert len(indexed) == len(lists)
+    assert [indexed[i] for i in reversed(range(len(indexed)))] == lists[::-1]
+    assert indexed[1].where == f"{path}:4"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (
+            [list_record("a"), "{"],
+            "{path}:2: not valid JSON (Expecting property name enclosed in double quotes at column 2)",
+        ),
+        (
+            [list_record("a"), list_record("b"), list_record("a")],
+            "{path}:3: query id 'a' was already used in line 1; "
+            "give every list an id of its own, or pass the files as two sources to merge them",
+        ),
+        ([], "{path}: no ranking lists; expected one JSON object a line"),
+    ],
+)
+def test_a_bad_file_is_refused_when_it_is_opened(write_jsonl, lines, message):
+    path = write_jsonl("f.jsonl", lines)
+    with pytest.raises(GradretError) as error:
+        ListFile(path)
+    assert str(error.value) == message.replace("{path}", str(path))
+
+
+def test_missing_and_unreadable_files(tmp_path):
+    with pytest.raises(GradretError, match=r"nowhere\.jsonl: no such file$"):
+        ListFile(tmp_path / "nowhere.jsonl")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"query_id": "\xe9"}\n')
+    with pytest.raises(GradretError, match=r"latin\.jsonl:1: not UTF-8 text"):
+        ListFile(tmp_path / "latin.jsonl")
+
+
+def test_one_query_is_the_same_id_and_the_same_words():
+    assert query_key("1", "a\n b") == query_key("1", "a b")
+    assert query_key("1", "a b") != query_key("1", "a c")
+    assert query_key("1", "a b") != query_key("2", "a b")

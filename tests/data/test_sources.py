@@ -1,0 +1,394 @@
+import shutil
+
+import pytest
+from conftest import list_record
+
+from gradret.console import GradretError
+from gradret.data.sources import (
+    MixedLists,
+    Source,
+    check_lists,
+    open_collection,
+    open_lists,
+    parse_grade_map,
+    parse_source,
+)
+
+
+def grades_by_text(ranking_list):
+    return {p.content: p.grade for p in ranking_list.passages}
+
+
+def test_spelling():
+    assert parse_source("beir/scifact/train?grades=1:3,0&sample=2&queries=even&drop_self=no") == Source(
+        "beir/scifact/train", ((1, 3), (0, 0)), 2, queries="even", drop_self=False
+    )
+    assert parse_source("a?shuffle=0.25").shuffle == 0.25
+    assert parse_grade_map("-1=4,1=4,2=3") == ((-1, 4), (1, 4), (2, 3))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a?sample=0", "a?sample=0: sample '0' is not a whole number above 0"),
+        ("a?sample=1&sample=2", "a?sample=1&sample=2: sample stands there twice; give it once"),
+        ("a?shuffle=1.5", "a?shuffle=1.5: shuffle '1.5' is not a number from 0 to 1"),
+        ("a?shuffle=some", "a?shuffle=some: shuffle 'some' is not a number from 0 to 1"),
+        (
+            "a?size=3",
+            "a?size=3: option 'size=3' is not known; "
+            "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+            "labels=intended|judged|agreed or drop_self=yes|no",
+        ),
+        (
+            "a?labels=judged&grades=3",
+            "a?labels=judged&grades=3: judged grades are any real numbers, which grades= can not list; "
+            "leave out one of the two, or use labels=agreed",
+        ),
+        ("a?grades=x:1", "grade map 'x:1': expected OLD:NEW or GRADE, separated by commas, got 'x:1'"),
+    ],
+)
+def test_bad_spelling(text, message):
+    with pytest.raises(GradretError) as error:
+        parse_source(text)
+    assert str(error.value) == message
+
+
+def test_beir_directory_is_read_whole(beir_directory):
+    collection = open_collection(Source(str(beir_directory)))
+    assert [(d.doc_id, d.content) for d in collection.documents()] == [
+        ("d1", "Tides the moon pulls the sea"),
+        ("d2", "bread needs yeast"),
+        ("d3", "Bread rye"),
+    ]
+    assert [d.doc_id for d in collection.documents(2)] == ["d3"]
+    assert collection.queries == {"q1": "why tides", "q2": "bread"}  # q3 has no judgment
+    assert collection.qrels == {"q1": {"d1": 1}, "q2": {"d2": 2, "d3": 1}}
+    assert collection.document_count == 3
+    assert open_collection(Source(f"{beir_directory}:train")).queries == {"q2": "bread"}
+
+
+def test_judged_lists_are_others_when_a_query_or_a_grade_is(beir_directory):
+    def read_fingerprint() -> str:
+        return MixedLists([parse_source(str(beir_directory))]).fingerprint
+
+    before = read_fingerprint()
+    for path, old, new in (("queries.jsonl", "why tides", "why ebb"), ("qrels/test.tsv", "d2\t2", "d2\t1")):
+        file = beir_directory / path
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        assert read_fingerprint() != before
+        file.write_text(text)
+    assert read_fingerprint() == before
+
+
+def test_a_qrels_file_with_the_wrong_header(beir_directory):
+    path = beir_directory / "qrels" / "test.tsv"
+    path.write_text("q1\td1\t1\n")
+    with pytest.raises(GradretError) as error:
+        open_collection(Source(str(beir_directory)))
+    assert str(error.value) == (
+        f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got 'q1\td1\t1'; add it as the first line"
+    )
+    path.write_text("query-id\tcorpus-id\tscore\nq1\td1\tone\n")
+    with pytest.raises(GradretError, match=r"test\.tsv:2: expected .* with a whole number as score"):
+        open_collection(Source(str(beir_directory)))
+
+
+def test_trecs_qrels(beir_directory):
+    (beir_directory / "qrels" / "test.tsv").unlink()
+    for suffix in ("txt", "qrels", "trec"):
+        path = beir_directory / "qrels" / f"test.{suffix}"
+        path.write_text("q1 0 d1 1\n\nq2\t0\td2\t2\r\nq2 Q0 d3 -1\n")
+        assert open_collection(Source(str(beir_directory))).qrels == {"q1": {"d1": 1}, "q2": {"d2": 2, "d3": -1}}
+        path.write_text("q1 0 d1 1\nq2 d2 2\n")
+        with pytest.raises(
+            GradretError, match=rf"test\.{suffix}:2: expected 'QUERY 0 DOCUMENT GRADE' with a whole num"
+        ):
+            open_collection(Source(str(beir_directory)))
+        path.unlink()
+
+
+def test_troves_qrels_serve_every_split(beir_directory):
+    shutil.rmtree(beir_directory / "qrels")
+    path = beir_directory / "qrels.jsonl"
+    path.write_text('{"qid": "q1", "docid": ["d1"], "score": [1]}\n\n{"qid": "q2", "docid": [], "score": []}\n')
+    for split in ("", ":train"):
+        assert open_collection(Source(f"{beir_directory}{split}")).qrels == {"q1": {"d1": 1}}
+    for line in (
+        "[]",
+        '{"qid": "q1", "docid": ["d1"]}',
+        '{"qid": 1, "docid": ["d1"], "score": [1]}',
+        '{"qid": "q1", "docid": [2], "score": [1]}',
+        '{"qid": "q1", "docid": ["d1"], "score": ["1"]}',
+        '{"qid": "q1", "docid": ["d1"], "score": [NaN]}',
+        '{"qid": "q1", "docid": ["d1", "d2"], "score": [1]}',
+        '{"qid": "q1", "docid": 3, "score": [1]}',
+    ):
+        path.write_text(line + "\n")
+        with pytest.raises(
+            GradretError, match=r"qrels\.jsonl:1: expected a JSON object with a string qid and two list"
+        ):
+            open_collection(Source(str(beir_directory)))
+
+
+def test_sycls_layout_with_the_queries_of_another_collection(beir_directory, tmp_path):
+    """Synthetic passages of grades 0 to 3 under ids of their own, for queries that are MS MARCO's."""
+    lists = tmp_path / "llama33_70b"
+    (lists / "qrels").mkdir(parents=True)
+    passages = [f'{{"_id": "q1_l_{grade}", "text": "of grade {grade}"}}\n' for grade in (3, 2, 1, 0)]
+    (lists / "corpus.jsonl").write_text("".join(passages))
+    qrels = "".join(f"q1\tq1_l_{grade}\t{grade}\n" for grade in (3, 2, 1, 0))
+    (lists / "qrels" / "train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{qrels}")
+    with pytest.raises(GradretError, match=r"llama33_70b/queries\.jsonl: no such file"):
+        open_lists(parse_source(f"{lists}:train"))
+    source = parse_source(f"{lists}:train?query_file={beir_directory}/queries.jsonl")
+    (found,) = MixedLists([source])
+    assert (found.query_id, found.query) == ("q1", "why tides")
+    assert [(p.grade, p.text, p.doc_id) for p in found.passages] == [
+        (grade, f"of grade {grade}", f"q1_l_{grade}") for grade in (3, 2, 1, 0)
+    ]
+    assert open_collection(source).document_count == 4
+    for name in ("sample", "cranfield"):
+        for opened in (open_lists, open_collection):
+            with pytest.raises(GradretError, match=f"^{name}: query_file is for a directory without queries.jsonl"):
+                opened(Source(name, query_file="queries.jsonl"))
+
+
+def test_tevatrons_records_that_do_not_do(write_jsonl):
+    passage = {"docid": "d", "title": "", "text": "x"}
+    record = {"query_id": "q", "query": "w", "positive_passages": [passage], "negative_passages": [3]}
+    with pytest.raises(GradretError, match=r"1: negative_passages holds 3; expected JSON objects with docid and text"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
+    record["negative_passages"] = [{"docid": "e"}]
+    with pytest.raises(GradretError, match=r"1: passage 2: text null is not a string"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
+    del record["negative_passages"]
+    with pytest.raises(GradretError, match="1: list 'q' has no passages"):
+        open_lists(Source(str(write_jsonl("f.jsonl", [record]))))[0]
+
+
+def test_a_missing_split_names_those_there(beir_directory):
+    with pytest.raises(GradretError, match=r"dev\.tsv: no such file; splits with qrels here: test, train$"):
+        open_collection(Source(f"{beir_directory}:dev"))
+
+
+def test_queries_and_grades_of_a_collection(beir_directory):
+    odd = open_collection(parse_source(f"{beir_directory}?queries=odd&grades=1:4"))
+    assert list(odd.queries) == ["q1"]
+    assert odd.qrels["q1"] == {"d1": 4}
+    assert odd.qrels["q2"] == {"d2": 2, "d3": 4}  # what the map does not name stays
+
+
+def test_queries_from_a_file(beir_directory, tmp_path):
+    (tmp_path / "ids").write_text("q2\n")
+    assert list(open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids"))).queries) == ["q2"]
+    (tmp_path / "ids").write_text('{"query_id": "q2", "query": "w", "passages": []}\n{"_id": "q7", "text": "x"}\n')
+    assert list(open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids"))).queries) == ["q2"]
+    (tmp_path / "ids").write_text('{"id": "q2"}\n')
+    with pytest.raises(GradretError, match=r"ids:1: has neither query_id nor _id; expected a query id a line, lists o"):
+        open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids")))
+    (tmp_path / "ids").write_text("zzz\n")
+    with pytest.raises(GradretError, match="selects none of its queries"):
+        open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids")))
+
+
+def test_even_and_odd_need_numbers(write_jsonl):
+    path = write_jsonl("f.jsonl", [list_record("alpha")])
+    with pytest.raises(GradretError, match="query id 'alpha' does not end in a number; name a file of ids"):
+        open_collection(Source(str(path), queries="even"))
+
+
+@pytest.mark.parametrize(("name", "drops"), [("arguana", True), ("quora", True), ("scifact", False)])
+def test_self_retrieving_collections_are_known_by_name(beir_directory, name, drops):
+    root = beir_directory.rename(beir_directory.parent / name)
+    assert open_collection(Source(str(root))).drop_self is drops
+    assert open_collection(Source(str(root), drop_self=not drops)).drop_self is not drops
+
+
+def test_a_list_file_is_a_collection_of_its_distinct_passages(write_jsonl):
+    records = [list_record("q1", (3, 0)), list_record("q2", (2,))]
+    records[1]["passages"].append({"grade": 1, "text": "passage 0 about q1"})
+    collection = open_collection(Source(str(write_jsonl("f.jsonl", records))))
+    assert [d.doc_id for d in collection.documents()] == ["q1/1", "q1/2", "q2/1"]
+    assert collection.qrels == {"q1": {"q1/1": 3, "q1/2": 0}, "q2": {"q2/1": 2, "q1/1": 1}}
+
+
+def test_an_unknown_id_and_one_without_qrels():
+    with pytest.raises(GradretError) as error:
+        open_collection(Source("nope/unknown"))
+    assert str(error.value) == (
+        "nope/unknown: no such file or directory, and not an ir_datasets id; "
+        "check the path, or pick an id from https://ir-datasets.com"
+    )
+    with pytest.raises(GradretError) as error:
+        open_collection(Source("beir/scifact"))
+    assert str(error.value) == (
+        "beir/scifact: this ir_datasets id has no qrels; "
+        "name one that has, such as beir/scifact/test, beir/scifact/train"
+    )
+
+
+def test_sources_merge_into_one_list_per_query(write_jsonl, beir_directory):
+    synthetic = list_record("q2", (2, 0)) | {"query": "bread"}
+    other = list_record("q1", (3,))  # the id of a BEIR query, but not its words
+    path = write_jsonl("f.jsonl", [synthetic, other])
+    lists = MixedLists([Source(str(path)), parse_source(f"{beir_directory}?grades=1:3")])
+    assert [r.query_id for r in lists] == ["q2", "q1", "q1"]
+    assert grades_by_text(lists[0]) == {"passage 0 about q2": 2, "passage 1 about q2": 0, "Bread rye": 3}
+    assert grades_by_text(lists[2]) == {"Tides the moon pulls the sea": 3}
+    assert lists.colliding_ids == 1
+
+
+def test_a_passage_that_comes_twice_keeps_the_first_source_grade(write_jsonl):
+    first = write_jsonl("a.jsonl", [list_record("q", (3, 0))])
+    second = write_jsonl("b.jsonl", [list_record("q", (1, 1, 1))])
+    lists = MixedLists([Source(str(first)), Source(str(second))])
+    assert [p.grade for p in lists[0].passages] == [3, 0, 1]
+
+
+def test_sampling_is_seeded_and_differs_by_query(write_jsonl):
+    path = write_jsonl("f.jsonl", [list_record(f"q{i}", range(20)) for i in range(20)])
+    source = parse_source(f"{path}?sample=3")
+
+    def draw(seed):
+        return [[p.grade for p in r.passages] for r in MixedLists([source], seed=seed)]
+
+    assert draw(0) == draw(0) != draw(1)
+    assert {len(d) for d in draw(0)} == {3}
+    assert len({tuple(d) for d in draw(0)}) > 10
+
+
+def test_a_share_of_the_lists_has_its_grades_shuffled(write_jsonl):
+    path = write_jsonl("f.jsonl", [list_record(f"q{i}", range(8)) for i in range(200)])
+    plain = [grades_by_text(r) for r in MixedLists([parse_source(str(path))])]
+
+    def draw(share, seed=0):
+        return [grades_by_text(r) for r in MixedLists([parse_source(f"{path}?shuffle={share}")], seed=seed)]
+
+    def changed(lists):
+        return sum(a != b for a, b in zip(lists, plain, strict=True))
+
+    assert draw(0) == plain
+    assert draw(0.3) == draw(0.3) != draw(0.3, seed=1)
+    assert 40 <= changed(draw(0.3)) <= 80
+    assert changed(draw(1)) == 200
+    assert all(sorted(r.values()) == list(range(8)) for r in draw(1))
+    less, more = draw(0.2), draw(0.4)  # what is noisy at 0.2 is as noisy at 0.4
+    assert all(b == a for a, b, p in zip(less, more, plain, strict=True) if a != p)
+    with pytest.raises(GradretError, match=r"shuffle=0\.5 is for training lists, not for a collection to measure"):
+        open_collection(parse_source(f"{path}?shuffle=0.5"))
+
+
+def test_check_counts_and_keeps_lists_of_one_grade_and_drops_empty_ones(write_jsonl):
+    records = [list_record("a"), list_record("b", (2, 2)), list_record("c", (0, 1))]
+    path = write_jsonl("f.jsonl", records)
+    summary = check_lists(MixedLists([parse_source(f"{path}?grades=2,3")]), refuse_negative=True)
+    assert summary.kept.tolist() == [0, 1]
+    assert str(summary) == (
+        "2 lists, 4 passages, grades 2 to 3; 1 lists whose grades are all equal, kept; "
+        "1 lists left out: none of their passages is selected"
+    )
+    less = check_lists(MixedLists([Source(str(path))]), refuse_negative=True, exclude={"what is b"})
+    assert less.kept.tolist() == [0, 2]
+    assert str(less).endswith("; 1 lists left out, whose query is one to be measured")
+    with pytest.raises(GradretError, match="no ranking list is left"):
+        check_lists(MixedLists([parse_source(f"{path}?grades=9")]), refuse_negative=True)
+
+
+def test_a_negative_grade_under_gain_targets(write_jsonl):
+    path = write_jsonl("f.jsonl", [list_record("a"), list_record("b", (3, -1))])
+    lists = MixedLists([Source(str(path))])
+    with pytest.raises(GradretError) as error:
+        check_lists(lists, refuse_negative=True)
+    assert str(error.value) == (
+        f"{path}:2: list 'b' has the negative grade -1, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
+        "map it (SOURCE?grades=-1:0,...) or use --targets softmax (and, with wasserstein, --contrast-share 0)"
+    )
+    assert check_lists(lists, refuse_negative=False).lowest == -1
+
+
+def judged_record(query_id, intended, judged):
+    record = list_record(query_id, intended)
+    for passage, grade in zip(record["passages"], judged, strict=True):
+        passage["judged"] = grade
+    return record
+
+
+def test_judged_labels_are_the_grades_to_train_on(write_jsonl):
+    path = write_jsonl(
+        "f.jsonl", [judged_record("a", (3, 2, 0), (2.4, 2.9, 0.1)), judged_record("b", (1, 0), (1, -0.5))]
+    )
+    intended, judged = (MixedLists([parse_source(f"{path}?labels={labels}")]) for labels in ("intended", "judged"))
+    assert [[p.grade for p in r.passages] for r in intended] == [[3, 2, 0], [1, 0]]
+    assert [[p.grade for p in r.passages] for r in judged] == [[2.4, 2.9, 0.1], [1, -0.5]]
+    assert [p.extra for p in judged[0].passages] == [{"judged": 2.4}, {"judged": 2.9}, {"judged": 0.1}]
+    sampled = MixedLists([parse_source(f"{path}?labels=judged&sample=1")])[0].passages
+    assert sampled[0].grade == sampled[0].extra["judged"]
+
+
+@pytest.mark.parametrize(
+    ("intended", "judged", "agree"),
+    [
+        ((3, 2, 1, 0), (2.1, 2.0, 0.3, 0.2), True),
+        ((0, 1, 2, 3), (0.2, 0.3, 2.0, 2.1), True),
+        ((3, 2, 1, 0), (2.0, 2.1, 0.3, 0.2), False),
+        ((3, 2, 1, 0), (2.0, 2.0, 0.3, 0.2), False),  # judged the same is not judged higher
+        ((3, 2, 1, 0), (3, 1.5, 1, 2), False),
+        ((2, 2, 0), (1.9, 0.4, 0.3), True),  # passages of one grade may be judged in any order
+        ((2, 0, 2), (1.9, 0.4, 0.3), False),
+        ((2, 2), (0, 1), True),
+    ],
+)
+def test_agreed_labels_keep_lists_where_both_orders_agree(write_jsonl, intended, judged, agree):
+    path = write_jsonl("f.jsonl", [judged_record("a", intended, judged)])
+    passages = MixedLists([parse_source(f"{path}?labels=agreed")])[0].passages
+    assert [p.grade for p in passages] == (list(intended) if agree else [])
+
+
+def test_lists_left_out_for_disagreement_are_counted(write_jsonl):
+    records = [
+        *(judged_record("1", (3, 0), (2, 1)), judged_record("2", (3, 0), (1, 2)), judged_record("3", (1, 0), (1, 0))),
+        *(judged_record("4", (3, 0), (1, 2)), judged_record("6", (3, 0), (1, 2))),
+    ]
+    path = write_jsonl("f.jsonl", records)
+    lists = MixedLists([parse_source(f"{path}?labels=agreed&queries=even")])
+    with pytest.raises(GradretError, match="no ranking list is left: the chosen queries, grades and labels match none"):
+        check_lists(lists, refuse_negative=True)
+    summary = check_lists(MixedLists([parse_source(f"{path}?labels=agreed&grades=3")]), refuse_negative=True)
+    assert summary.kept.tolist() == [0]
+    assert str(summary) == (
+        "1 lists, 1 passages, grades 3 to 3; 1 lists whose grades are all equal, kept; "
+        "1 lists left out: none of their passages is selected; "
+        "3 lists left out: their judged and intended grades are not in one order"
+    )
+    both = MixedLists([parse_source(f"{path}?labels=agreed"), parse_source(f"{path}?grades=3")])
+    summary = check_lists(both, refuse_negative=True)  # another source has passages for those lists
+    assert (len(summary.kept), summary.disagreeing, summary.empty) == (5, 0, 0)
+
+
+@pytest.mark.parametrize("labels", ["judged", "agreed"])
+def test_labels_need_judged_lists(write_jsonl, beir_directory, labels):
+    path = write_jsonl("f.jsonl", [judged_record("1", (1, 0), (1, 0)), list_record("2")])
+    lists = MixedLists([parse_source(f"{path}?labels={labels}")])
+    assert len(lists[0].passages) == 2
+    with pytest.raises(GradretError) as error:
+        check_lists(lists, refuse_negative=True)
+    assert str(error.value) == (
+        f"{path}:2: passage 1: has no judged grade, which labels={labels} needs; "
+        "write the lists with gradret gen --judge, or leave labels out"
+    )
+    assert len(
+        check_lists(MixedLists([parse_source(f"{path}?labels={labels}&queries=odd")]), refuse_negative=True).kept
+    )
+    for wrong in ("high", True, float("nan"), 1e9):
+        path = write_jsonl("f.jsonl", [judged_record("1", (1, 0), (1, wrong))])
+        with pytest.raises(GradretError, match="f.jsonl:1: passage 2: its judged grade '.*' is not a finite number"):
+            MixedLists([parse_source(f"{path}?labels={labels}")])[0]
+    with pytest.raises(GradretError, match=f"labels={labels} is for training lists, not for a collection to measure"):
+        open_collection(parse_source(f"{path}?labels={labels}"))
+    for name in (beir_directory, "beir/scifact/test"):
+        with pytest.raises(
+            GradretError, match=f"^{name}: labels={labels} is for the ranking-list files of gradret gen"
+        ):
+            open_lists(parse_source(f"{name}?labels={labels}"))

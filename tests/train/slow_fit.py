@@ -1,0 +1,42 @@
+"""The command line with a pause before each chunk of a step, or each block of a search: minutes, as large ones take.
+
+Run as a process: argument 1 is a file to make when the first pause is reached, argument 2 what is slow, `steps`,
+`search` or `mining`, the others are the command's.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from gradret.cli import main
+from gradret.evaluation import search as retrieve
+from gradret.train import mining
+from gradret.train.gradients import Contexts
+
+PAUSE_S = 2.0
+BLOCK = 8  # documents
+reached, slow = Path(sys.argv.pop(1)), sys.argv.pop(1)
+
+
+def delay(function):
+    def run(*arguments):
+        reached.touch()
+        time.sleep(PAUSE_S)
+        return function(*arguments)
+
+    return run
+
+
+def search_slowly(*arguments, **options):
+    retrieve._leftmost_top = delay(leftmost_top)
+    return top_k(*arguments, block=BLOCK, **options)
+
+
+leftmost_top, top_k = retrieve._leftmost_top, retrieve.top_k
+if slow == "steps":
+    Contexts._embed = delay(Contexts._embed)
+elif slow == "search":
+    retrieve.top_k = search_slowly
+else:
+    mining.top_k = search_slowly
+main()

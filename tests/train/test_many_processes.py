@@ -1,0 +1,317 @@
+"""`gradret fit` and `bench eval` started by torchrun: what is written, and how runs end and go on."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from conftest import make_tiny_encoder
+from safetensors.torch import load_file
+from test_processes import ENVIRONMENT, torchrun
+from test_resume import steps_done
+
+from gradret.cli import main
+from gradret.data.sources import open_collection, parse_source
+from gradret.encoder.load import load_encoder
+from gradret.evaluation.measures import evaluate
+from gradret.settings import FitSettings
+from gradret.train.loop import fit
+
+STEPS = 8
+
+
+def arguments(model: Path, out: Path, *more: str) -> list[str]:
+    line = f"-m gradret fit --data sample?queries=odd --model {model} --out {out} --max-steps {STEPS} --epochs 9"
+    line += " --batch-lists 6 --precision float32 --checkpoint-every 3 --dev sample?queries=even --dev-every 4"
+    return [*line.split(), "--learning-rate", "1e-3", *more]
+
+
+def start(processes: int, *command: str) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(
+        [*torchrun(processes), *command], env=ENVIRONMENT, text=True, start_new_session=True, **pipes
+    )
+
+
+def run(processes: int, *command: str) -> subprocess.CompletedProcess:
+    process = start(processes, *command)
+    stdout, stderr = process.communicate(timeout=180)
+    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def start_pair(*command: str, folders: tuple = (None, None)) -> list[subprocess.Popen]:
+    """Two processes as a cluster's launcher starts them, each in a folder: nobody watches over both."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    shared = ENVIRONMENT | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return [
+        subprocess.Popen([sys.executable, *command], env=shared | {"RANK": str(rank)}, text=True, cwd=folder, **pipes)
+        for rank, folder in enumerate(folders)
+    ]
+
+
+def wait_for_step(processes: list[subprocess.Popen], out: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while all(p.poll() is None for p in processes) and steps_done(out) < step and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert all(p.poll() is None for p in processes), "the run ended before the signal"
+
+
+def read_losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def same_bits(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_encoder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("pair") / "out"
+    result = run(2, *arguments(tiny_encoder, out))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"{out}: {STEPS} steps") == 1
+    assert "6 lists a batch by 2 processes" in result.stderr
+    return out
+
+
+def test_two_processes_train_as_one_does(uninterrupted, tiny_encoder, tmp_path):
+    settings = FitSettings(
+        data=("sample?queries=odd",), model=str(tiny_encoder), max_steps=STEPS, epochs=9, batch_lists=6, dev_every=4,
+        precision="float32", checkpoint_every=3, dev="sample?queries=even", learning_rate=1e-3,
+    )  # fmt: skip
+    fit(settings, tmp_path / "one", progress=False)
+    assert read_losses(uninterrupted) == pytest.approx(read_losses(tmp_path / "one"), rel=1e-4)
+    dev, alone = (
+        [json.loads(line) for line in (out / "dev.jsonl").read_text().splitlines()]
+        for out in (uninterrupted, tmp_path / "one")
+    )
+    assert [line["step"] for line in dev] == [line["step"] for line in alone] == [0, 4, 8]
+    assert "2 processes, cpu, float32" in (uninterrupted / "README.md").read_text()
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_and_the_run_goes_on(uninterrupted, tiny_encoder, tmp_path, survivor):
+    out = tmp_path / "out"
+    pair = start_pair(*arguments(tiny_encoder, out))
+    wait_for_step(pair, out, 5)
+    pair[1 - survivor].kill()
+    began = time.monotonic()
+    _, stderr = pair[survivor].communicate(timeout=60)
+    assert time.monotonic() - began < 60
+    assert pair[survivor].returncode == 1
+    pair[1 - survivor].communicate()
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith(f"Error: process {survivor} of 2: another process has ended")
+    assert "; look for its own message, if it left one; " in line
+    step = steps_done(out)
+    if survivor == 0:
+        assert f"; all saved after step {step} of {STEPS}; " in line
+        assert (out / "checkpoints" / f"step-{step:09d}").is_dir()
+    else:
+        assert "; the last checkpoint, if there is one yet, holds what was saved; " in line
+    command = line.split("continue with: ")[1]
+    assert command == f"torchrun --nproc-per-node 2 -m gradret fit --out {out} --resume"
+    result = run(2, *arguments(tiny_encoder, out), "--resume")
+    assert result.returncode == 0, result.stderr
+    assert same_bits(out, uninterrupted)
+    assert read_losses(out) == read_losses(uninterrupted)
+
+
+def start_slow(what: str, model: Path, folder: Path, *more: str) -> tuple[list[subprocess.Popen], Path]:
+    """Two processes in the first of their steps, or the first one in a search, which takes two minutes."""
+    out, reached = folder / "out", folder / "reached"
+    script = [str(Path(__file__).with_name("slow_fit.py")), str(reached), what]
+    pair = start_pair(*script, *arguments(model, out, *more)[2:])
+    deadline = time.monotonic() + 100
+    while not reached.exists() and all(p.poll() is None for p in pair) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert reached.exists(), [p.communicate()[1] for p in pair if p.poll() is not None]
+    return pair, out
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+def test_within_a_long_step_a_lost_process_is_noticed_at_once(tiny_encoder, tmp_path, survivor):
+    pair, out = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
+    began = time.monotonic()
+    pair[1 - survivor].kill()
+    _, stderr = pair[survivor].communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert pair[survivor].returncode == 1
+    pair[1 - survivor].communicate()
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith(f"Error: process {survivor} of 2: another process has ended; look for its own message")
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+    assert (f"; all saved after step 0 of {STEPS}; " in line) == (survivor == 0)
+
+
+def test_a_long_step_is_given_up_for_a_signal(tiny_encoder, tmp_path):
+    """Whoever stops all processes, as torchrun does, kills them half a minute later."""
+    pair, out = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
+    began = time.monotonic()
+    for process in pair:
+        process.terminate()
+    lines = []
+    for process in pair:
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1
+        lines += [line for line in stderr.splitlines() if line.startswith("Error: ")]
+    assert 5 < time.monotonic() - began < 25
+    assert len(lines) == 2 and lines[1] == "Error: process 1 of 2: stopped by SIGTERM"
+    assert lines[0].startswith(f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun")
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+def test_who_alone_was_told_to_end_says_so(tiny_encoder, tmp_path):
+    pair, _ = start_slow("steps", tiny_encoder, tmp_path, "--chunk", "1")
+    pair[1].terminate()
+    first, second = (process.communicate(timeout=60)[1] for process in pair)
+    assert "Error: process 1 of 2: stopped by SIGTERM" in second.splitlines()
+    assert "Error: process 0 of 2: another process has ended; look for its own message" in first
+
+
+@pytest.mark.parametrize("what", ["search", "mining"])
+def test_while_the_first_searches_or_mines_a_lost_process_is_noticed(tiny_encoder, tmp_path, what):
+    pair, out = start_slow(what, tiny_encoder, tmp_path, "--mine", "k=1,grade=0")
+    began = time.monotonic()
+    pair[1].kill()
+    _, stderr = pair[0].communicate(timeout=60)
+    assert time.monotonic() - began < 20
+    assert pair[0].returncode == 1
+    pair[1].communicate()
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith("Error: process 0 of 2: another process has ended; look for its own message")
+    assert f"; all saved after step 0 of {STEPS}; " in line
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+@pytest.mark.parametrize("what", ["search", "mining"])
+def test_a_long_search_is_given_up_for_a_signal(tiny_encoder, tmp_path, what):
+    pair, out = start_slow(what, tiny_encoder, tmp_path, "--mine", "k=1,grade=0")
+    began = time.monotonic()
+    for process in pair:
+        process.terminate()
+    found = [process.communicate(timeout=60)[1] for process in pair]
+    assert 5 < time.monotonic() - began < 25
+    assert [process.returncode for process in pair] == [1, 1]
+    assert f"Error: stopped by SIGTERM after step 0 of {STEPS}, all saved; continue with: torchrun" in found[0]
+    assert (out / "checkpoints" / "step-000000000").is_dir()
+
+
+def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    folders = tmp_path / "here", tmp_path / "there"
+    for resume in ([], ["--resume"]):
+        pair = start_pair(*arguments(tiny_encoder, Path("out")), *resume, folders=folders)
+        if not resume:
+            wait_for_step(pair, folders[0] / "out", 5)
+            for process in pair:
+                process.terminate()
+        for rank, process in enumerate(pair):
+            stdout, stderr = process.communicate(timeout=100)
+            assert process.returncode == (0 if resume else 1), stderr
+            assert bool(stdout) == bool(resume and rank == 0)
+    assert same_bits(folders[0] / "out", uninterrupted)
+    assert not list(folders[1].iterdir())
+
+
+def test_torchrun_ends_when_one_of_its_processes_is_killed(tiny_encoder, tmp_path):
+    out = tmp_path / "out"
+    launcher = start(2, *arguments(tiny_encoder, out))
+    wait_for_step([launcher], out, 4)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "Error: " in stderr
+    assert list((out / "checkpoints").glob("step-*[0-9]"))
+
+
+def test_a_stopped_run_goes_on_with_another_number_of_processes(uninterrupted, tiny_encoder, tmp_path):
+    out = tmp_path / "out"
+    launcher = start(2, *arguments(tiny_encoder, out))
+    wait_for_step([launcher], out, 3)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    _, stderr = launcher.communicate(timeout=60)
+    step = steps_done(out)
+    assert stderr.count(f"Error: stopped by SIGTERM after step {step} of {STEPS}, all saved; continue with: ") == 1
+    shutil.copytree(out, tmp_path / "three")
+    for processes, directory in ((1, out), (3, tmp_path / "three")):
+        result = run(processes, *arguments(tiny_encoder, directory), "--resume")
+        assert result.returncode == 0, result.stderr
+        assert read_losses(directory)[:step] == read_losses(uninterrupted)[:step]
+        assert read_losses(directory) == pytest.approx(read_losses(uninterrupted), rel=1e-3)
+
+
+def test_bad_input_is_told_once(tiny_encoder, tmp_path):
+    out = tmp_path / "out"
+    result = run(2, *arguments(tiny_encoder, out, "--batch-lists", "7"))
+    expected = "Error: --batch-lists 7 is not a multiple of the 2 processes that share it; try --batch-lists 8"
+    assert result.returncode == 1
+    assert result.stderr.count(expected) == 1
+    assert not list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("command", "instead"),
+    [
+        ("gen queries.tsv", "; --shard i/n shares the queries out"),
+        ("export lists.jsonl --format beir --out beir", ""),
+        *((f"bench {name}", "") for name in ("quality", "loss", "gen", "fit")),
+    ],
+)
+def test_what_runs_in_one_process_says_so(command, instead, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(click.ClickException) as error:
+        main(command.split(), standalone_mode=False)
+    name = " ".join(word for word in command.split()[:2] if word.isalpha())
+    assert error.value.message == f"{name} runs in one process; start it without torchrun{instead}"
+
+
+def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
+    # Behind "--", or torchrun takes --run for the start of one of its own options.
+    command = ["-m", "--", "gradret", "bench", "eval", "--model", str(tiny_encoder), "--dataset", "sample", "--json"]
+    command += ["--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--device", "cpu"]
+    result = run(2, *command)
+    assert result.returncode == 0, result.stderr
+    expected = evaluate(load_encoder(str(tiny_encoder)), open_collection(parse_source("sample")), progress=False)
+    assert json.loads(result.stdout)["measures"] == expected.measures
+    assert len((tmp_path / "run").read_text().splitlines()) == sum(map(len, expected.run.values()))
+    assert "96 queries, 384 documents, 2 processes" in result.stderr
+    result = run(2, *command, "--run", str(tmp_path / "no" / "run"))
+    assert result.returncode == 1
+    assert result.stderr.count(f"Error: {tmp_path}/no/run: can not be written (No such file or directory)") == 1
+
+
+def test_adapters_mining_and_caching_in_two_processes(tmp_path):
+    """Resumed from one process's checkpoint: frozen weights, adapters and mined passages are the same everywhere."""
+    pytest.importorskip("peft")
+    model, out = make_tiny_encoder(tmp_path / "model"), tmp_path / "out"
+    more = ["--lora", "2", "--mine", "k=1,grade=0,every=0.5", "--chunk", "4", "--patience", "9", "--interpolate", "0.5"]
+    assert run(2, *arguments(model, out, *more)).returncode == 0
+    one = tmp_path / "one"
+    assert run(1, *arguments(model, one, *more)).returncode == 0
+    assert read_losses(out) == pytest.approx(read_losses(one), rel=1e-3)
+    assert weights(out).keys() == weights(model).keys()

