@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import tempfile
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from gradret.console import (
     show_wait,
 )
 from gradret.data.export import FORMS
-from gradret.data.sources import find_path
-from gradret.files import check_writable, open_folder, read_object, replace_json, write_json
+from gradret.files import check_writable, open_folder, read_object, write_json
 from gradret.generate.queries import parse_shard
 from gradret.settings import (
     AUTO,
@@ -33,7 +31,6 @@ from gradret.settings import (
     LOSS_NAMES,
     POOLINGS,
     PRECISIONS,
-    SAMPLE,
     SCHEDULES,
     SIMILARITIES,
     TAKEN_BY,
@@ -519,47 +516,6 @@ def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
     )
 
 
-@click.command("gen")
-@click.option(
-    "--model", metavar="FILE|HUB_REPO[:FILE]", help="GGUF model. [default: random weights, Qwen2-0.5B's size]"
-)
-@click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies the engine writes at once.")
-@click.option("--queries", default=32, show_default=True, type=click.IntRange(1, 95), help="Of the sample, a round.")
-@click.option("--loop-queries", default=3, show_default=True, type=POSITIVE, help="The same for the loop.")
-@click.option("--max-tokens", default=256, show_default=True, type=POSITIVE, help="Of a reply.")
-@click.option("--repeats", default=3, show_default=True, type=POSITIVE, help="Rounds.")
-@GPU_LAYERS
-@THREADS
-@click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
-@QUIET
-@JSON
-def bench_gen(model, queries, out, as_json, **given):
-    """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion.
-
-    The same model, prompts, sampler and token cap, without a grammar and with one; rounds take turns.
-    """
-    require_one("bench gen")
-    from gradret.bench.engine_speed import format_engine_speed, measure_engine
-    from gradret.bench.random_gguf import write_random_gguf
-    from gradret.generate.llama import locate_gguf
-    from gradret.generate.prompts import TREC_DL, Prompts, read_examples
-    from gradret.generate.queries import read_queries
-
-    open_folder(out, "gen.json")
-    settings = GenSettings()
-    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
-    sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
-    with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-        path = locate_gguf(model) if model else Path(temporary, "random.gguf")
-        if not model:  # a vocabulary with the prompts' words, so that they are as long as in a real one
-            texts = [prompts.instructions(), Path(find_path(SAMPLE)).read_text(encoding="utf-8")]
-            write_random_gguf(path, words=sorted(set(re.findall("[A-Za-z]+", " ".join(texts)))))
-        result = {"command": command_line()} | measure_engine(path, prompts, sample[:queries], settings, **given)
-    write_json(Path(out, "gen.json"), result)
-    click.echo(json.dumps(result) if as_json else format_engine_speed(result))
-    say(f"written: {out}/gen.json")
-
-
 @click.command()
 @click.argument("source")
 @click.option("--format", "form", required=True, type=click.Choice(FORMS))
@@ -649,28 +605,25 @@ class ShapeOrNone(Shape):
     "--order", default="both", show_default=True, type=click.Choice(["1", "2", "both"]), help="The p of W_p^p."
 )
 @click.option("--repeats", default=30, show_default=True, type=POSITIVE, help="Samples a row; slow rows take fewer.")
-@click.option("--compile/--no-compile", "compiled", default=True, help="Whether torch.compile is measured, too.")
 @click.option(
     "--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where loss.json and loss.png go."
 )
 @DEVICE
 @QUIET
 @JSON
-def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_json):
+def loss(shapes, retrieval, dtype, order, repeats, out, device, as_json):
     """Time losses side by side, forward and backward, and measure their peak memory.
 
-    The exact Wasserstein losses of orders 1 and 2: gradret's, with grades prepared once and raw; in plain PyTorch, as
-    textbooks have it, with the sorting done once, and by sums for each grade; compiled by torch.compile; by POT. Beside
-    them SyCL's Gaussian loss as published and gradret's form of it, InfoNCE with one positive a list, and
-    F.cross_entropy alone. From embeddings: scoring fused with the loss against a matrix of all scores.
+    The exact Wasserstein losses of orders 1 and 2: gradret's, with grades prepared once and raw, and in plain PyTorch.
+    Beside them the default loss, gradret's Gaussian loss, InfoNCE with one positive a list, and F.cross_entropy alone.
+    From embeddings: scoring fused with the loss against a matrix of all scores.
 
-    Every row is first checked against float64; what torch.compile or POT has wrong is left out, and says so. The rows
-    take turns within one process, so compare within one run only. Stopped before the end, it leaves the shapes that it
-    has done in loss.part.json.
+    Every row is first checked against float64. The rows take turns within one process, so compare within one run only.
+    Stopped before the end, it leaves the shapes that it has done in loss.part.json.
 
     \b
     gradret bench loss
-    gradret bench loss --shapes 512x4096 --order 2 --retrieval none --no-compile
+    gradret bench loss --shapes 512x4096 --order 2 --retrieval none
     """
     require_one("bench loss")
     from gradret.bench.report import draw_speed, format_speed, require_bench_extra
@@ -691,7 +644,6 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
         dtype=dtype,
         orders=(1, 2) if order == "both" else (int(order),),
         repeats=repeats,
-        compiled=compiled,
         retrieval=retrieval or None,
         keep=lambda result: write_json(part, command | result),
     )
@@ -700,9 +652,6 @@ def loss(shapes, retrieval, dtype, order, repeats, compiled, out, device, as_jso
     draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
     say(f"written: {out}/loss.json, {out}/loss.png")
-
-
-BESIDE_CONFIG = ("config", "out", "report", "shard", "max_runs", "fresh", "device", "as_json")
 
 
 class Bench(click.Group):
@@ -721,7 +670,6 @@ def bench():
 
 
 @bench.command()
-@click.option("--config", type=click.Path(), help="A TOML file that says what to run, instead of the options here.")
 @click.option(
     "--data", multiple=True, metavar="SOURCE", help="Training lists, as of fit. [default: sample?queries=odd]"
 )
@@ -747,85 +695,56 @@ def bench():
     type=click.Path(),
     help="Where rows.jsonl, quality.json and quality.png go.",
 )
-@click.option("--report", type=click.Path(), metavar="DIR", help="Write a page with all tables and charts, too.")
-@click.option("--shard", type=Shard(), metavar="i/n", help="Only every n-th run, from the i-th.")
-@click.option(
-    "--max-runs", type=click.IntRange(min=0), help="End after so many runs; 0 only shows what is in --out, as it is."
-)
 @click.option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
 @DEVICE
 @QUIET
 @JSON
-@click.pass_context
-def quality(
-    ctx, config, data, datasets, losses, seeds, measures, out, report, shard, max_runs, fresh, device, as_json, **given
-):
+def quality(data, datasets, losses, seeds, measures, out, fresh, device, as_json, **given):
     """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
 
     By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
     its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
     queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
 
-    With --config a file names encoders, data, collections, systems and the experiments that join them. Every finished
-    run is a line of rows.jsonl in --out: stopped at any moment, the same command does the rest.
+    Every finished run is a line of rows.jsonl in --out: stopped at any moment, the same command does the rest.
 
     \b
-    gradret bench quality --config benchmarks/quality.toml --out results --report page
+    gradret bench quality --data lists.jsonl --dataset beir/scifact/test --losses infonce,kl,wasserstein
     """
     require_one("bench quality")
-    if fresh and max_runs == 0:
-        raise click.UsageError("--fresh does runs again, and --max-runs 0 does none; leave one out")
-    if config is not None:
-        _refuse_options(ctx)
-    from gradret.bench.grid_file import make_grid, parse_loss, read_grid
     from gradret.bench.report import require_bench_extra
 
-    names = losses.split(",")
-    try:
-        for name in names:
-            parse_loss(name)
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--losses") from None
+    given["data"] = data or ("sample?queries=odd",)
+    systems = {name: make_settings(given | _parse_loss(name)) for name in losses.split(",")}
     require_bench_extra()
-    if config is not None:
-        grid = read_grid(config)
-    else:
-        given["data"] = data or ("sample?queries=odd",)
-        chosen = {"losses": names, "seeds": seeds, "measures": _split_measures(measures)}
-        base = make_settings(given | {"loss": parse_loss(names[0])["loss"]})  # each row's is checked with its own loss
-        grid = make_grid(base, datasets=datasets or ("sample?queries=even",), **chosen)
     open_folder(out, "quality.json", "quality.png")
-    if report is not None:
-        open_folder(report, "index.html")
     with show_wait("loading PyTorch"):
-        from gradret.bench.quality import ROWS_FILE, run_grid
-    from gradret.bench.grid_rows import GridRows
-    from gradret.bench.quality_page import write_page
-    from gradret.bench.quality_report import draw_quality, format_quality, make_document
+        from gradret.bench.quality import format_quality, measure_quality
 
-    outcome = run_grid(grid, out, device=device, shard=shard or (1, 1), max_runs=max_runs, fresh=fresh)
-    facts = {"command": command_line(), "collections": outcome.collections}
-    document = make_document(grid, outcome.rows, facts)
-    with GridRows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
-        replace_json(Path(out, "quality.json"), document)
-        draw_quality(document, Path(out, "quality.png"))
-        if report is not None:
-            write_page(document, Path(report))
+    document, error = measure_quality(
+        systems,
+        datasets=datasets or ("sample?queries=even",),
+        seeds=seeds,
+        measures=_split_measures(measures),
+        out=out,
+        device=device,
+        fresh=fresh,
+    )
     click.echo(json.dumps(document) if as_json else format_quality(document))
-    page = f", {report}/index.html" if report is not None else ""
-    say(f"written: {out}/quality.json, {out}/quality.png{page}")
-    if outcome.error is not None:
-        raise GradretError(outcome.error)
+    say(f"written: {out}/quality.json, {out}/quality.png")
+    if error is not None:
+        raise GradretError(error)
 
 
-def _refuse_options(ctx: click.Context) -> None:
-    """--config stands alone but for options that say how and where to run."""
-    for parameter in ctx.command.params:
-        named = ctx.get_parameter_source(parameter.name) == click.core.ParameterSource.COMMANDLINE
-        if named and parameter.name not in BESIDE_CONFIG:
-            raise click.UsageError(f"{parameter.opts[0]} is for a run without --config; set it in the file instead")
+def _parse_loss(name: str) -> dict:
+    """A row of --losses as settings: `wasserstein`, or `wasserstein:2` for its order 2. Raises: click.BadParameter."""
+    loss, _, order = name.partition(":")
+    if loss not in LOSS_NAMES or order not in ("", "1", "2") or (order and loss != "wasserstein"):
+        known = ", ".join(LOSS_NAMES)
+        raise click.BadParameter(f"'{name}' is not one of {known}, wasserstein:1, wasserstein:2", param_hint="--losses")
+    return {"loss": loss, **({"order": int(order)} if order else {})}
 
 
 def _split_measures(text: str) -> list[str]:
@@ -942,81 +861,6 @@ def evaluate_command(
         write_run(run_file, result.run)
 
 
-class Sizes(click.ParamType):
-    """Whole numbers above 0, separated by commas, as a tuple."""
-
-    name = "sizes"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        return tuple(POSITIVE.convert(part, param, ctx) for part in value.split(","))
-
-
-@click.command("fit")
-@click.option(
-    "--data",
-    multiple=True,
-    metavar="SOURCE",
-    help="Lists, as of fit. [default: of mixed length, made from the bundled sample]",
-)
-@ENCODER_OPTIONS
-@click.option(
-    "--max-length",
-    default=256,
-    show_default=True,
-    type=POSITIVE,
-    help="Tokens read of a query or passage, at most the encoder's own.",
-)
-@option("--batch-lists", type=POSITIVE, help="Lists whose passages share a batch.")
-@click.option("--chunk", default=32, show_default=True, type=POSITIVE, help="Passages gradient caching takes at once.")
-@option("--order", type=click.IntRange(1, 2), help="The p of wasserstein's W_p^p.")
-@option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it.")
-@click.option("--steps", default=3, show_default=True, type=POSITIVE, help="Timed of each row in each round.")
-@click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Each visits all rows.")
-@click.option(
-    "--memory",
-    type=Sizes(),
-    metavar="LISTS,...",
-    help="Also measure the peak memory of batches of so many lists, such as 16,1024; takes minutes.",
-)
-@click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where fit.json goes.")
-@DEVICE
-@QUIET
-@JSON
-def bench_fit(data, max_length, chunk, steps, rounds, memory, out, device, as_json, **given):
-    """Time gradret fit against sentence-transformers' own trainer.
-
-    The same model, lists, batches, lengths, precision, optimizer and learning rate; infonce against its multiple
-    negatives ranking loss, without and with gradient caching, and wasserstein beside them. All lists need the same
-    number of passages, one of the highest grade. Before anything is timed, both sides' losses must be equal.
-
-    \b
-    gradret bench fit
-    gradret bench fit --data sample --batch-lists 8 --memory 16,1024
-    """
-    require_one("bench fit")
-    from gradret.bench.fit_report import format_fit_speed
-
-    with show_wait("loading PyTorch"):
-        from gradret.bench.fit_speed import measure_fit
-
-    open_folder(out, "fit.json")
-    result = {"command": command_line()} | measure_fit(
-        make_settings(given),
-        data=data,
-        chunk=chunk,
-        max_length=max_length,
-        steps=steps,
-        rounds=rounds,
-        memory=memory or (),
-        device=device,
-    )
-    write_json(Path(out, "fit.json"), result)
-    click.echo(json.dumps(result) if as_json else format_fit_speed(result))
-    say(f"written: {out}/fit.json")
-
-
 class Commands(click.Group):
     """A group whose commands end with one line and exit code 1 on a GradretError."""
 
@@ -1046,7 +890,5 @@ def main():
 
 
 bench.add_command(loss)
-bench.add_command(bench_gen)
-bench.add_command(bench_fit)
 for command in (gen, fit, export, bench):
     main.add_command(command)

@@ -67,7 +67,7 @@ def tiny_encoder(tmp_path_factory) -> Path:
 
 def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
     """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then."""
-    from gradret.bench.random_gguf import Size, byte_characters, write_random_gguf
+    from benchmarks.speed.random_gguf import Size, byte_characters, write_random_gguf
 
     words = sorted(set(re.findall("[a-z]{3,7}", SAMPLE_FILE.read_text().lower())))[::3][:400]
     space = byte_characters()[ord(" ")]

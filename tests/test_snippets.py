@@ -2,8 +2,8 @@
 
 Blocks of a page run in their order in one folder, where the files are that the page speaks of. What does not run as
 it stands: `sh` marks what sets gradret up, which .ci/run runs; of `pip install` the extra's name is checked;
-llama_cpp.server stands in for vLLM; the whole quality grid is read and reported from its committed rows, with no new
-run; SMALL's options keep the rest short. `json` blocks are parsed; blocks without a language are text.
+llama_cpp.server stands in for vLLM; SMALL's options keep the rest short. `json` blocks are
+parsed; blocks without a language are text.
 """
 
 import json
@@ -12,14 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, SAMPLE_FILE, SHARED
+from conftest import REPOSITORY, SAMPLE_FILE
 from test_large_encoders import make_tiny_decoder
 
 from gradret import load_encoder, read_lists, write_lists
@@ -33,7 +32,6 @@ SMALL = {  # what is put behind a command, for time
     "gradret gen --endpoint": "--length 1:4000 --max-tokens 600",  # that server holds to no length
     "gradret fit": "--max-steps 2 --query-max-length 16 --document-max-length 16",
     "gradret bench quality": "--max-steps 1 --query-max-length 16 --document-max-length 16",
-    "gradret bench quality --config": "--max-runs 0",
 }
 
 
@@ -78,7 +76,7 @@ def translate(line: str, names: dict[str, str]) -> str:
     for name, here in names.items():
         line = line.replace(name, here)
     line = line.replace("--nproc-per-node 4", "--nproc-per-node 2")
-    command = re.search(r"gradret (gen|fit|bench quality --config|bench quality)", line)
+    command = re.search(r"gradret (gen|fit|bench quality)", line)
     if command is None:
         return line
     kind = command.group() + " --endpoint" * ("gradret gen" in line and "--endpoint" in line)
@@ -134,18 +132,9 @@ def test_the_snippets_of_a_page_run(page, folder, names, request):
         names |= {"qwen2.5-7b-instruct-q4_k_m.gguf": str(request.getfixturevalue("tiny_gguf"))}
     for language, block in blocks:
         if language == "bash":
-            if "--config benchmarks/quality.toml" in block:
-                if not (SHARED / "ir_datasets").is_dir():
-                    warnings.warn(f"{page.name}: the quality grid needs the shared collections", stacklevel=1)
-                    continue
-                shutil.copytree(REPOSITORY / "benchmarks", "benchmarks")
-                os.rename("graded", "own")
-                shutil.copytree(SHARED / "graded", "graded")
-                run_bash(block, names, folder)
-                shutil.rmtree("graded")
-                os.rename("own", "graded")
-            else:
-                run_bash(block, names, folder)
+            if "python -m benchmarks." in block:  # which reads what is committed
+                shutil.copytree(REPOSITORY / "benchmarks", "benchmarks", dirs_exist_ok=True)
+            run_bash(block, names, folder)
         elif language == "json":
             json.loads(block)
         elif language == "python":

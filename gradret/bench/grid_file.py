@@ -3,15 +3,14 @@
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from gradret.bench.grid import DEFAULTS, FIT, MEAN, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
+from gradret.bench.grid import ENCODER_FIELDS, FIT, MEAN, RANKERS, SOURCE_OPTIONS, UNTRAINED, Experiment, Grid, System
 from gradret.bench.grid_place import HINTS, NOT_HERE, Place
 from gradret.console import GradretError
 from gradret.data.lists import open_file
 from gradret.data.sources import parse_source
-from gradret.settings import DEFAULT_MEASURES, LOSS_NAMES, FitSettings
+from gradret.settings import DEFAULT_MEASURES, FitSettings
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -188,46 +187,26 @@ def canonical_measures(names: Sequence[str], error: Callable[[str], Exception] =
     return found
 
 
-def parse_loss(name: str) -> dict:
-    """Settings of a row: `wasserstein`, or `wasserstein:2` for its order 2. Raises: ValueError."""
-    loss, _, order = name.partition(":")
-    if loss not in LOSS_NAMES or order not in ("", "1", "2") or (order and loss != "wasserstein"):
-        raise ValueError(f"'{name}' is not one of {', '.join(LOSS_NAMES)}, wasserstein:1, wasserstein:2")
-    return {"loss": loss, **({"order": int(order)} if order else {})}
-
-
-def _choose_loss(base: FitSettings, name: str) -> FitSettings:
-    try:
-        return replace(base, **parse_loss(name))
-    except ValueError as error:
-        raise GradretError(f"--losses {name}: {error}") from error
-
-
 def make_grid(
-    base: FitSettings,
-    *,
-    losses: Sequence[str],
-    seeds: int,
-    datasets: Sequence[str],
-    measures: Sequence[str] = DEFAULT_MEASURES,
+    rows: Mapping[str, FitSettings], *, seeds: int, datasets: Sequence[str], measures: Sequence[str] = DEFAULT_MEASURES
 ) -> Grid:
     """The grid of the command's options: each loss on the same lists and budget, and the untrained encoder.
 
     Args:
-        base: settings of all runs, with their data; loss, order where a row names it, seed and exclude are replaced.
-        losses: rows, see parse_loss.
+        rows: name -> settings, alike but for what the row is about; seed and exclude are replaced.
         seeds: runs a loss.
         datasets: collections, see sources.parse_source.
-    Raises: GradretError when two losses are one, or one can not be had with the settings.
+    Raises: GradretError when two rows are one.
     """
-    encoder, data = _short_name(base.model), "+".join(base.data)
-    chosen = {k: v for k, v in base.encoder_options.items() if v != DEFAULTS[k]}
-    base = replace(base, exclude=tuple(sorted({*base.exclude, *datasets})))
-    rows = [_choose_loss(base, name) for name in losses]
-    if len(set(rows)) < len(rows):
-        raise GradretError(f"--losses {','.join(losses)}: the same loss stands there twice")
+    first = next(iter(rows.values()))
+    encoder, data = _short_name(first.model), "+".join(first.data)
+    if len(set(rows.values())) < len(rows):
+        raise GradretError(f"--losses {','.join(rows)}: the same loss stands there twice")
+    encoder_fields = {name: getattr(first, name) for name in ENCODER_FIELDS}
     systems = {UNTRAINED: System(UNTRAINED, UNTRAINED, UNTRAINED, {})}
-    systems |= {name: System(name, name, FIT, parse_loss(name)) for name in losses}
+    for name, settings in rows.items():
+        own = {k: v for k, v in vars(settings).items() if k not in (*ENCODER_FIELDS, "data", "seed", "exclude")}
+        systems[name] = System(name, name, FIT, own)
     collections = tuple(dict.fromkeys(datasets))
     experiment = Experiment("quality", f"Trained on {data}", data, (encoder,), tuple(systems), collections)
     return Grid(
@@ -236,9 +215,11 @@ def make_grid(
         seeds=seeds,
         baselines=(BASELINE,) if BASELINE in systems else (),
         primary=None,
-        settings=base,
-        encoders={encoder: {"model": base.model} | chosen},
-        data={data: base.data},
+        settings=FitSettings(
+            exclude=tuple(sorted({*first.exclude, *datasets})), precision=first.precision, data=first.data
+        ),
+        encoders={encoder: encoder_fields},
+        data={data: first.data},
         collections={name: name for name in collections},
         systems=systems,
         experiments=(experiment,),

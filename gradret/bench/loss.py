@@ -48,7 +48,7 @@ def measure_speed(
     dtype: str = "float32",
     orders: Sequence[int] = (1, 2),
     repeats: int = 30,
-    compiled: bool = True,
+    compiled: bool = False,
     retrieval: Sequence[int] | None = None,
     keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:

@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradret.bench.grid import BM25, FIT, Cell, Grid, Run
+from gradret.bench.grid_file import make_grid
 from gradret.bench.grid_inputs import GridInputs
 from gradret.bench.grid_rows import GridRows, list_defaults
-from gradret.console import GradretError, Interrupted, StopRequest, say
+from gradret.bench.quality_report import draw_quality, format_quality, make_document  # noqa: F401
+from gradret.console import GradretError, Interrupted, StopRequest, command_line, say
 from gradret.data.collections import Collection
 from gradret.data.sources import open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, Evaluation, evaluate, measure_run
-from gradret.files import versions
+from gradret.files import replace_json, versions
+from gradret.settings import FitSettings
 from gradret.train.loop import fit
 from gradret.train.mining import search_bm25
 
@@ -92,6 +95,30 @@ def run_grid(
     if stopped:
         failures.append(f"stopped when {len(found)} of {len(wanted)} runs were done; {again} does the rest")
     return Outcome(found, describe_collections(grid, found, inputs), len(wanted), "; ".join(failures) or None)
+
+
+def measure_quality(
+    rows: Mapping[str, FitSettings],
+    *,
+    datasets: Sequence[str],
+    seeds: int,
+    measures: Sequence[str],
+    out: str | Path,
+    device: str | None = None,
+    fresh: bool = False,
+) -> tuple[dict, str | None]:
+    """The document of `gradret bench quality`, and what was left undone and why; None where nothing was.
+
+    Args:
+        rows: what is compared, beside the untrained encoder: name -> settings.
+    """
+    grid = make_grid(rows, seeds=seeds, datasets=datasets, measures=measures)
+    outcome = run_grid(grid, out, device=device, fresh=fresh)
+    document = make_document(grid, outcome.rows, {"command": command_line(), "collections": outcome.collections})
+    with GridRows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
+        replace_json(Path(out, "quality.json"), document)
+        draw_quality(document, Path(out, "quality.png"))
+    return document, outcome.error
 
 
 class Worker:

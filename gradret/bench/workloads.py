@@ -263,7 +263,7 @@ class ListWorkload:
         scores = torch.randn(B, N, generator=random, device=self.device).mul_(0.15).add_(self.grades, alpha=0.1)
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
 
-    def rows(self, orders: Sequence[int], *, compiled: bool = True) -> list[Row]:
+    def rows(self, orders: Sequence[int], *, compiled: bool = False) -> list[Row]:
         """All rows: gradret's, PyTorch's, compiled ones, POT's, the Gaussians, InfoNCE, and cross_entropy last."""
         if compiled:
             torch.compiler.reset()  # a function is compiled for eight shapes at most
@@ -294,12 +294,8 @@ class ListWorkload:
             compile_loss = partial(torch.compile, dynamic=False)
             yield self._row(textbook, compile_loss(rivals.textbook_wasserstein), grades, order=order)
             yield self._row(by_level, compile_loss(rivals.level_wasserstein), self._byte_levels, order=order)
-        else:
-            yield from (Row(n, order, skipped="switched off by --no-compile") for n in (textbook, by_level))
-        if importlib.util.find_spec("ot"):
+        if compiled and importlib.util.find_spec("ot"):
             yield self._row(f"POT {name}", rivals.pot_wasserstein, grades, order=order)
-        else:
-            yield Row(f"POT {name}", order, skipped="POT is not installed; install it: pip install POT")
 
     def _gaussian_rows(self) -> Iterator[Row]:
         limit = LARGEST_MATRIX.get(self.device.type, 0)
@@ -378,7 +374,7 @@ class RetrievalWorkload:
             nnf.normalize(x, dim=-1).to(dtype).requires_grad_() for x in (queries, documents)
         )
 
-    def rows(self, orders: Sequence[int], *, compiled: bool = True) -> list[Row]:
+    def rows(self, orders: Sequence[int], *, compiled: bool = False) -> list[Row]:
         """The fused loss, the same loss on the B x N matrix of scores, and cross_entropy on it. None is compiled."""
         inputs = self.queries, self.documents
         found = []

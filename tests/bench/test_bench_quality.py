@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import sys
 
 import ir_measures
@@ -21,7 +20,6 @@ from gradret.cli import main
 from gradret.console import GradretError
 from gradret.data.sources import open_collection, parse_source
 from gradret.encoder.load import default_device
-from gradret.train.loop import Trainer
 from gradret.train.mining import search_bm25
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,47 +149,6 @@ def test_a_run_is_what_fit_and_evaluate_give_by_hand(in_one_go, plan, tmp_path):
     collection = open_collection(parse_source("sample?queries=even"))
     expected = evaluate(load_encoder(str(result.out)), collection, measures=["nDCG@10", "RR@10"], progress=False)
     assert row["collections"]["sample?queries=even"]["measures"] == expected.measures
-
-
-@pytest.mark.parametrize("phase", ["training", "measuring", "first"])
-def test_stopped_in_the_middle_the_second_call_does_only_the_rest(in_one_go, plan, tmp_path, monkeypatch, phase):
-    calls, train, measure = [], Trainer.train_step, gradret.bench.quality.evaluate
-
-    def interrupt(real, call, number=signal.SIGINT):
-        def function(*arguments, **options):
-            calls.append(call)
-            if len(calls) == call:
-                os.kill(os.getpid(), number)
-            return real(*arguments, **options)
-
-        return function
-
-    with monkeypatch.context() as patch:
-        if phase == "training":  # the third step is the second run's first
-            patch.setattr(Trainer, "train_step", interrupt(train, 3))
-        elif phase == "measuring":  # untrained twice, then the first training
-            patch.setattr(gradret.bench.quality, "evaluate", interrupt(measure, 4, signal.SIGTERM))
-        else:
-            patch.setattr(gradret.bench.quality, "search_bm25", interrupt(search_bm25, 1))
-        fresh = ["--fresh"] if phase == "measuring" else []
-        result = invoke("--config", plan, "--out", "out", *fresh)
-    done = {"training": 3, "measuring": 2, "first": 0}[phase]
-    again = "the same command without --fresh" if fresh else "the same command"
-    told = f"Error: stopped when {done} of 8 runs were done; {again} does the rest"
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, told)
-    rows = tmp_path / "out" / "rows.jsonl"
-    kept = rows.read_text() if done else ""
-    assert len(kept.splitlines()) == done
-    document = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert (document["done"], document["planned"]) == (done, 8)
-    again = invoke("--config", plan, "--out", "out")
-    assert again.exit_code == 0, again.stderr
-    assert (f"{done} of 8 runs are done already in out/rows.jsonl; --fresh measures again" in again.stderr) == (
-        done > 0
-    )
-    assert f"run {done + 1} of 8: " in again.stderr and f"run {done} of 8: " not in again.stderr
-    assert rows.read_text().startswith(kept) and len(read_lines(rows)) == 8
-    assert find_measured(run_grid(read_grid(plan), "out", max_runs=0).rows) == find_measured(in_one_go.rows)
 
 
 def test_a_torn_last_line_is_done_again(in_one_go, plan, tmp_path, capsys):
@@ -339,35 +296,6 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     assert not any("test" in source or "even" in source for source in dev.collections.values())
 
 
-def test_the_report_alone_opens_nothing_but_the_rows(plan, tmp_path, monkeypatch):
-    assert invoke("--config", plan, "--out", "out", "--max-runs", 3).exit_code == 0
-    first = json.loads((tmp_path / "out" / "quality.json").read_text())
-    os.remove("sample.jsonl")
-    monkeypatch.setattr(gradret.bench.quality, "open_collection", None)
-    monkeypatch.setattr(gradret.bench.quality, "load_encoder", None)
-    result = invoke("--config", plan, "--out", "out", "--max-runs", 0, "--report", "page")
-    assert result.exit_code == 0, result.stderr
-    again = json.loads((tmp_path / "out" / "quality.json").read_text())
-    assert {**first, "command": ""} == {**again, "command": ""} and again["done"] == 3
-    assert (tmp_path / "page" / "index.html").read_text().count("<table") >= 1
-    assert result.stderr.endswith("written: out/quality.json, out/quality.png, page/index.html\n")
-
-
-def test_processes_that_share_a_folder_write_its_report_one_after_the_other(plan, tmp_path, monkeypatch):
-    fcntl = pytest.importorskip("fcntl")
-    written = []
-
-    def look(path, content):
-        written.append(path.name)
-        with open(tmp_path / "out" / "rows.jsonl") as rows, pytest.raises(BlockingIOError):
-            fcntl.flock(rows, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    monkeypatch.setattr(gradret.cli, "replace_json", look)
-    result = invoke("--config", plan, "--out", "out", "--max-runs", 0)
-    assert result.exit_code == 0, result.stderr
-    assert written == ["quality.json"]
-
-
 CHECKS = [
     ('all = ["sample.jsonl"]', 'all = ["no.jsonl"]', "[data] all: no.jsonl: no such file"),
     ('"sample?queries=even&grades=2:0,1:0"', '"no.jsonl"', "[collections] Two grades: no.jsonl: no such file"),
@@ -420,48 +348,6 @@ def test_a_package_that_a_run_needs_is_asked_for_first(plan, monkeypatch, packag
     if package == "bm25s":  # nobody else needs it
         plan.write_text(plan.read_text().replace('[systems.bm25]\nranker = "bm25"', "[systems.bm25]\nloss = 'kl'"))
         assert run_grid(read_grid(plan), ".", max_runs=1, progress=False).error is None
-
-
-def test_runs_that_fail_are_named_and_the_others_done(plan, tmp_path, monkeypatch):
-    fit, failing = gradret.bench.quality.fit, {0}
-
-    def fail(settings, *arguments, **options):
-        if settings.loss == "infonce" and settings.seed in failing:
-            raise GradretError("step 1: loss is nan")
-        return fit(settings, *arguments, **options)
-
-    monkeypatch.setattr(gradret.bench.quality, "fit", fail)
-    result = invoke("--config", plan, "--out", "out", "--max-runs", 4)
-    assert result.exit_code == 1
-    title = "run 3 of 8: infonce, seed 0 (tiny, all)"
-    assert f"\n{title}: step 1: loss is nan; going on with the others\n" in result.stderr
-    assert result.stderr.endswith(f"\nError: {title}: step 1: loss is nan\n")
-    assert json.loads((tmp_path / "out" / "quality.json").read_text())["done"] == 3
-    failing.add(1)
-    (tmp_path / "out" / "rows.jsonl").unlink()
-    result = invoke("--config", plan, "--out", "out", "--max-runs", 4)
-    assert result.stderr.splitlines()[-1] == (
-        f"Error: 2 runs failed, which the same command tries again: {title}: step 1: loss is nan; "
-        "run 4 of 8: infonce, seed 1 (tiny, all): step 1: loss is nan"
-    )
-
-
-def test_a_fault_of_one_run_shows_where_it_is_and_costs_no_other(plan, tmp_path, monkeypatch):
-    evaluate, calls = gradret.bench.quality.evaluate, []
-
-    def fail(*arguments, **options):
-        calls.append(options)
-        if len(calls) == 1:
-            raise RuntimeError("CUDA error: unspecified launch failure")
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr(gradret.bench.quality, "evaluate", fail)
-    result = invoke("--config", plan, "--out", "out", "--max-runs", 3)
-    assert result.exit_code == 1
-    fault = "run 2 of 8: untrained (tiny): RuntimeError: CUDA error: unspecified launch failure"
-    assert "Traceback (most recent call last):" in result.stderr and "in measure" in result.stderr
-    assert f"\n{fault}; going on with the others\n" in result.stderr and result.stderr.endswith(f"\nError: {fault}\n")
-    assert json.loads((tmp_path / "out" / "quality.json").read_text())["done"] == 2
 
 
 def test_each_run_is_told_with_what_is_left(plan, capsys):
@@ -542,18 +428,3 @@ def test_the_commands_own_plan_and_its_second_call(tiny_encoder, tmp_path, monke
     assert "5 of 5 runs are done already in gradret-bench/rows.jsonl; --fresh measures again\n" in again.stderr
     assert "run " not in again.stderr.replace("runs", "")
     assert json.loads(again.stdout)["experiments"] == document["experiments"]
-
-
-def test_options_that_do_not_go_together(plan):
-    for arguments, message in (
-        (("--config", plan, "--epochs", 2), "--epochs is for a run without --config; set it in the file instead"),
-        (("--config", plan, "--data", "a"), "--data is for a run without --config; set it in the file instead"),
-        (("--config", plan, "--losses", "kl"), "--losses is for a run without --config; set it in the file instead"),
-        (("--config", plan, "--dataset", "a"), "--dataset is for a run without --config; set it in the file instead"),
-        (("--fresh", "--max-runs", 0), "--fresh does runs again, and --max-runs 0 does none; leave one out"),
-        (("--shard", "3/2"), "shard '3/2': expected I/N with 1 <= I <= N, such as 1/4"),
-    ):
-        result = invoke(*arguments)
-        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
-    result = invoke("--config", "no.toml")
-    assert (result.exit_code, result.stderr) == (1, "Error: no.toml: no such file\n")

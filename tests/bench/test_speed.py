@@ -24,9 +24,6 @@ WASSERSTEIN_ROWS = [
     "PyTorch {}",
     "PyTorch {}, presorted",
     "PyTorch {}, by level",
-    "torch.compile {}",
-    "torch.compile {}, by level",
-    "POT {}",
 ]
 ROWS = [
     *(row.format(order) for order in ("W1", "W2") for row in WASSERSTEIN_ROWS),
@@ -136,7 +133,7 @@ def test_embeddings_are_as_in_retrieval():
 
 def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gradret", "bench", "loss"])
-    arguments = ("--shapes", "4x16,2x12", "--retrieval", "6x24x8", "--no-compile", "--repeats", 4, "--device", "cpu")
+    arguments = ("--shapes", "4x16,2x12", "--retrieval", "6x24x8", "--repeats", 4, "--device", "cpu")
     result = invoke(*arguments, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -154,8 +151,7 @@ def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch):
             check_row_record(row)
     assert len(document["rows"]) == 2 * len(ROWS) + len(RETRIEVAL_ROWS)
     for row in document["rows"]:
-        shown = f"not measured: {row['row']}: switched off by --no-compile"
-        assert any(line == shown if row["skipped"] else line.startswith(row["row"] + " ") for line in lines)
+        assert any(line.startswith(row["row"] + " ") for line in lines)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -180,7 +176,7 @@ def check_row_record(row):
 
 
 def test_json_is_one_document(tmp_path):
-    arguments = ("--shapes", "3x8", "--retrieval", "none", "--no-compile", "--repeats", 3, "--order", 2, "--json")
+    arguments = ("--shapes", "3x8", "--retrieval", "none", "--repeats", 3, "--order", 2, "--json")
     result = invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
@@ -277,7 +273,7 @@ def test_what_was_measured_before_an_end_is_kept(monkeypatch, no_peaks, tmp_path
         return measure(shape, **options)
 
     monkeypatch.setattr(speed, "measure_shape", break_off)
-    arguments = ("--shapes", "4x16,2x12", "--retrieval", "none", "--no-compile", "--repeats", 3, "--device", "cpu")
+    arguments = ("--shapes", "4x16,2x12", "--retrieval", "none", "--repeats", 3, "--device", "cpu")
     result = invoke(*arguments, "--out", tmp_path)
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "Error: broken off")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.part.json"]
@@ -291,80 +287,8 @@ def no_peaks(monkeypatch):
     monkeypatch.setattr(speed, "measure_cpu_peaks", lambda *arguments: ((None, "left out") for _ in arguments[-1]))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [(double, "the loss is "), (double_gradient, "the gradient is 1 of its norm off")]
-)
-def test_another_librarys_wrong_loss_is_left_out_alone(monkeypatch, no_peaks, change, message):
-    monkeypatch.setattr(workloads, "pot_wasserstein", change(workloads.pot_wasserstein))
-    rows = measure_small((4, 16), orders=(1,))
-    assert [r["row"] for r in rows if (r["skipped"] or "").startswith(message)] == ["POT W1"]
-    assert all(r["both_ms"] for r in rows if not r["skipped"])
-
-
 def measure_small(shape, *, compiled=False, orders=(1, 2), dtype="float32"):
     return speed.measure_shape(shape, device=CPU, dtype=dtype, orders=orders, repeats=3, compiled=compiled)[0]
-
-
-def test_what_can_not_be_measured_says_why(monkeypatch):
-    monkeypatch.setattr(workloads.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(workloads, "LARGEST_MATRIX", {"cpu": 15})
-    monkeypatch.setattr(memory, "can_restart_peak", lambda: False)
-    rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
-    assert rows["POT W1"]["skipped"] == "POT is not installed; install it: pip install POT"
-    assert rows["SyCL Gaussian"]["skipped"] == (
-        "eigenvalues of a 16 x 16 float64 matrix take too long on cpu; measured up to 15"
-    )
-    assert rows["gradret Gaussian"]["skipped"] is None
-    measured = [row for row in rows.values() if not row["skipped"]]
-    assert len(measured) == 8
-    assert {(row["peak_mib"], row["peak_reason"]) for row in measured} == {(None, memory.NO_WAY)}
-    rows = {row["row"]: row for row in measure_small((1, 8), orders=(1,))}
-    assert rows["gradret Gaussian"]["skipped"] == rows["SyCL Gaussian"]["skipped"] == "a covariance needs two lists"
-
-
-def test_a_row_that_is_too_slow_or_too_large_says_so(monkeypatch, no_peaks):
-    monkeypatch.setattr(speed, "LONGEST_STEP_S", 0.05)
-
-    def sleep(*arguments):
-        speed.time.sleep(0.06)
-        return workloads.textbook_wasserstein(*arguments)
-
-    def overflow(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(workloads, "pot_wasserstein", sleep)
-    monkeypatch.setattr(workloads, "level_wasserstein", overflow)
-    rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
-    assert rows["POT W1"]["skipped"] == "a step takes 0 s, more than 0 s"
-    assert rows["PyTorch W1, by level"]["skipped"] == "out of device memory"
-    assert rows["POT W1"]["both_ms"] is rows["PyTorch W1, by level"]["both_ms"] is None
-    assert rows["PyTorch W1"]["both_ms"] is not None
-
-
-def test_a_rival_that_fails_is_skipped_and_gradret_is_not(monkeypatch, no_peaks):
-    def refuse(*_, **__):
-        def fail(*_, **__):
-            raise RuntimeError("backend raised:\n\n no compiler found\nmore")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,), compiled=True)}
-    assert {row for row in rows if rows[row]["skipped"]} == {"torch.compile W1", "torch.compile W1, by level"}
-    assert rows["torch.compile W1"]["skipped"] == "failed: backend raised: no compiler found"
-    monkeypatch.setattr(workloads, "wasserstein_loss", refuse())
-    with pytest.raises(RuntimeError, match="no compiler found"):
-        measure_small((4, 16), orders=(1,))
-
-
-@pytest.mark.slow
-def test_compiled_rows_are_measured():
-    rows = {row["row"]: row for row in measure_small((4, 16), compiled=True)}
-    assert {row for row in rows if rows[row]["skipped"]} == set()
-    for name in SWITCHED_OFF:
-        assert rows[name]["both_ms"]["median"] > 0
-        assert rows[name]["loss_error"] < 1e-5
-        assert rows[name]["peak_reason"] is None or rows[name]["peak_reason"] == memory.NO_WAY
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

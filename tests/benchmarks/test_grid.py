@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gradret.bench.grid import Run, add_source_option, hash_record
-from gradret.bench.grid_file import make_grid, read_grid
+from gradret.bench.grid_file import read_grid
 from gradret.console import GradretError
 from gradret.settings import FitSettings
 
@@ -374,24 +374,3 @@ def test_a_small_file_needs_little(read):
     assert (grid.title, grid.measures, grid.seeds) == ("plan", ("nDCG@10", "R@100", "RR@10"), 3)
     assert grid.encoders == {"all-MiniLM-L6-v2": {"model": FitSettings().model}}
     assert (grid.baselines, grid.primary, len(grid.wanted())) == ((), None, 3)
-
-
-def test_the_options_as_a_grid():
-    base = FitSettings(data=("a.jsonl", "b.jsonl"), model="some/where", pooling="cls", exclude=("x",), seed=7)
-    grid = make_grid(base, losses=["infonce", "wasserstein:1"], seeds=2, datasets=["sample?queries=even"])
-    (experiment,) = grid.experiments
-    assert (experiment.name, experiment.systems) == ("quality", ("untrained", "infonce", "wasserstein:1"))
-    assert (grid.baselines, grid.encoders) == (("infonce",), {"where": {"model": "some/where", "pooling": "cls"}})
-    runs = list(grid.wanted())
-    assert [(r.ranker, r.settings.loss, r.settings.seed) for r in runs[1:]] == [
-        ("fit", "infonce", 0),
-        ("fit", "infonce", 1),
-        ("fit", "wasserstein", 0),
-        ("fit", "wasserstein", 1),
-    ]
-    assert {r.settings.exclude for r in runs[1:]} == {("sample?queries=even", "x")}
-    assert {(r.settings.data, r.settings.pooling) for r in runs[1:]} == {(("a.jsonl", "b.jsonl"), "cls")}
-    assert runs[3].record()["settings"]["order"] == 1
-    assert make_grid(base, losses=["kl"], seeds=1, datasets=["a"]).baselines == ()
-    with pytest.raises(GradretError, match="^--losses wasserstein,wasserstein:2: the same loss stands there twice$"):
-        make_grid(FitSettings(), losses=["wasserstein", "wasserstein:2"], seeds=1, datasets=["a"])

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from quality_examples import SYSTEMS, fill_rows, find_cell, make_experiment, make_facts, make_grid
 
-from gradret.bench.quality_page import write_page
+from benchmarks.quality.page import write_page
 from gradret.bench.quality_report import make_document
 from gradret.console import GradretError
 

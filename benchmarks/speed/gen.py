@@ -1,21 +1,35 @@
-"""Tokens a second of the llama.cpp engine beside a loop over llama-cpp-python's chat completion."""
+"""How fast does gradret's llama.cpp engine write beside a loop over llama-cpp-python's chat completion?
 
+    python -m benchmarks.speed.gen [--model FILE.gguf]
+
+The same model (by default random weights of Qwen2-0.5B's size), prompts, sampler and token cap, without a grammar and
+with one; rounds of the two take turns. Prints tokens/s and writes OUT/gen.json, of which
+`python -m benchmarks.tables gen` makes the table of docs/generate.md. Needs the extra gen.
+"""
+
+import json
+import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import click
 import numpy as np
 
+from benchmarks.script import Script, command_line
+from benchmarks.speed.random_gguf import write_random_gguf
 from gradret.bench.workloads import find_percentiles
 from gradret.console import GradretError, say
-from gradret.files import versions
+from gradret.data.sources import find_path
+from gradret.files import open_folder, versions, write_json
 from gradret.generate.engine import Form, Reply, Request
-from gradret.generate.llama import TOP_K, LlamaEngine, Sampling, avoid_amx, count_cores
-from gradret.generate.prompts import Prompts
-from gradret.generate.queries import Query
+from gradret.generate.llama import TOP_K, LlamaEngine, Sampling, avoid_amx, count_cores, locate_gguf
+from gradret.generate.prompts import TREC_DL, Prompts, read_examples
+from gradret.generate.queries import Query, read_queries
 from gradret.generate.replies import make_form
 from gradret.generate.run import request_kinds, stream_seed
-from gradret.settings import GenSettings
+from gradret.settings import SAMPLE, GenSettings
 
 LOOP = "create_chat_completion loop"
 SAME_PROMPT = 0.02  # both sides may count a prompt's tokens this differently, by how they cut the text
@@ -181,3 +195,39 @@ def format_engine_speed(document: dict) -> str:
         lines.append(f"{system:<30}" + "".join(f"{speed:>18.1f}" for speed in speeds))
     lines.append(f"{'gradret / loop':<30}" + "".join(f"{r['median']:>18.2f}" for r in document["ratios"].values()))
     return "\n".join(lines)
+
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command(cls=Script)
+@click.option("--model", metavar="FILE|HUB_REPO[:FILE]", help="[default: random weights, Qwen2-0.5B's size]")
+@click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies the engine writes at once.")
+@click.option("--queries", default=32, show_default=True, type=click.IntRange(1, 95), help="Of the sample, per round.")
+@click.option("--loop-queries", default=3, show_default=True, type=POSITIVE, help="The same for the loop.")
+@click.option("--max-tokens", default=256, show_default=True, type=POSITIVE, help="Of a reply.")
+@click.option("--repeats", default=3, show_default=True, type=POSITIVE, help="Rounds.")
+@click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all.")
+@click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
+@click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document instead of the table.")
+def main(model, queries, out, as_json, **given):
+    """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion."""
+    open_folder(out, "gen.json")
+    settings = GenSettings()
+    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
+    sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
+    with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
+        path = locate_gguf(model) if model else Path(temporary, "random.gguf")
+        if not model:  # a vocabulary with the prompts' words, so that they are as long as in a real one
+            texts = [prompts.instructions(), Path(find_path(SAMPLE)).read_text(encoding="utf-8")]
+            write_random_gguf(path, words=sorted(set(re.findall("[A-Za-z]+", " ".join(texts)))))
+        command = {"command": command_line("benchmarks.speed.gen")}
+        result = command | measure_engine(path, prompts, sample[:queries], settings, **given)
+    write_json(Path(out, "gen.json"), result)
+    click.echo(json.dumps(result) if as_json else format_engine_speed(result))
+    say(f"written: {out}/gen.json")
+
+
+if __name__ == "__main__":
+    main()

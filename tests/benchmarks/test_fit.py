@@ -1,19 +1,18 @@
 """The training benchmark: made lists, equal losses of both sides, both in the same precision, what is written."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import REPOSITORY, list_record, make_tiny_encoder
+from conftest import list_record, make_tiny_encoder
 
-from gradret.bench import fit_memory, fit_rivals, fit_speed
-from gradret.bench.fit_lists import choose_lists, draw_fit_batches, make_lists, passage_texts
-from gradret.bench.fit_report import SYSTEMS, describe_lengths, format_fit_speed, summarize_times
-from gradret.bench.fit_rivals import Rival, find_losses, open_trainer, split_positive, time_trainer
-from gradret.cli import main
+from benchmarks.speed import fit as fit_speed
+from benchmarks.speed import fit_memory, fit_rivals
+from benchmarks.speed.fit_lists import choose_lists, draw_fit_batches, make_lists, passage_texts
+from benchmarks.speed.fit_report import SYSTEMS, describe_lengths, format_fit_speed, summarize_times
+from benchmarks.speed.fit_rivals import Rival, find_losses, open_trainer, split_positive, time_trainer
 from gradret.console import GradretError
 from gradret.data.lists import Passage, RankingList, write_lists
 from gradret.encoder.load import load_encoder
@@ -63,7 +62,7 @@ def make_rival(tmp_path, trainer):
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(main, ["bench", "fit", *map(str, arguments)])
+    return CliRunner().invoke(fit_speed.main, [*map(str, arguments)])
 
 
 def spread(value: float) -> dict:
@@ -157,11 +156,8 @@ def test_what_a_terminal_shows():
 def test_the_readmes_tables(tmp_path):
     path = tmp_path / "fit.json"
     path.write_text(json.dumps(make_result(MEMORY)))
-    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-    try:
-        from fit_table import make_tables
-    finally:
-        sys.path.pop(0)
+    from benchmarks.fit_table import make_tables
+
     assert make_tables(json.loads(path.read_text())) == [
         "| passages/s, 2 lists of 4 a batch | plain | gradient caching, 3 at once |",
         "|---|---:|---:|",

@@ -56,7 +56,7 @@ def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
     job = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "gradret.bench.fit_memory"],
+            [sys.executable, "-m", "benchmarks.speed.fit_memory"],
             input=json.dumps(job),
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""`gradret bench gen` on a tiny model."""
+"""`python -m benchmarks.speed.gen` on a tiny model."""
 
 import json
 import shutil
@@ -8,15 +8,15 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_tiny_gguf
 
-from gradret.bench.random_gguf import Size, make_vocabulary
-from gradret.cli import main
+from benchmarks.speed.gen import main
+from benchmarks.speed.random_gguf import Size, make_vocabulary
 
 pytest.importorskip("llama_cpp")
 FEW = ["--queries", "5", "--loop-queries", "1", "--repeats", "2", "--max-tokens", "12", "--sequences", "3"]
 
 
 def run(tmp_path, *arguments):
-    result = CliRunner().invoke(main, ["bench", "gen", "--out", str(tmp_path), "--threads", "2", *arguments])
+    result = CliRunner().invoke(main, ["--out", str(tmp_path), "--threads", "2", *arguments])
     assert result.exit_code == 0, result.output
     return result
 
@@ -51,7 +51,7 @@ def test_both_sides_are_measured_with_and_without_a_grammar(tmp_path, tiny_gguf)
 
 def test_without_a_model_one_with_random_weights_is_written(tmp_path, monkeypatch):
     tiny = make_tiny_gguf(tmp_path / "tiny.gguf")
-    monkeypatch.setattr("gradret.bench.random_gguf.write_random_gguf", lambda path, words: shutil.copy(tiny, path))
+    monkeypatch.setattr("benchmarks.speed.gen.write_random_gguf", lambda path, words: shutil.copy(tiny, path))
     assert json.loads(run(tmp_path, *FEW, "--json").stdout)["model"].startswith("random weights, 2 layers of 64")
 
 

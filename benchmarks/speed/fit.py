@@ -1,10 +1,16 @@
-"""Training speed of `gradret fit` beside sentence-transformers' trainer, on the same batches, in turns.
+"""How fast does gradret train beside sentence-transformers' own trainer, and how much memory does a step need?
 
-Passages a second count passages alone, not queries.
+    python -m benchmarks.speed.fit [--chunk 4] [--memory 16,1024]
+
+The same model, lists, batches, lengths, precision, optimizer and learning rate: infonce against its multiple negatives
+ranking loss, without and with gradient caching, and the default loss beside them. Before anything is timed, both
+sides' losses must be equal. Prints passages/s (passages alone, not queries) and writes OUT/fit.json, of which
+`python -m benchmarks.tables fit` makes the tables of docs/training.md. Needs sentence-transformers[train].
 """
 
 import gc
 import io
+import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -13,20 +19,29 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import torch
 
-from gradret.bench.fit_lists import WORDS, choose_lists, draw_fit_batches, passage_texts
-from gradret.bench.fit_memory import check_memory, measure_memory
-from gradret.bench.fit_report import RIVAL, SYSTEMS, describe_lengths, summarize_times
-from gradret.bench.fit_rivals import Rival, find_losses, merges_columns, require_trainer, rival_versions, time_trainer
+from benchmarks.script import Script, command_line
+from benchmarks.speed.fit_lists import WORDS, choose_lists, draw_fit_batches, passage_texts
+from benchmarks.speed.fit_memory import check_memory, measure_memory
+from benchmarks.speed.fit_report import RIVAL, SYSTEMS, describe_lengths, format_fit_speed, summarize_times
+from benchmarks.speed.fit_rivals import (
+    Rival,
+    find_losses,
+    merges_columns,
+    require_trainer,
+    rival_versions,
+    time_trainer,
+)
 from gradret.bench.workloads import OtherLoad, find_percentiles, synchronize
 from gradret.console import GradretError, Interrupted, say
 from gradret.data.lists import RankingList, write_lists
 from gradret.distributed import ALONE
 from gradret.encoder.load import choose_device, choose_precision, load_encoder
 from gradret.encoder.model import Encoder
-from gradret.files import versions
-from gradret.settings import FitSettings
+from gradret.files import open_folder, versions, write_json
+from gradret.settings import PRECISIONS, FitSettings
 from gradret.train.batches import Batch, collate
 from gradret.train.gradients import Objective
 from gradret.train.loop import Job, Trainer
@@ -237,3 +252,47 @@ def time_fit(settings: FitSettings, device: str) -> list[float]:
         finally:
             run.close()
     return [1e3 * (end - begin) for begin, end in pairwise(ends_s)]
+
+
+DEFAULTS = FitSettings()
+POSITIVE = click.IntRange(min=1)
+
+
+class Sizes(click.ParamType):
+    """Whole numbers above 0, separated by commas, as a tuple."""
+
+    name = "sizes"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        return tuple(POSITIVE.convert(part, param, ctx) for part in value.split(","))
+
+
+@click.command(cls=Script)
+@click.option("--data", multiple=True, metavar="SOURCE", help="Lists, as of fit. [default: made from the sample]")
+@click.option("--model", default=DEFAULTS.model, show_default=True, help="Encoder.")
+@click.option("--layers", type=POSITIVE, help="Keep the encoder's first layers alone.")
+@click.option("--max-length", default=256, show_default=True, type=POSITIVE, help="Tokens read of a text at most.")
+@click.option("--batch-lists", default=DEFAULTS.batch_lists, show_default=True, type=POSITIVE, help="Lists per batch.")
+@click.option("--chunk", default=32, show_default=True, type=POSITIVE, help="Passages gradient caching takes at once.")
+@click.option("--precision", default=DEFAULTS.precision, show_default=True, type=click.Choice(PRECISIONS))
+@click.option("--steps", default=3, show_default=True, type=POSITIVE, help="Timed of each row in each round.")
+@click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Each visits all rows.")
+@click.option("--memory", type=Sizes(), metavar="LISTS,...", help="Measure the peak memory of such batches, too.")
+@click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where fit.json goes.")
+@click.option("--device", help="As of fit.")
+@click.option("--json", "as_json", is_flag=True, help="Print the JSON document instead of the table.")
+def main(model, layers, batch_lists, precision, memory, out, as_json, **given):
+    """Time gradret fit against sentence-transformers' own trainer, on the same batches."""
+    open_folder(out, "fit.json")
+    settings = FitSettings(model=model, layers=layers, batch_lists=batch_lists, precision=precision)
+    command = {"command": command_line("benchmarks.speed.fit")}
+    result = command | measure_fit(settings, memory=memory or (), **given)
+    write_json(Path(out, "fit.json"), result)
+    click.echo(json.dumps(result) if as_json else format_fit_speed(result))
+    say(f"written: {out}/fit.json")
+
+
+if __name__ == "__main__":
+    main()

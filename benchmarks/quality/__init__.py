@@ -1,0 +1,1 @@
+"""How good: losses, encoders, data and collections in every combination that a claim needs."""
