@@ -2,7 +2,6 @@
 
 import math
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -111,14 +110,13 @@ def evaluate(
     if isinstance(encoder, OutsideEmbedder) and (cache is not None or precision != "float32"):
         raise ValueError("cache and precision are for an Encoder; leave them out for a model that is not gradret's")
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
+    folder = None if cache is None else Path(cache)
+    corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
     result = None
-    with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-        folder = Path(temporary if cache is None else cache)
-        corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
-        with processes.agree():
-            if corpus is not None:
-                run = search(encoder, collection, corpus, depth=depth, progress=progress, **options)
-                result = measure_run(run, collection, measures, progress=progress)
+    with processes.agree():
+        if corpus is not None:
+            run = search(encoder, collection, corpus, depth=depth, progress=progress, **options)
+            result = measure_run(run, collection, measures, progress=progress)
     shared = processes.broadcast(replace(result, run={}) if result is not None else None)
     return result or shared
 

@@ -1,16 +1,17 @@
-"""Rankings as TREC runs, for other tools."""
+"""Exact search: documents embedded, queries ranked against them, and rankings as TREC runs."""
 
 import errno
 import hashlib
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -27,26 +28,8 @@ from gradret.files import replace_json
 EmbeddingFunction = Callable[[list[str], Kind], Any]  # texts and "query" or "document" to (n, D), an array or a tensor
 
 
-class Embedder(Protocol):
-    """What embedding a corpus and searching it need of an encoder; see Encoder."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dimension(self) -> int: ...
-
-    def encode(
-        self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
-    ) -> np.ndarray: ...
-
-    def search_vectors(self, embeddings: Tensor) -> Tensor: ...
-
-    def fingerprint(self, *, queries: bool = True) -> str: ...
-
-
 class OutsideEmbedder:
-    """A function of texts as an Embedder; what it depends on is not known, so none of it is cached.
+    """A function of texts in place of an Encoder; what it depends on is not known, so none of it is cached.
 
     Args:
         embed: n texts, their kind and how many at once to (n, D) embeddings.
@@ -95,8 +78,10 @@ class OutsideEmbedder:
         return nnf.normalize(embeddings, dim=-1) if self._normalize else embeddings
 
     def fingerprint(self, *, queries: bool = True) -> str:
-        """Nothing: see evaluation.evaluate, which keeps none of these embeddings."""
-        return ""
+        raise ValueError("what the embeddings depend on is not known: they cannot be cached")
+
+
+Embedder = Encoder | OutsideEmbedder  # what can embed a corpus and its queries
 
 
 def as_embedder(model: Encoder | str | Path | EmbeddingFunction, probe: str) -> Embedder:
@@ -158,11 +143,11 @@ def default_cache() -> Path:
 
 @dataclass
 class CorpusEmbeddings:
-    """A collection's documents as vectors, both arrays on disk.
+    """A collection's documents as vectors.
 
     Attributes:
         vectors: (documents, D) float32, memory-mapped; their dot product with a query's is its score.
-        doc_ids: (documents,) bytes, memory-mapped.
+        doc_ids: (documents,) bytes.
     """
 
     vectors: np.ndarray
@@ -172,7 +157,7 @@ class CorpusEmbeddings:
 def embed_corpus(
     encoder: Embedder,
     collection: Collection,
-    cache: Path,
+    cache: Path | None,
     *,
     batch_size: int = 32,
     precision: str = "float32",
@@ -180,137 +165,141 @@ def embed_corpus(
     processes: Processes = ALONE,
     check: Callable[[], None] | None = None,
 ) -> CorpusEmbeddings | None:
-    """Embed every document, block by block, into files under `cache`; what is there is not computed again.
-
-    The folder's name is a key made of the encoder's content, the documents' content and the precision, so a
-    changed weight or word never meets an old vector. An interrupted run goes on at the block it was in, with as many
-    processes as it then has.
+    """Embed every document, block by block, into a file.
 
     Args:
+        cache: folder that keeps the vectors, see find_store, so that they are computed once. An interrupted run goes
+            on at the block it was in, with as many processes as it then has. None: a temporary file, which goes away
+            with the result; neither the documents nor the encoder are digested for it.
         processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
         check: called now and then; what it raises ends the work. By default whether the other processes are there.
     Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
     store, check = None, check or processes.check
-    with processes.agree():
-        if processes.is_first:
-            store = CorpusStore(encoder, collection, cache, precision, check, progress=progress)
-    done, count = processes.broadcast((store.done, store.count) if store is not None else None)
-    documents = collection.documents(done)
-    options = {"total": count, "initial": done, "desc": "embedding documents", "unit": "doc"}
-    with show_bar(shown=progress and processes.is_first, **options) as bar:
-        while done < count:
-            size = min(ENCODE_BLOCK * processes.size, count - done)
-            own = processes.split(size)
-            vectors, ids = [np.zeros((0, encoder.dimension), np.float32)], []
+    doc_ids: list[np.ndarray] = []  # by blocks, of the first process
+    with processes.agree(), explain_errors(collection.name, cache):
+        if processes.is_first and cache is not None:
+            store, doc_ids = find_store(encoder, collection, cache, precision, check, progress=progress)
+        elif processes.is_first:
+            store = CorpusStore(encoder.dimension)
+    # With a cache all documents are known by now; without one they are counted as they are embedded.
+    done, known = processes.broadcast((store.done, sum(map(len, doc_ids))) if store is not None else None)
+    documents = collection.documents(done) if not known or done < known else iter(())
+    options: dict[str, Any] = {"total": known or collection.document_count, "initial": done, "unit": "doc"}
+    with show_bar(shown=progress and processes.is_first, desc="embedding documents", **options) as bar:
+        while True:
+            vectors = [np.zeros((0, encoder.dimension), np.float32)]
             with processes.agree(), explain_errors(collection.name, cache):
-                block = list(islice(documents, size))[own.start : own.stop]
-                for start in range(0, len(block), ENCODE_PART):
+                block = list(islice(documents, ENCODE_BLOCK * processes.size))
+                own = processes.split(len(block))
+                for start in range(own.start, own.stop, ENCODE_PART):
                     check()
-                    part = block[start : start + ENCODE_PART]
-                    found = encoder.encode([d.content for d in part], batch_size=batch_size, precision=precision)
+                    texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
+                    found = encoder.encode(texts, batch_size=batch_size, precision=precision)
                     vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
-                    ids += [d.doc_id.encode() for d in part]
-                    bar.update(len(part))
-            parts = processes.collect_objects((np.concatenate(vectors), ids))
-            with processes.agree():
+                    bar.update(len(texts))
+            if not block:
+                break
+            parts = processes.collect_objects(np.concatenate(vectors))
+            with processes.agree(), explain_errors(collection.name, cache):
                 if store is not None:
                     store.append(parts)
-            done += size
-            bar.update(done - bar.n)
-    return store.open() if store is not None else None
+                    if not known:
+                        doc_ids.append(np.array([d.doc_id.encode() for d in block]))
+            bar.update(done + len(block) - bar.n)
+            done += len(block)
+    with processes.agree():
+        if not done:
+            raise GradretError(f"{collection.name}: no documents")
+        return CorpusEmbeddings(store.open(), np.concatenate(doc_ids)) if store is not None else None
+
+
+def find_store(
+    encoder: Embedder,
+    collection: Collection,
+    cache: Path,
+    precision: str,
+    check: Callable[[], None] = lambda: None,
+    *,
+    progress: bool = True,
+) -> tuple["CorpusStore", list[np.ndarray]]:
+    """The vectors under `cache` that belong to an encoder and a collection, and the documents' ids in blocks.
+
+    The folder's name is a key made of the encoder's content, the documents' content and the precision, so a changed
+    weight or word never meets an old vector.
+    """
+    digest, doc_ids = hashlib.blake2b(digest_size=16), []
+    options: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
+    with show_bar(shown=progress, desc="looking over documents", **options) as bar:
+        documents = collection.documents()
+        while block := list(islice(documents, ENCODE_BLOCK)):
+            check()
+            for document in block:
+                digest.update(f"{document.doc_id}\0{document.content}\0".encode())
+            doc_ids.append(np.array([document.doc_id.encode() for document in block]))
+            bar.update(len(block))
+    key = f"{encoder.fingerprint(queries=False)} {digest.hexdigest()} {precision}"
+    folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return CorpusStore(encoder.dimension, folder), doc_ids
 
 
 class CorpusStore:
-    """The files that hold a corpus as an encoder embeds it: vectors.f32, doc_ids.bin, and done.json, what is whole.
+    """Vectors of a corpus in a file, which grows block by block.
 
+    Args:
+        dimension: of the vectors.
+        folder: keeps them as vectors.f32, and in done.json how many are whole; None: they go away with the process.
     Attributes:
-        done, count: documents that are on disk, and of the collection.
-    Raises: GradretError, see embed_corpus.
+        done: how many are in the file.
     """
 
-    def __init__(
-        self,
-        encoder: Embedder,
-        collection: Collection,
-        cache: Path,
-        precision: str,
-        check: Callable[[], None],
-        *,
-        progress: bool,
-    ):
-        self._name = collection.name
-        with explain_errors(self._name, cache):
-            content, self.count, self._id_width = _digest_documents(collection, check, progress)
-            if not self.count:
-                raise GradretError(f"{collection.name}: no documents")
-            key = f"{encoder.fingerprint(queries=False)} {content} {precision}"
-            self._folder = cache / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-            self._paths = self._folder / "vectors.f32", self._folder / "doc_ids.bin"
-            self._dimension = encoder.dimension
-            self._row_bytes = 4 * self._dimension, self._id_width
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.done = self._read_done()
+    def __init__(self, dimension: int, folder: Path | None = None):
+        self._dimension, self._folder, self.done = dimension, folder, 0
+        self._file: IO[bytes] | None = None
+        if folder is None:
+            self._file = tempfile.TemporaryFile(prefix="gradret-")
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / "vectors.f32"
+        with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
+            done = json.loads((folder / "done.json").read_bytes())["documents"]
+            if 0 <= done <= self._path.stat().st_size // (4 * dimension):
+                self.done = int(done)
 
-    def _read_done(self) -> int:
-        """How many documents are whole on disk: what was recorded, if both files are that long, else 0."""
-        try:
-            done = json.loads((self._folder / "done.json").read_bytes())["documents"]
-            sizes = [path.stat().st_size for path in self._paths]
-        except (OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
-            return 0
-        whole = isinstance(done, int) and 0 <= done <= self.count
-        return done if whole and all(s >= done * r for s, r in zip(sizes, self._row_bytes, strict=True)) else 0
-
-    def append(self, parts: Sequence[tuple[np.ndarray, list[bytes]]]) -> None:
-        """Write (n, D) vectors and n ids of each part behind what is there, and record them once they are on disk."""
-        with explain_errors(self._name, self._folder):
-            # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
-            for path, size, column in zip(self._paths, self._row_bytes, range(2), strict=True):
-                with open(path, "r+b" if path.exists() else "w+b") as file:
-                    file.seek(self.done * size)
-                    for part in parts:
-                        rows = part[column] if column == 0 else np.array(part[column], f"S{self._id_width}")
-                        file.write(rows.tobytes())
-                    file.flush()
-                    os.fsync(file.fileno())
-            self.done += sum(len(ids) for _, ids in parts)
+    def append(self, parts: Sequence[np.ndarray]) -> None:
+        """Write (n, D) vectors behind those that are there; in a folder, record them once they are on disk."""
+        if self._file is None:  # only now: a cache that is whole may be one that cannot be written to
+            self._file = open(self._path, "r+b" if self._path.exists() else "w+b")
+        # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
+        self._file.seek(4 * self._dimension * self.done)
+        for part in parts:
+            self._file.write(part.tobytes())
+        self._file.flush()
+        self.done += sum(map(len, parts))
+        if self._folder is not None:
+            os.fsync(self._file.fileno())
             replace_json(self._folder / "done.json", {"documents": self.done})
 
-    def open(self) -> CorpusEmbeddings:
-        """Both arrays, mapped."""
-        shapes, types = ((self.count, self._dimension), (self.count,)), (np.dtype(np.float32), f"S{self._id_width}")
-        return CorpusEmbeddings(
-            *(np.memmap(p, t, "r", shape=s) for p, t, s in zip(self._paths, types, shapes, strict=True))
-        )
+    def open(self) -> np.ndarray:
+        """(documents, D) float32, mapped."""
+        with self._file or open(self._path, "rb") as file:
+            return np.memmap(file, np.float32, "r", shape=(self.done, self._dimension))
 
 
 @contextmanager
-def explain_errors(name: str, folder: Path) -> Iterator[None]:
-    """Say of an OSError whether the documents of the collection `name` or the files in `folder` are at fault."""
+def explain_errors(name: str, cache: Path | None) -> Iterator[None]:
+    """Say of an OSError whether the documents of the collection `name` or what is written is at fault."""
     try:
         yield
     except OSError as error:
         if error.errno not in WRITE_ERRORS:
             raise GradretError(f"{name}: documents could not be read ({error})") from error
+        advice = "set GRADRET_CACHE to another disk, and run again: finished blocks are kept"
         raise GradretError(
-            f"{folder}: corpus embeddings could not be written ({error.strerror}); free space or set GRADRET_CACHE "
-            "to another disk, and run again: finished blocks are kept"
+            f"{cache or tempfile.gettempdir()}: corpus embeddings could not be written ({error.strerror}); free space "
+            f"or {advice if cache is not None else 'set TMPDIR to another disk'}"
         ) from error
-
-
-def _digest_documents(collection: Collection, check: Callable[[], None], progress: bool) -> tuple[str, int, int]:
-    """Digest of all ids and texts, how many, and the longest id in bytes."""
-    digest, count, id_width = hashlib.blake2b(digest_size=16), 0, 1
-    options = {"total": collection.document_count, "desc": "looking over documents", "unit": "doc"}
-    for document in show_bar(collection.documents(), shown=progress, delay=PATIENCE_S, **options):
-        if count % ENCODE_BLOCK == 0:
-            check()
-        doc_id = document.doc_id.encode()
-        digest.update(doc_id + b"\0" + document.content.encode() + b"\0")
-        count, id_width = count + 1, max(id_width, len(doc_id))
-    return digest.hexdigest(), count, id_width
 
 
 def top_k(
@@ -337,7 +326,7 @@ def top_k(
     Returns: scores (B, k) float32, descending, and positions (B, k) int64.
     """
     k = min(k, len(documents))
-    results = []
+    all_scores, all_positions = [], []
     for start in range(0, len(queries), QUERY_BLOCK):
         rows = torch.from_numpy(queries[start : start + QUERY_BLOCK]).to(device)
         best, positions = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
@@ -350,8 +339,9 @@ def top_k(
             columns = _leftmost_top(scores, min(k, scores.shape[1]))
             origin = torch.arange(first, first + len(part), device=device).expand(len(rows), -1)
             best, positions = scores.gather(1, columns), torch.cat([positions, origin], 1).gather(1, columns)
-        results.append((best.cpu().numpy(), positions.cpu().numpy()))
-    return tuple(np.concatenate(parts) for parts in zip(*results, strict=True))
+        all_scores.append(best.cpu().numpy())
+        all_positions.append(positions.cpu().numpy())
+    return np.concatenate(all_scores), np.concatenate(all_positions)
 
 
 def _leftmost_top(scores: Tensor, k: int) -> Tensor:
@@ -393,8 +383,9 @@ def search(
             vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
             bar.update(len(part))
     best = depth + collection.drop_self
-    options = {"device": encoder.device, "check": check, "progress": progress}
-    scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, **options)
+    scores, positions = top_k(
+        np.concatenate(vectors), corpus.vectors, best, device=encoder.device, check=check, progress=progress
+    )
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
         check()

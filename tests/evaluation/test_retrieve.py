@@ -11,6 +11,7 @@ from gradret.data.sources import Source, open_collection
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder
 from gradret.evaluation import search as retrieve
+from gradret.evaluation.measures import evaluate
 from gradret.evaluation.search import embed_corpus, search, top_k, write_run
 
 
@@ -158,6 +159,42 @@ def test_a_broken_record_of_progress_starts_over(tiny_encoder, collection, tmp_p
     for torn in ("{", "[]", '{"documents": "40"}', '{"documents": -1}'):
         (folder / "done.json").write_text(torn)
         assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
-    for file in ("vectors.f32", "doc_ids.bin"):
-        (folder / file).write_bytes((folder / file).read_bytes()[:-1])
-        assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
+    (folder / "vectors.f32").write_bytes((folder / "vectors.f32").read_bytes()[:-1])
+    assert np.array_equal(embed_corpus(encoder, collection, tmp_path / "cache").vectors, whole)
+
+
+def test_without_a_cache_nothing_is_digested_and_nothing_kept(tiny_encoder, collection, tmp_path, monkeypatch):
+    """A key could never be met again: an evaluation in training paid for it at every turn."""
+    encoder = load_encoder(str(tiny_encoder))
+    kept = evaluate(encoder, collection, cache=tmp_path / "cache", progress=False)
+
+    def digest(*_, **__):
+        raise AssertionError("a key was asked for")
+
+    monkeypatch.setattr(Encoder, "fingerprint", digest)
+    monkeypatch.setattr(retrieve, "find_store", digest)
+    monkeypatch.setattr(retrieve.tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(retrieve, "ENCODE_BLOCK", 7)
+    assert evaluate(encoder, collection, progress=False).run.keys() == kept.run.keys()
+    found = embed_corpus(encoder, collection, None)
+    assert found.doc_ids.tolist() == [d.doc_id.encode() for d in collection.documents()]
+    expected = encoder.encode([d.content for d in collection.documents()])
+    np.testing.assert_allclose(found.vectors, expected, atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "f.jsonl", "tmp"]
+    assert not any((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_without_a_cache_is_one_line(tiny_encoder, collection, monkeypatch):
+    monkeypatch.setattr(retrieve.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
+    with pytest.raises(GradretError, match=r"could not be written \(No space left .*\); free space or set TMPDIR"):
+        evaluate(load_encoder(str(tiny_encoder)), collection, progress=False)
+
+
+def test_a_collection_without_documents(tiny_encoder, collection, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(collection), "documents", lambda self, start=0: iter(()))
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(GradretError, match="no documents$"):
+            embed_corpus(load_encoder(str(tiny_encoder)), collection, cache)

@@ -69,7 +69,6 @@ def test_a_collection_is_embedded_once_and_measured_alike(alone, shared):
         assert {shared[0][f"{rank}/{name}"].item() for rank in ranks} == {alone[0][f"0/{name}"].item()}
     (expected,), (found,) = (list(out.glob("*/vectors.f32")) for _, out in (alone, shared))
     np.testing.assert_allclose(np.fromfile(found, np.float32), np.fromfile(expected, np.float32), atol=1e-6)
-    assert (found.parent / "doc_ids.bin").read_bytes() == (expected.parent / "doc_ids.bin").read_bytes()
 
 
 def test_shares_are_contiguous_and_whole():
