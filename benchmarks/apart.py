@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from quality.controls import register
 
 from gradret.bench.grid import Grid
 from gradret.bench.grid_file import read_grid
@@ -39,6 +40,7 @@ def make_table(grid: Grid, rows: dict[str, dict], chosen: set[str]) -> list[str]
 
 
 if __name__ == "__main__":
+    register()
     grid = read_grid(FOLDER / "quality.toml")
     rows = choose_rows(GridRows(sys.argv[1]).read(), grid.wanted(), grid.measures)
     chosen = set((FOLDER / "queries" / "apart-scifact.txt").read_text().split())

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as nnf
+from quality.controls import register
 from torch import Tensor, nn
 
 from gradret.bench.grid_file import read_grid
@@ -148,7 +149,7 @@ def place_mass(grades: Tensor, targets: str, ground: str) -> tuple[Tensor, Tenso
     return normalize_mass(weigh_grades(grades, None, targets, torch.float64)), place_grades(grades, ground).double()
 
 
-LOSSES = losses.LOSSES | {
+LOSSES = losses.LOSS_FUNCTIONS | {
     "log_wasserstein": log_wasserstein_loss,
     "threshold": threshold_loss,
     "cost_augmented": cost_augmented_loss,
@@ -231,6 +232,7 @@ class Vectors:
 
 def embed() -> Vectors:
     """Embed PLAN's lists, without those that have the words of a measured or evaluated query, and its collections."""
+    register()
     grid = read_grid(PLAN)
     opened = {name: open_collection(parse_source(source)) for name, source in grid.collections.items()}
     measured = [*opened.values(), *(open_collection(parse_source(source)) for source in EVALUATED)]

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from quality.controls import register
 
 from gradret import Encoder, RankingList, load_encoder, read_lists
 from gradret.bench.grid_file import read_grid
@@ -47,6 +48,7 @@ def main(files: list[str]) -> None:
     """Print what quality.toml's encoders do with the lists of all files."""
     lists = [ranking for file in files for ranking in read_lists(file)]
     result = {"command": " ".join(["python benchmarks/order.py", *files]), "versions": versions(), "lists": len(lists)}
+    register()
     grid = read_grid(Path(__file__).with_name("quality.toml"))
     for name, choice in grid.encoders.items():
         settings = replace(grid.settings, **choice)

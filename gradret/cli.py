@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from gradret.console import (
     GradretError,
@@ -25,19 +26,21 @@ from gradret.files import check_writable, open_folder, read_object, write_json
 from gradret.generate.queries import parse_shard
 from gradret.settings import (
     AUTO,
+    DEFAULT_LOSS,
     DEFAULT_MEASURES,
-    EARLIER,
     GROUNDS,
-    LOSS_NAMES,
+    LOSSES,
     POOLINGS,
     PRECISIONS,
     SCHEDULES,
     SIMILARITIES,
-    TAKEN_BY,
     TARGETS,
     WEIGHTS,
     FitSettings,
     GenSettings,
+    find_takers,
+    parse_loss,
+    spell_loss,
 )
 
 DEFAULTS = FitSettings()
@@ -86,6 +89,21 @@ class NamesType(click.ParamType):
         if not names:
             self.fail(f"'{value}' holds no name", param, ctx)
         return names
+
+
+class LossType(click.ParamType):
+    """The name of a loss, or names with weights; in one spelling."""
+
+    name = "loss"
+
+    def convert(self, value, param, ctx):
+        try:
+            return spell_loss(parse_loss(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx, param, incomplete):
+        return [CompletionItem(name) for name in LOSSES if name.startswith(incomplete)]
 
 
 def options(*decorators):
@@ -156,16 +174,6 @@ BUDGET_OPTIONS = options(
         type=ChunkType(),
         metavar=f"PASSAGES|{AUTO}",
         help="Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
-    ),
-    option(
-        "--kl-share",
-        type=click.FloatRange(0, 1),
-        help="Share of the listwise cross-entropy in the wasserstein loss.",
-    ),
-    option(
-        "--contrast-share",
-        type=click.FloatRange(0, 1),
-        help="Share of the contrast in the wasserstein loss: each document with a grade above 0 against those without.",
     ),
     option(
         "--mine",
@@ -314,7 +322,12 @@ def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | 
     "--out", default="gradret-model", show_default=True, type=click.Path(), help="Where the encoder and its run go."
 )
 @click.option("--resume", is_flag=True, help="Continue the unfinished run in --out, with its settings.")
-@option("--loss", type=click.Choice(LOSS_NAMES), help="The loss over a list.")
+@option(
+    "--loss",
+    type=LossType(),
+    metavar="NAME[:WEIGHT+...]",
+    help=f"The loss over a list, or several whose weights sum to 1: {', '.join(LOSSES)}.",
+)
 @option("--positive-from", type=float, help="Lowest grade positive to infonce. [default: each list's highest]")
 @ENCODER_OPTIONS
 @BUDGET_OPTIONS
@@ -387,7 +400,8 @@ def _choose_settings(given: dict, named: set[str]) -> FitSettings:
     settings = make_settings(given | {name: tuple(given[name]) for name in ("data", "exclude")})
     for name in sorted(named):
         if not settings.takes(name):
-            option, losses = f"--{name.replace('_', '-')}", ", ".join(TAKEN_BY[name])
+            option, takers = f"--{name.replace('_', '-')}", find_takers(name)
+            losses = ", ".join(loss for loss in LOSSES if loss in takers)
             raise click.UsageError(f"{option} is for --loss {losses}, not {settings.loss}; leave it out")
     return settings
 
@@ -396,7 +410,7 @@ def _read_settings(out: str) -> dict:
     stored = read_object(Path(out, "gradret.json")).get("settings")
     if not isinstance(stored, dict):
         raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
-    return EARLIER | stored
+    return stored
 
 
 @click.command()
@@ -682,9 +696,9 @@ def bench():
 )
 @click.option(
     "--losses",
-    default="infonce,wasserstein",
+    default=f"infonce,{DEFAULT_LOSS}",
     show_default=True,
-    help="Rows, separated by commas; wasserstein:2 is its order 2.",
+    help="Rows, separated by commas, each spelled as --loss of fit.",
 )
 @click.option("--seeds", default=3, show_default=True, type=POSITIVE, help="Runs a loss.")
 @MEASURES
@@ -711,13 +725,13 @@ def quality(data, datasets, losses, seeds, measures, out, fresh, device, as_json
     Every finished run is a line of rows.jsonl in --out: stopped at any moment, the same command does the rest.
 
     \b
-    gradret bench quality --data lists.jsonl --dataset beir/scifact/test --losses infonce,kl,wasserstein
+    gradret bench quality --data lists.jsonl --dataset beir/scifact/test --losses infonce,wasserstein
     """
     require_one("bench quality")
     from gradret.bench.report import require_bench_extra
 
     given["data"] = data or ("sample?queries=odd",)
-    systems = {name: make_settings(given | _parse_loss(name)) for name in losses.split(",")}
+    systems = {name: make_settings(given | {"loss": name}) for name in losses.split(",")}
     require_bench_extra()
     open_folder(out, "quality.json", "quality.png")
     with show_wait("loading PyTorch"):
@@ -736,15 +750,6 @@ def quality(data, datasets, losses, seeds, measures, out, fresh, device, as_json
     say(f"written: {out}/quality.json, {out}/quality.png")
     if error is not None:
         raise GradretError(error)
-
-
-def _parse_loss(name: str) -> dict:
-    """A row of --losses as settings: `wasserstein`, or `wasserstein:2` for its order 2. Raises: click.BadParameter."""
-    loss, _, order = name.partition(":")
-    if loss not in LOSS_NAMES or order not in ("", "1", "2") or (order and loss != "wasserstein"):
-        known = ", ".join(LOSS_NAMES)
-        raise click.BadParameter(f"'{name}' is not one of {known}, wasserstein:1, wasserstein:2", param_hint="--losses")
-    return {"loss": loss, **({"order": int(order)} if order else {})}
 
 
 def _split_measures(text: str) -> list[str]:

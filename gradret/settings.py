@@ -6,19 +6,22 @@ from typing import Any
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-LOSS_NAMES = ("wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet", "sorted")
+# What there is of losses: the name of each, and the settings it takes. gradret.loss.functions has NAME_loss of each.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "wasserstein": ("order", "temperature", "targets", "ground"),
+    "gaussian": ("temperature", "targets"),
+    "infonce": ("temperature", "positive_from"),
+    "kl": ("temperature", "targets"),
+    "contrast": ("temperature", "targets"),
+    "ranknet": ("temperature",),
+}
+DEFAULT_LOSS = "wasserstein:.15+contrast:.85"
+DEFAULT_ORDER = 2
+DEFAULT_TEMPERATURE = 0.05
+DEFAULT_TARGETS = "sqrt"
+DEFAULT_GROUND = "sqrt"
 TARGETS = ("gain", "softmax", "sqrt")
 GROUNDS = ("grade", "gain", "sqrt")
-TARGET_LOSSES = ("wasserstein", "gaussian", "kl", "contrast", "sorted")
-TAKEN_BY = {  # losses that a setting is for, where it is not for all
-    "order": ("wasserstein",),
-    "ground": ("wasserstein",),
-    "kl_share": ("wasserstein",),
-    "contrast_share": ("wasserstein",),
-    "targets": TARGET_LOSSES,
-    "positive_from": ("infonce",),
-}
-EARLIER = {"contrast_share": 0.0}  # of runs from before there was the setting, where that is not its default
 SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
 WEIGHTS = ("float32", "bfloat16")
@@ -26,6 +29,49 @@ AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
+
+
+def parse_loss(spelling: str) -> dict[str, float]:
+    """The weights of the losses that are added up, by name, in the order of LOSSES.
+
+    Args:
+        spelling: NAME, or NAME:WEIGHT+NAME:WEIGHT+... with weights above 0 that sum to 1, as
+            "wasserstein:.15+contrast:.85".
+
+    Raises: ValueError.
+    """
+    found: dict[str, float] = {}
+    for term in spelling.split("+"):
+        name, colon, number = (part.strip() for part in term.partition(":"))
+        if name not in LOSSES:
+            known = ", ".join(LOSSES)
+            raise ValueError(f"loss '{spelling}': '{name}' is not one of {known}; mix them as {DEFAULT_LOSS}")
+        if name in found:
+            raise ValueError(f"loss '{spelling}': '{name}' stands there twice")
+        try:
+            found[name] = float(number) if colon else 1.0
+        except ValueError:
+            raise ValueError(f"loss '{spelling}': the weight '{number}' is not a number") from None
+        if not 0 < found[name] < math.inf:
+            raise ValueError(f"loss '{spelling}': the weight of '{name}' must be above 0, got {number}")
+        if not colon and "+" in spelling:
+            raise ValueError(f"loss '{spelling}': '{name}' has no weight; mix losses as {DEFAULT_LOSS}")
+    total = sum(found.values())
+    if abs(total - 1) > 1e-6:
+        raise ValueError(f"loss '{spelling}': the weights must sum to 1, got {total:g}")
+    return {name: found[name] for name in LOSSES if name in found}
+
+
+def spell_loss(weights: dict[str, float]) -> str:
+    """The one spelling of what parse_loss gave."""
+    if len(weights) == 1:
+        return next(iter(weights))
+    return "+".join(f"{name}:{repr(weight).removeprefix('0')}" for name, weight in weights.items())
+
+
+def find_takers(setting: str) -> set[str]:
+    """The losses that the setting is for; none where it is no setting of losses."""
+    return {name for name, taken in LOSSES.items() if setting in taken}
 
 
 @dataclass(frozen=True)
@@ -38,9 +84,8 @@ class FitSettings:
         data: sources, see sources.parse_source; merged into one list per query.
         exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
             dev's, is not trained on.
-        loss: a name in losses.LOSSES, "sorted" being a control that knows no ranking; order, ground, kl_share and
-            contrast_share are wasserstein's, targets those of wasserstein, gaussian, kl, contrast and sorted: see
-            losses.
+        loss: a name in LOSSES, or several with their weights, see parse_loss; stored in one spelling. LOSSES says which
+            of them order, targets, ground and positive_from are for, and gradret.loss.functions what they mean.
         positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
         temperature: divides the scores before the softmax.
         in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
@@ -58,8 +103,6 @@ class FitSettings:
         dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
             model is kept.
         patience: dev measurements without a new best after which the run ends; None for no such end.
-        kl_share, contrast_share: shares of losses.kl_loss and contrast_loss in the loss, 0 to 1 together. They keep
-            pulling where the model is wrong and sure of it, and transport's gradient fades.
         mine: hard negatives added to the lists, see mining.parse_mining; None for none.
         lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
         lora_alpha: the adapters' scale is lora_alpha / lora.
@@ -72,11 +115,11 @@ class FitSettings:
     data: tuple[str, ...] = (SAMPLE,)
     exclude: tuple[str, ...] = ()
     model: str = DEFAULT_ENCODER
-    loss: str = "wasserstein"
-    order: int = 2
-    temperature: float = 0.05
-    targets: str = "sqrt"
-    ground: str = "sqrt"
+    loss: str = DEFAULT_LOSS
+    order: int = DEFAULT_ORDER
+    temperature: float = DEFAULT_TEMPERATURE
+    targets: str = DEFAULT_TARGETS
+    ground: str = DEFAULT_GROUND
     positive_from: float | None = None
     in_batch: bool = True
     in_batch_grade: float | None = None
@@ -97,8 +140,6 @@ class FitSettings:
     dev_every: int = 100
     dev_measure: str = "nDCG@10"
     patience: int | None = None
-    kl_share: float = 0.0
-    contrast_share: float = 0.85
     mine: str | None = None
     lora: int = 0
     lora_alpha: float = 32.0
@@ -118,8 +159,8 @@ class FitSettings:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loss", spell_loss(parse_loss(self.loss)))  # equal losses are spelled alike
         for name, allowed in (
-            ("loss", LOSS_NAMES),
             ("targets", TARGETS),
             ("ground", GROUNDS),
             ("schedule", SCHEDULES),
@@ -141,20 +182,14 @@ class FitSettings:
         for name in ("clip", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name in ("kl_share", "contrast_share", "warmup"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be 0 to 1, got {getattr(self, name)!r}")
-        if sum(self.shares.values()) > 1:
-            raise ValueError(
-                f"kl_share and contrast_share must be at most 1 together, got {self.kl_share!r} and "
-                f"{self.contrast_share!r}; give contrast_share at most {1 - self.kl_share:g}"
-            )
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup must be 0 to 1, got {self.warmup!r}")
         others = self.in_batch_grade if self.in_batch else None
         if self.contrasts and (self.targets == "softmax" or (others or 0) > 0):
             why = "softmax targets do" if self.targets == "softmax" else f"an in_batch_grade of {others:g} does"
             raise ValueError(
-                f"{self.contrasts} needs documents without target mass, which {why} not leave; wasserstein without "
-                "contrast_share (0) needs none"
+                f"loss {self.loss}: contrast needs documents without target mass, which {why} not leave; choose a loss "
+                "without contrast, such as wasserstein"
             )
         if not 0 < self.interpolate <= 1:
             raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
@@ -171,7 +206,7 @@ class FitSettings:
             if getattr(self, name) != default and not self.lora:
                 raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
         if self.positive_from is not None and not self.takes("positive_from"):
-            raise ValueError(f"positive_from is infonce's, not {self.loss}'s")
+            raise ValueError(f"positive_from is for loss infonce, not {self.loss}")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
         for name in (
@@ -194,24 +229,25 @@ class FitSettings:
         names += ["query_max_length", "document_max_length", "trust_remote_code"]
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """The weight of each loss in the sum, by name; see parse_loss."""
+        return parse_loss(self.loss)
+
     def takes(self, name: str) -> bool:
         """Whether the setting is one for this loss."""
-        return self.loss in TAKEN_BY.get(name, LOSS_NAMES)
+        takers = find_takers(name)
+        return not takers or not takers.isdisjoint(self.loss_weights)
 
     @property
-    def shares(self) -> dict[str, float]:
-        """Of other losses in the loss, by their names; {} where it takes none."""
-        return {"kl": self.kl_share, "contrast": self.contrast_share} if self.loss == "wasserstein" else {}
-
-    @property
-    def contrasts(self) -> str | None:
-        """The setting that sets documents with target mass against those without; None where none does."""
-        return "loss contrast" if self.loss == "contrast" else "contrast_share" if self.shares.get("contrast") else None
+    def contrasts(self) -> bool:
+        """Whether documents with target mass are set against those without."""
+        return "contrast" in self.loss_weights
 
     @property
     def weighs_from_zero(self) -> bool:
         """Whether targets are 2^grade - 1 or the grade's root, which negative grades do not have."""
-        return self.loss in TARGET_LOSSES and self.targets != "softmax"
+        return self.takes("targets") and self.targets != "softmax"
 
 
 @dataclass(frozen=True)

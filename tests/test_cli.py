@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -12,8 +11,7 @@ from conftest import REPOSITORY, SAMPLE_FILE, list_record
 
 from gradret.cli import main
 
-COMMANDS = [(), ("gen",), ("fit",), ("export",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "gen")]
-COMMANDS += [("bench", "eval"), ("bench", "fit")]
+COMMANDS = [(), ("gen",), ("fit",), ("export",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "eval")]
 
 
 def invoke(*arguments):
@@ -21,21 +19,16 @@ def invoke(*arguments):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_is_quick_and_loads_no_torch(command):
+def test_help_loads_no_torch(command):
     code = (
         "import sys; from gradret.cli import main\n"
         "heavy = {'torch', 'transformers', 'ir_datasets', 'llama_cpp', 'openai'}\n"
         f"try: main({[*command, '--help']!r})\n"
         "finally: print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
     )
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.perf_counter() - began)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("Usage:")
     assert result.stderr.strip() == "[]"
-    assert min(times) < 0.5
 
 
 def test_usage_errors_exit_with_2():
@@ -47,20 +40,20 @@ def test_usage_errors_exit_with_2():
         (("--chunk", "x"), "'x' is neither a whole number above 0 nor auto"),
         (("--chunk", "0"), "'0' is neither a whole number above 0 nor auto"),
         (("--lora-targets", ","), "',' holds no name"),
-        (("--kl-share", "0.6"), "at most 1 together, got 0.6 and 0.85; give contrast_share at most 0.4"),
-        (("--loss", "gaussian", "--kl-share", "0.3"), f"--kl-share {alone}"),
+        (("--loss", "kl:.6+contrast:.6"), "loss 'kl:.6+contrast:.6': the weights must sum to 1, got 1.2"),
+        (("--loss", "kl", "--positive-from", "2"), "positive_from is for loss infonce, not kl"),
+        (("--loss", "kl:.5+gaussian:.5", "--ground", "grade"), "is for --loss wasserstein, not gaussian:.5+kl:.5;"),
         (("--loss", "gaussian", "--order", "2"), f"--order {alone}"),
         (
             ("--loss", "infonce", "--targets", "gain"),
-            "--targets is for --loss wasserstein, gaussian, kl, contrast, sorted, not infonce; leave it out",
+            "--targets is for --loss wasserstein, gaussian, kl, contrast, not infonce; leave it out",
         ),
     ):
         result = invoke("fit", *options)
         assert (result.exit_code, message in result.stderr) == (2, True)
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
-    names = "wasserstein, gaussian, infonce, kl, contrast, ranknet, sorted, wasserstein:1, wasserstein:2"
-    assert f"'hinge' is not one of {names}" in result.stderr
+    assert "'hinge' is not one of wasserstein, gaussian, infonce, kl, contrast, ranknet; mix them as" in result.stderr
 
 
 BAD_DATA = [
@@ -76,7 +69,7 @@ BAD_DATA = [
     (
         [list_record("a", (1, -2))],
         "{data}:1: list 'a' has the negative grade -2, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
-        "map it (SOURCE?grades=-2:0,...) or use --targets softmax (and, with wasserstein, --contrast-share 0)",
+        "map it (SOURCE?grades=-2:0,...) or use --targets softmax and a --loss without contrast, such as wasserstein",
     ),
     ([list_record("a", ())], "{data}:1: list 'a' has no passages; give it at least one or remove the line"),
     (
@@ -132,13 +125,8 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
             "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
         ),
         (
-            ("bench", "--losses", "kl,contrast", "--targets", "softmax"),
-            "--losses contrast: loss contrast needs documents without target mass, which softmax targets do not leave; "
-            "wasserstein without contrast_share (0) needs none",
-        ),
-        (
-            ("bench", "--losses", "wasserstein,wasserstein:2"),
-            "--losses wasserstein,wasserstein:2: the same loss stands there twice",
+            ("bench", "--losses", "wasserstein,wasserstein:1.0"),
+            "--losses wasserstein,wasserstein:1.0: the same loss stands there twice",
         ),
         (
             ("bench", "eval", "--dataset", "beir/nope"),
@@ -209,7 +197,7 @@ def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
     lines = result.stdout.splitlines()
     assert lines[0] == "sample?queries=even: 48 queries, 384 documents, 2 seeds"
     assert lines[1].split() == ["system", "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
-    assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein"]
+    assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein:.15+contrast:.85"]
     document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
     assert document["command"] == """gradret bench 'it'"'"'s'"""
     (experiment,) = document["experiments"]
@@ -233,9 +221,9 @@ def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
     ("words", "completed"),
     [
         ("gradret be", {"bench"}),
-        ("gradret bench ", {"eval", "fit", "gen", "loss", "quality"}),
-        ("gradret bench quality --max", {"--max-runs", "--max-steps"}),
-        ("gradret fit --loss ", {"wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet", "sorted"}),
+        ("gradret bench ", {"eval", "loss", "quality"}),
+        ("gradret bench quality --max", {"--max-steps"}),
+        ("gradret fit --loss ", {"wasserstein", "gaussian", "infonce", "kl", "contrast", "ranknet"}),
     ],
 )
 def test_a_shell_completes(words, completed):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.quality.controls import register
 from benchmarks.quality.page import write_page
 from benchmarks.script import RESULTS, Script, command_line
 from gradret.bench.grid_file import read_grid
@@ -17,6 +18,7 @@ from gradret.bench.quality_report import format_quality, make_document
 @click.option("--page", type=click.Path(), help="Write a page with all tables and charts, too.")
 def main(plan, out, page):
     """Print every table of the plan, made of the rows that are done, whatever version of gradret made them."""
+    register()
     grid = read_grid(RESULTS.parent / f"{plan}.toml")
     outcome = run_grid(grid, out or RESULTS / plan, max_runs=0)
     facts = {"command": command_line("benchmarks.quality.report"), "collections": outcome.collections}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.quality.controls import register
 from benchmarks.script import RESULTS, Script
 from gradret.bench.grid_file import read_grid
 from gradret.bench.quality import run_grid
@@ -22,6 +23,7 @@ def main(plan, out, shard, max_runs, fresh, device):
     """Do the plan's runs that have no row yet; stopped at any moment, the same command does the rest."""
     out = Path(out or RESULTS / plan)
     out.mkdir(parents=True, exist_ok=True)
+    register()
     grid = read_grid(RESULTS.parent / f"{plan}.toml")
     outcome = run_grid(grid, out, device=device, shard=parse_shard(shard), max_runs=max_runs, fresh=fresh)
     click.echo(f"{len(outcome.rows)} of {outcome.planned} runs are done: {out}/rows.jsonl")

@@ -51,7 +51,7 @@ SAME_LOSS = 1e-4  # highest relative difference of both sides' losses, before an
 LOSS_REPEATS = 100
 MOST_OTHER_LOAD = 0.1
 SHARED = ("temperature", "batch_lists", "learning_rate", "weight_decay", "seed")
-OWN = ("order", "targets", "ground", "kl_share", "contrast_share")  # the Wasserstein loss's
+OWN = ("order", "targets", "ground")  # the Wasserstein loss's
 
 
 def measure_fit(
@@ -68,7 +68,7 @@ def measure_fit(
     """Time training steps of gradret and of sentence-transformers' trainer in turns.
 
     Args:
-        settings: of the runs: the encoder's, order, targets, ground, shares, temperature, batch_lists, learning_rate,
+        settings: of the runs: the encoder's, order, targets, ground, temperature, batch_lists, learning_rate,
             weight_decay, precision and seed are taken; sentence-transformers gets the same.
         data: sources of lists, see sources.parse_source; () for lists of mixed length made from the bundled sample.
         chunk: passages that gradient caching encodes at once, sentence-transformers' mini_batch_size.

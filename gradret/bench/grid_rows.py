@@ -13,7 +13,7 @@ from gradret.bench.grid import DEFAULTS, ENCODER_FIELDS, OWN_FIELDS, as_json, ha
 from gradret.console import GradretError, say
 from gradret.data.lists import decode_json
 from gradret.files import sync_file
-from gradret.settings import EARLIER
+from gradret.settings import spell_loss
 
 try:
     import fcntl
@@ -161,9 +161,18 @@ def find_key(row: Mapping) -> str:
     """The key that a row's run has now; a default that has changed since the row was written counts as set."""
     now = list_defaults()
     known = row.get("defaults", {})  # none of what is not trained
-    settings = {**(EARLIER if known else {}), **known, **row["run"].get("settings", {})}
+    settings = _spell_mixture({**known, **row["run"].get("settings", {})})
     changed = {k: v for k, v in settings.items() if k not in now or v != now[k]}
     return hash_record({**row["run"], "settings": changed})
+
+
+def _spell_mixture(settings: dict) -> dict:
+    """Settings whose loss is spelled out; in earlier rows `wasserstein` had shares of kl and of the contrast."""
+    shares = {name: settings.pop(f"{name}_share", 0.0) for name in ("kl", "contrast")}
+    if settings.get("loss") == "wasserstein":
+        weights = {"wasserstein": round(1 - sum(shares.values()), 6), **shares}
+        settings["loss"] = spell_loss({name: weight for name, weight in weights.items() if weight})
+    return settings
 
 
 def _is_row(row: object) -> bool:

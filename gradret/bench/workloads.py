@@ -24,8 +24,8 @@ from torch import Tensor
 from gradret.bench import workloads as rivals
 from gradret.console import PATIENCE_S, show_bar
 from gradret.loss.functions import gaussian_loss, wasserstein_loss
-from gradret.loss.grades import prepare_grades
-from gradret.loss.pairs import prepare_pairs
+from gradret.loss.grades import PreparedGrades, prepare_grades
+from gradret.loss.pairs import PreparedPairs, prepare_pairs
 from gradret.loss.retrieval import wasserstein_retrieval_loss
 from gradret.train.mining import without
 
@@ -184,6 +184,7 @@ def _integrate_quantiles(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
 
 
 TEMPERATURE = 0.05
+AXIS = {"targets": "gain", "ground": "grade"}  # what the other implementations compute
 INFONCE = "InfoNCE"
 BASELINE = "cross_entropy"  # of the scores as they are: InfoNCE without its division by the temperature
 # A list's graded documents, others are 0: a few, as in judged collections; the highest grade is always there.
@@ -314,7 +315,7 @@ class ListWorkload:
 
     @cached_property
     def _prepared(self):
-        return prepare_grades(self.grades)
+        return prepare_grades(self.grades, **AXIS)
 
     @cached_property
     def _levels(self):
@@ -389,7 +390,9 @@ class RetrievalWorkload:
         return [*found, Row(f"score matrix {BASELINE}", None, inputs, self._cross_entropy, BASELINE)]
 
     def _fused(self, grades, order: int) -> Tensor:
-        return wasserstein_retrieval_loss(self.queries, self.documents, grades, order=order, temperature=TEMPERATURE)
+        axis = {} if isinstance(grades, PreparedPairs) else AXIS
+        options = {"order": order, "temperature": TEMPERATURE, **axis}
+        return wasserstein_retrieval_loss(self.queries, self.documents, grades, **options)
 
     def _by_matrix(self, grades=None, *, order: int) -> Tensor:
         """Without grades, their matrix is made in the call."""
@@ -405,11 +408,11 @@ class RetrievalWorkload:
 
     @cached_property
     def _prepared(self):
-        return prepare_grades(self._matrix_grades())
+        return prepare_grades(self._matrix_grades(), **AXIS)
 
     @cached_property
     def _pairs(self):
-        return prepare_pairs(*self.grades, self.shape[:2])
+        return prepare_pairs(*self.grades, self.shape[:2], **AXIS)
 
     def truth(self, name: str, order: int | None) -> Truth:
         """In float64: "wasserstein" of an order, with gradients, or "cross_entropy", without."""
@@ -447,7 +450,8 @@ def make_workload(shape: Sequence[int], dtype: str, device: str) -> ListWorkload
 
 
 def _gradret(scores: Tensor, grades, order: int, temperature: float) -> Tensor:
-    return wasserstein_loss(scores, grades, order=order, temperature=temperature)
+    axis = {} if isinstance(grades, PreparedGrades) else AXIS
+    return wasserstein_loss(scores, grades, order=order, temperature=temperature, **axis)
 
 
 def _gradret_gaussian(scores: Tensor, grades: Tensor, temperature: float) -> Tensor:

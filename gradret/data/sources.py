@@ -245,7 +245,7 @@ class JudgedLists(Sequence[RankingList]):
         return RankingList(query_id, self._collection.queries[query_id], passages, where=where)
 
 
-SOFTMAX_ADVICE = "use --targets softmax (and, with wasserstein, --contrast-share 0)"
+SOFTMAX_ADVICE = "use --targets softmax and a --loss without contrast, such as wasserstein"
 
 
 class MixedLists(Sequence):
@@ -364,7 +364,8 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
 class ListsSummary:
     """What a check of all lists found.
 
-    kept: positions of the lists to train on; best: (kept,) the highest grade of each; longest: the longest passage.
+    kept: positions of the lists to train on; best and worst: (kept,) the highest and the lowest grade of each;
+    longest: the longest passage.
     """
 
     kept: np.ndarray
@@ -377,6 +378,7 @@ class ListsSummary:
     disagreeing: int
     longest: str
     best: np.ndarray
+    worst: np.ndarray
 
     def __str__(self) -> str:
         text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
@@ -402,7 +404,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
     """
     kept = np.zeros(len(lists), bool)
     passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
-    longest, best = "", array("d")
+    longest, best, worst = "", array("d"), array("d")
     for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=PATIENCE_S):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
@@ -425,10 +427,13 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
         lowest, highest = min(lowest, low), max(highest, high)
         best.append(high)
+        worst.append(low)
         equal_grades += low == high
     if not kept.any():
         raise GradretError(
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
         )
     counts = equal_grades, empty, excluded, int(disagreeing)
-    return ListsSummary(np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best))
+    return ListsSummary(
+        np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best), np.array(worst)
+    )

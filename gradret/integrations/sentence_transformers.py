@@ -9,11 +9,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.distributed import all_gather_with_grad, get_rank
 from torch import Tensor, nn
 
-from gradret.loss.functions import make_loss, mix_losses
+from gradret.loss.functions import mix_losses
 from gradret.loss.retrieval import wasserstein_retrieval_loss
-from gradret.settings import FitSettings
-
-DEFAULTS = FitSettings()
+from gradret.settings import (
+    DEFAULT_GROUND,
+    DEFAULT_LOSS,
+    DEFAULT_ORDER,
+    DEFAULT_TARGETS,
+    DEFAULT_TEMPERATURE,
+    FitSettings,
+)
 
 
 class WassersteinLoss(nn.Module):
@@ -26,10 +31,10 @@ class WassersteinLoss(nn.Module):
 
     Args:
         model: its similarity_fn_name, "cosine" or "dot", is the score.
+        loss: "wasserstein", or a mixture of it, "kl" and "contrast" (gradret.kl_loss and contrast_loss), spelled as for
+            `gradret fit`, whose default this is.
         order, temperature, targets, ground: see gradret.wasserstein_loss. Unlike the `scale` of other losses, the
             temperature divides the scores.
-        kl_share, contrast_share: shares of gradret.kl_loss and contrast_loss in the loss, 0 to 1 together. By
-            default .85 of it are the contrast, as in `gradret fit`.
         in_batch: whether the other rows' passages join each list, with the default grade.
         default_grade: theirs.
         gather_across_devices: the other rows are those of all processes.
@@ -42,12 +47,11 @@ class WassersteinLoss(nn.Module):
         self,
         model: SentenceTransformer,
         *,
-        order: int = DEFAULTS.order,
-        temperature: float = DEFAULTS.temperature,
-        targets: str = DEFAULTS.targets,
-        ground: str = DEFAULTS.ground,
-        kl_share: float = DEFAULTS.kl_share,
-        contrast_share: float = DEFAULTS.contrast_share,
+        loss: str = DEFAULT_LOSS,
+        order: int = DEFAULT_ORDER,
+        temperature: float = DEFAULT_TEMPERATURE,
+        targets: str = DEFAULT_TARGETS,
+        ground: str = DEFAULT_GROUND,
         in_batch: bool = True,
         default_grade: float = 0.0,
         gather_across_devices: bool = False,
@@ -58,8 +62,8 @@ class WassersteinLoss(nn.Module):
         if gather_across_devices and not in_batch:
             raise ValueError("gather_across_devices gathers the other rows' passages, so it needs in_batch")
         self.model = model
+        self.loss = FitSettings(loss=loss, targets=targets).loss  # or raises
         self.order, self.temperature, self.targets, self.ground = order, temperature, targets, ground
-        self.shares = FitSettings(targets=targets, kl_share=kl_share, contrast_share=contrast_share).shares  # or raises
         self.in_batch, self.default_grade = in_batch, default_grade
         self.gather_across_devices = gather_across_devices
         self._compute(*self._stack([torch.zeros(2, 2)] * 3), torch.ones(2, 2), 0)  # tells options that do not do
@@ -100,11 +104,11 @@ class WassersteinLoss(nn.Module):
 
     def _compute(self, queries: Tensor, documents: Tensor, labels: Tensor, offset: int) -> Tensor:
         """The loss of rows that are rows `offset` to `offset` + B of the documents."""
-        options: dict[str, Any] = {"temperature": self.temperature, "targets": self.targets}
+        options: dict[str, Any] = {"order": self.order, "temperature": self.temperature}
+        options |= {"targets": self.targets, "ground": self.ground}
         if not self.in_batch:
             scores = (queries * documents).sum(-1).T  # (B, n)
-            loss = make_loss("wasserstein", order=self.order, ground=self.ground, **options)
-            return mix_losses(loss, self.shares, scores, labels, **options)
+            return mix_losses(self.loss, scores, labels, **options)
         count, width = labels.shape
         rows = torch.arange(count, device=labels.device)
         columns = torch.arange(width, device=labels.device) * documents.shape[1]
@@ -112,19 +116,15 @@ class WassersteinLoss(nn.Module):
             queries,
             documents.flatten(0, 1),
             (rows.repeat_interleave(width), (rows[:, None] + offset + columns).flatten(), labels.flatten()),
+            loss=self.loss,
             default_grade=self.default_grade,
-            order=self.order,
-            ground=self.ground,
-            kl_share=self.shares["kl"],
-            contrast_share=self.shares["contrast"],
             **options,
         )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        names = ("order", "temperature", "targets", "ground", "in_batch", "default_grade", "gather_across_devices")
-        shares = {f"{name}_share": share for name, share in self.shares.items()}
-        return {**{name: getattr(self, name) for name in names}, **shares}
+        names = ("loss", "order", "temperature", "targets", "ground", "in_batch", "default_grade")
+        return {name: getattr(self, name) for name in (*names, "gather_across_devices")}
 
     @property
     def citation(self) -> str:

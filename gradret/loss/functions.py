@@ -7,9 +7,7 @@ mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt
 0 to 1 is further than 2 to 3.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -19,16 +17,17 @@ from torch import Tensor
 from gradret.loss.grades import FLOATS, PreparedGrades, check_grades, check_temperature, place_targets, weigh_grades
 from gradret.loss.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
 from gradret.loss.transport import Transport, check_options
+from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, LOSSES, parse_loss
 
 
 def wasserstein_loss(
     scores: Tensor,
     grades: Tensor | PreparedGrades,
     *,
-    order: int = 1,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
-    ground: str = "grade",
+    order: int = DEFAULT_ORDER,
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
@@ -62,7 +61,7 @@ def wasserstein_loss(
     if not isinstance(grades, PreparedGrades):
         mask, weights, name = check_grades(grades, targets, mask)
         grades, weights, name = place_targets(grades, mask, weights, name, ground)
-    elif mask is not None or targets != "gain" or ground != "grade":
+    elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
         raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
     if grades.device != scores.device:
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
@@ -77,8 +76,8 @@ def gaussian_loss(
     scores: Tensor,
     grades: Tensor,
     *,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Squared 2-Wasserstein distance between Gaussians fitted over the batch to p's and q's rows.
@@ -114,7 +113,7 @@ def infonce_loss(
     scores: Tensor,
     grades: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float = DEFAULT_TEMPERATURE,
     mask: Tensor | None = None,
     positive_from: float | None = None,
 ) -> Tensor:
@@ -138,18 +137,20 @@ def kl_loss(
     scores: Tensor,
     grades: Tensor,
     *,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Mean KL(q || p), p = softmax(scores / temperature): the listwise cross-entropy less the entropy of q.
 
-    Args, Returns, Raises: as wasserstein_loss, without order.
+    Args, Returns, Raises: as wasserstein_loss, without order. A row whose scores are all -inf counts as 0, as there.
     Source: ListNet, Cao et al. (ICML 2007).
     """
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
-    q = normalize_mass(weights.to(logits.dtype))
+    predicted = (mask & (logits != -torch.inf)).any(-1, keepdim=True)  # there is no p without a finite score
+    logits = logits.masked_fill(~predicted, 0)
+    q = normalize_mass(weights.to(logits.dtype)) * predicted
     cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # a score of -inf without target mass costs nothing
     return (torch.xlogy(q, q) - cross).sum(-1).mean()
 
@@ -158,8 +159,8 @@ def contrast_loss(
     scores: Tensor,
     grades: Tensor,
     *,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents without target mass), e as in infonce_loss.
@@ -182,7 +183,7 @@ def ranknet_loss(
     scores: Tensor,
     grades: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: float = DEFAULT_TEMPERATURE,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Mean over each row's pairs y_i > y_j of log(1 + exp((s_j - s_i) / temperature)), then over rows.
@@ -200,56 +201,21 @@ def ranknet_loss(
     return (terms.sum((1, 2)) / pair.sum((1, 2)).clamp_min(1)).mean()
 
 
-def sorted_loss(
-    scores: Tensor,
-    grades: Tensor,
-    *,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Mean of sum_k (p_(k) - q_(k))^2 over the sorted masses, p = softmax(scores / temperature): a negative control.
+LOSS_FUNCTIONS: dict[str, Callable[..., Tensor]] = {name: globals()[f"{name}_loss"] for name in LOSSES}
 
-    It asks for the right masses, but not at which documents: the same for every permutation of the scores, it can
-    teach no ranking. A benchmark in which it helps measures something else than the grades.
 
-    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass counts as 0.
-    Source: N times W_2^2 between the distributions of a row's masses, one-dimensional optimal transport, Peyré and
-        Cuturi (2019), section 2.6.
+def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """The weighted sum of the losses that `loss` spells, see gradret.settings.parse_loss; a scalar.
+
+    Args:
+        scores, grades, mask: as wasserstein_loss.
+        options: settings of losses; each gets those that it takes.
     """
-    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
-    p = masked_softmax(_widen(scores) / temperature, mask)  # (B, N)
-    q = normalize_mass(weights.to(p.dtype))
-    difference = (p.sort(-1).values - q.sort(-1).values) * (q.sum(-1, keepdim=True) > 0)
-    return difference.square().sum(-1).mean()
-
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
-    "wasserstein": wasserstein_loss,
-    "gaussian": gaussian_loss,
-    "infonce": infonce_loss,
-    "kl": kl_loss,
-    "contrast": contrast_loss,
-    "ranknet": ranknet_loss,
-    "sorted": sorted_loss,
-}
-
-
-def make_loss(name: str, **options: Any) -> Callable[..., Tensor]:
-    """The named loss as `loss(scores, grades, mask=None)`, its settings bound; those it does not take are left."""
-    taken = inspect.signature(LOSSES[name]).parameters
-    return partial(LOSSES[name], **{key: value for key, value in options.items() if key in taken})
-
-
-def mix_losses(
-    loss: Callable[..., Tensor], shares: Mapping[str, float], scores: Tensor, grades: Tensor, **options: Any
-) -> Tensor:
-    """`loss` with shares of the named ones, which get the options; `loss` has its own bound, and gets the mask."""
-    mixed = loss(scores, grades, mask=options.get("mask")) * (1 - sum(shares.values()))
-    for name, share in shares.items():
-        if share:
-            mixed = mixed + share * LOSSES[name](scores, grades, **options)
-    return mixed
+    terms = []
+    for name, weight in parse_loss(loss).items():
+        taken = {key: value for key, value in options.items() if key in LOSSES[name]}
+        terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))
+    return torch.stack(terms).sum()
 
 
 def _oppose(logits: Tensor, positive: Tensor, mask: Tensor) -> Tensor:

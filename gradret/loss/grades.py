@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradret.loss.kernels import backend, compiled, current_stream
-from gradret.settings import GROUNDS, TARGETS
+from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS, GROUNDS, TARGETS
 
 MAX_LEVELS = 32
 ABSENT = 255
@@ -72,7 +72,11 @@ class PreparedGrades:
 
 
 def prepare_grades(
-    grades: Tensor, *, targets: str | Tensor = "gain", ground: str = "grade", mask: Tensor | None = None
+    grades: Tensor,
+    *,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
+    mask: Tensor | None = None,
 ) -> PreparedGrades:
     """Everything of wasserstein_loss that does not depend on the scores, for grades that serve several steps.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradret.loss.grades import PreparedGrades, Tables, check_targets, prepare_grades, target_weights
 from gradret.loss.reference import accumulation_dtype, normalize_mass
+from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
 
 
 class ShortLists(NamedTuple):
@@ -70,8 +71,8 @@ def prepare_pairs(
     shape: tuple[int, int],
     *,
     default_grade: float = 0.0,
-    targets: str | Tensor = "gain",
-    ground: str = "grade",
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
 ) -> PreparedPairs:
     """Everything of wasserstein_retrieval_loss that does not depend on the embeddings. Waits for the device on CUDA.
 

@@ -17,6 +17,7 @@ from gradret.loss.kernels import backend, compiled, current_stream
 from gradret.loss.pairs import PreparedPairs, ShortLists, prepare_pairs
 from gradret.loss.reference import accumulation_dtype, masked_softmax, result_dtype
 from gradret.loss.transport import check_options, first_derivatives_only, transport
+from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, parse_loss
 
 
 class Pairs(NamedTuple):
@@ -111,13 +112,12 @@ def wasserstein_retrieval_loss(
     document_embeddings: Tensor,
     grades: tuple[Tensor, Tensor, Tensor] | PreparedPairs,
     *,
+    loss: str = "wasserstein",
     default_grade: float = 0.0,
-    order: int = 1,
-    temperature: float = 1.0,
-    targets: str | Tensor = "gain",
-    ground: str = "grade",
-    kl_share: float = 0.0,
-    contrast_share: float = 0.0,
+    order: int = DEFAULT_ORDER,
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
     reduction: str = "mean",
 ) -> Tensor:
     """wasserstein_loss(query_embeddings @ document_embeddings.T, ...), in memory that grows with B + N, not with B x N.
@@ -127,15 +127,15 @@ def wasserstein_retrieval_loss(
         document_embeddings: (N, D), same type and device.
         grades: (rows, columns, grades), three (M,) tensors: the grade of document columns[i] for query rows[i]. Or what
             prepare_pairs made of them, default_grade, targets and ground.
+        loss: "wasserstein", or a mixture of it, "kl" and "contrast" (gradret.kl_loss and contrast_loss), as
+            "wasserstein:.15+contrast:.85". These two keep pulling where the softmax has collapsed on a wrong document.
+            Documents of the default grade must then have no target mass.
         default_grade: of every other document.
         order, temperature, ground, reduction: see gradret.wasserstein_loss.
         targets: "gain", "softmax", "sqrt", or weights (M,) of the pairs.
-        kl_share, contrast_share: from 0 to 1 together, of gradret.kl_loss and contrast_loss in the result; both
-            keep pulling where the softmax has collapsed on a wrong document. Documents of the default grade must then
-            have no target mass.
 
     Returns: scalar, or (B,) for "none"; float64 for float64 embeddings, else float32, as are the scores in it.
-    Raises: ValueError as wasserstein_loss and prepare_pairs, and where a share can not be computed.
+    Raises: ValueError as wasserstein_loss and prepare_pairs, and where the loss cannot be computed.
     Source: the tiling after Inf-CL, arXiv 2410.17243, and Cut Cross-Entropy, arXiv 2411.09009; the loss as
         wasserstein_loss.
     """
@@ -149,32 +149,27 @@ def wasserstein_retrieval_loss(
         )
     check_options(order, reduction)
     check_temperature(temperature)
-    shares = {"kl_share": float(kl_share), "contrast_share": float(contrast_share)}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be from 0 to 1, got {share!r}")
-    if sum(shares.values()) > 1:
-        raise ValueError(
-            f"kl_share and contrast_share must be at most 1 together, got {kl_share!r} and {contrast_share!r}"
-        )
+    weights = parse_loss(loss)
+    if not weights.keys() <= FUSED.keys():
+        raise ValueError(f"loss '{loss}': only wasserstein, kl and contrast are computed from embeddings")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
         grades = prepare_pairs(*grades, shape, default_grade=default_grade, targets=targets, ground=ground)
-    elif default_grade != 0 or targets != "gain" or ground != "grade":
+    elif default_grade != 0 or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
         raise ValueError("default_grade, targets and ground are part of prepared pairs: give them to prepare_pairs")
     if grades.shape != shape:
         raise ValueError(f"the prepared pairs are of {grades.shape} queries and documents, the embeddings of {shape}")
     if grades.offsets.device != queries.device:
         raise ValueError(f"grades must be on the embeddings' device, {queries.device}; got {grades.offsets.device}")
-    for name, share in shares.items():
-        if share and grades.others_weigh:
-            raise ValueError(
-                f"{name} must be 0 unless targets give documents of the default grade no mass, as gain and sqrt give "
-                "those of grade 0"
-            )
-    options = (int(order), float(temperature), shares["kl_share"], shares["contrast_share"], reduction)
-    loss: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
-    return loss
+    if grades.others_weigh and weights.keys() != {"wasserstein"}:
+        raise ValueError(
+            f"loss '{loss}': kl and contrast need targets that give documents of the default grade no mass, as gain "
+            "and sqrt give those of grade 0"
+        )
+    mixture = [weights.get(name, 0.0) for name in FUSED]
+    options = (mixture, int(order), float(temperature), reduction)
+    value: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
+    return value
 
 
 def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -197,15 +192,14 @@ def _transport(
     offsets: Tensor,
     columns: Tensor,
     lists: Sequence[Tensor],
+    mixture: Sequence[float],
     order: int,
     temperature: float,
-    kl_share: float,
-    contrast_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The reduced loss; its gradients in the scores of pairs (M,) and in the log-sum-exp of others (B,); top and sum.
 
-    `lists` are the tensors of all ShortLists, one after the other.
+    `lists` are the tensors of all ShortLists, one after the other; `mixture` holds the weight of each of FUSED.
     """
     rows = len(queries)
     new: dict[str, Any] = {"dtype": result_dtype(queries), "device": queries.device}
@@ -223,13 +217,11 @@ def _transport(
         short = torch.full(group.targets.shape, -torch.inf, **new)  # (R, K + 1)
         short.view(-1)[group.slots] = pairs.values[group.members]
         short[:, -1] = others[group.rows]
-        value, asked_for = transport(short, group.tables, order, temperature, "none", True)
-        gradient = cast(Tensor, asked_for)
-        value, gradient = value * (1 - kl_share - contrast_share), gradient * (1 - kl_share - contrast_share)
-        for share, part in ((kl_share, _diverge), (contrast_share, _contrast)):
-            if share:
-                more, slope = part(short, group.targets, temperature)
-                value, gradient = value.add(more, alpha=share), gradient.add(slope, alpha=share)
+        value, gradient = torch.zeros(len(short), **new), torch.zeros_like(short)
+        for weight, term in zip(mixture, FUSED.values(), strict=True):
+            if weight:
+                more, slope = term(short, group, order, temperature)
+                value, gradient = value.add(more, alpha=weight), gradient.add(slope, alpha=weight)
         loss[group.rows] = value
         of_pairs[group.members] = gradient.view(-1)[group.slots]
         of_others[group.rows] = gradient[:, -1]
@@ -238,18 +230,30 @@ def _transport(
     return loss if reduction == "none" else loss.sum(), of_pairs, of_others, *folded
 
 
-def _diverge(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL(q || p) of each list, (R,), and its gradient (R, K + 1), where a score of -inf stands for no document."""
-    logits = scores.to(q.dtype) / temperature
-    p = masked_softmax(logits, logits != -torch.inf)
+# The terms of a loss, of lists in scores (R, K + 1) where -inf stands for no document: each list's value, (R,), and its
+# gradient in the scores.
+
+
+def _move_mass(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """wasserstein_loss."""
+    value, gradient = transport(scores, group.tables, order, temperature, "none", True)
+    return value, cast(Tensor, gradient)
+
+
+def _diverge(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """kl_loss."""
+    logits = scores.to(group.targets.dtype) / temperature
+    there = logits != -torch.inf
+    q = group.targets * there.any(-1, keepdim=True)
     log_p = torch.where(q > 0, logits - logits.logsumexp(-1, keepdim=True), 0)
     value = (torch.xlogy(q, q) - q * log_p).sum(-1)
-    slope = (p - q) * (q.sum(-1, keepdim=True) > 0) / temperature
+    slope = (masked_softmax(logits, there) - q) * (q.sum(-1, keepdim=True) > 0) / temperature
     return value.to(scores.dtype), slope.to(scores.dtype)
 
 
-def _contrast(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """contrast_loss of each list, (R,), and its gradient (R, K + 1), where a score of -inf stands for no document."""
+def _contrast(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """contrast_loss."""
+    q = group.targets
     logits, positive = scores.to(q.dtype) / temperature, q > 0
     negatives = logits.masked_fill(positive, -torch.inf)
     there = negatives != -torch.inf
@@ -257,6 +261,9 @@ def _contrast(scores: Tensor, q: Tensor, temperature: float) -> tuple[Tensor, Te
     pull = q * torch.sigmoid(gaps)  # on each document with target mass, and 0 on the others
     slope = masked_softmax(negatives, there) * pull.sum(-1, keepdim=True) - pull
     return (q * -nnf.logsigmoid(-gaps)).sum(-1).to(scores.dtype), (slope / temperature).to(scores.dtype)
+
+
+FUSED = {"wasserstein": _move_mass, "kl": _diverge, "contrast": _contrast}  # the losses that are computed here
 
 
 def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:
@@ -306,19 +313,16 @@ def retrieval_transport_op(
     offsets: Tensor,
     columns: Tensor,
     lists: Sequence[Tensor],
+    mixture: Sequence[float],
     order: int,
     temperature: float,
-    kl_share: float,
-    contrast_share: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _transport(
-        queries, documents, offsets, columns, lists, order, temperature, kl_share, contrast_share, reduction
-    )
+    return _transport(queries, documents, offsets, columns, lists, mixture, order, temperature, reduction)
 
 
 @retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, lists, order, temperature, kl_share, contrast_share, reduction):  # type: ignore[no-untyped-def]
+def _(queries, documents, offsets, columns, lists, mixture, order, temperature, reduction):  # type: ignore[no-untyped-def]
     new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
     total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
     loss = torch.empty(rows if reduction == "none" else (), **new)
@@ -352,11 +356,11 @@ def _(  # type: ignore[no-untyped-def]
 
 class _RetrievalTransport(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, queries, documents, prepared, order, temperature, kl_share, contrast_share, reduction):  # type: ignore[no-untyped-def]
+    def forward(ctx, queries, documents, prepared, mixture, order, temperature, reduction):  # type: ignore[no-untyped-def]
         run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
         lists = [tensor for group in prepared.lists for tensor in group]
         where = (prepared.offsets, prepared.columns)
-        loss, *saved = run(queries, documents, *where, lists, order, temperature, kl_share, contrast_share, reduction)
+        loss, *saved = run(queries, documents, *where, lists, mixture, order, temperature, reduction)
         ctx.save_for_backward(queries, documents, *where, *saved)
         ctx.temperature = temperature
         return loss
@@ -369,4 +373,4 @@ class _RetrievalTransport(torch.autograd.Function):
         else:
             options = (grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
             found = _transport_backward(*ctx.saved_tensors, *options)
-        return *found, *(None,) * 6
+        return *found, *(None,) * 5

@@ -23,8 +23,6 @@ SHOWN = (
     "temperature",
     "targets",
     "ground",
-    "kl_share",
-    "contrast_share",
     "batch_lists",
     "learning_rate",
     "epochs",

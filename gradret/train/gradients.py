@@ -18,9 +18,9 @@ from torch import Tensor
 from gradret.data.lists import hash64
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
-from gradret.loss.functions import make_loss, mix_losses
+from gradret.loss.functions import mix_losses
 from gradret.loss.pairs import prepare_pairs
-from gradret.loss.retrieval import wasserstein_retrieval_loss
+from gradret.loss.retrieval import FUSED, wasserstein_retrieval_loss
 from gradret.settings import FitSettings
 from gradret.train.batches import Batch, tokenize_batch
 
@@ -31,15 +31,13 @@ class Objective:
     """A run's loss.
 
     Args:
-        settings: loss, order, temperature, targets, ground, positive_from, in_batch, kl_share and
-            contrast_share are used.
+        settings: loss, order, temperature, targets, ground and positive_from are used.
         floor: grade of the other lists' documents; None: a list has its own documents alone.
     """
 
     def __init__(self, settings: FitSettings, floor: float | None):
         self.settings, self.floor = settings, floor
-        names = ("order", "temperature", "targets", "ground", "positive_from")
-        self._loss = make_loss(settings.loss, **{name: getattr(settings, name) for name in names})
+        self._losses = settings.loss_weights.keys()
 
     def add_gradients(
         self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0
@@ -53,7 +51,7 @@ class Objective:
             documents: (N, D), likewise.
         """
         count = len(batch.queries)
-        if self.settings.loss == "gaussian":  # one value for the whole batch: everyone computes all of it
+        if "gaussian" in self._losses:  # one value for the whole batch: everyone computes all of it
             parts, shares = [slice(0, count)], [1 / processes.size]
         else:
             own = processes.split(count)
@@ -70,16 +68,17 @@ class Objective:
     @property
     def is_fused(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        s, floor = self.settings, self.floor
-        weighs = floor is not None and (s.targets == "softmax" or floor > 0)  # whether other lists' documents have mass
-        return s.loss == "wasserstein" and floor is not None and not (any(s.shares.values()) and weighs)
+        if self.floor is None or not self._losses <= FUSED.keys():
+            return False
+        others_weigh = self.settings.targets == "softmax" or self.floor > 0  # other lists' documents have target mass
+        return self._losses == {"wasserstein"} or not others_weigh
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
         if self.is_fused:
             return len(batch.queries)
         columns = batch.columns.shape[1] if self.floor is None else len(batch.documents)
-        per_list = columns**2 if self.settings.loss == "ranknet" else columns
+        per_list = columns**2 if "ranknet" in self._losses else columns
         return max(1, BLOCK_ELEMENTS // per_list)
 
     def _loss_of(self, queries: Tensor, documents: Tensor, batch: Batch, part: slice) -> Tensor:
@@ -88,8 +87,7 @@ class Objective:
             shape = (len(queries), len(documents))
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
-            shares = {"kl_share": s.kl_share, "contrast_share": s.contrast_share}
-            options = {"order": s.order, "temperature": s.temperature, **shares}
+            options = {"loss": s.loss, "order": s.order, "temperature": s.temperature}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
         if self.floor is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
@@ -97,8 +95,8 @@ class Objective:
         else:
             grades, mask = batch.spread_grades(self.floor, part).to(device), None
             scores = queries @ documents.T  # (b, N)
-        options = {"temperature": s.temperature, "targets": s.targets, "mask": mask}
-        return mix_losses(self._loss, s.shares, scores, grades, **options)
+        names = ("order", "temperature", "targets", "ground", "positive_from")
+        return mix_losses(s.loss, scores, grades, mask=mask, **{name: getattr(s, name) for name in names})
 
 
 @dataclass(frozen=True)

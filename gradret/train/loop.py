@@ -100,6 +100,10 @@ class Job:
         if spared:
             grade = self.miner.mining.grade
             text += f"; {spared} lists get no mined passages: their best grade is no higher than {grade:g}"
+        mining = None if self.miner is None else self.miner.mining
+        if self.settings.contrasts and find_lowest_added(self.settings, self.summary, mining) > 0:
+            bare = int((self.summary.worst > 0).sum())
+            text += f"; {bare} lists have no contrast: all their grades are above 0" if bare else ""
         return text
 
     def settings_json(self) -> dict:
@@ -172,15 +176,21 @@ def check_grades(settings: FitSettings, summary: ListsSummary, mining: Mining | 
             f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
             f"--positive-from {settings.positive_from:g}; give a lower grade"
         )
-    lowest = min(summary.lowest, math.inf if mining is None else mining.grade)
-    alone = not settings.in_batch or min(settings.batch_lists, len(summary.kept)) == 1
-    if settings.contrasts and alone and lowest > 0:
+    lowest = min(summary.lowest, find_lowest_added(settings, summary, mining))
+    if settings.contrasts and lowest > 0:
         where = "a batch of one list" if settings.in_batch else "without --in-batch a list"
         raise GradretError(
-            f"{settings.contrasts} sets passages with target mass against those without, and {where} has none here: "
-            f"the lowest grade is {lowest:g}; train with --in-batch and two lists a batch or more, or choose another "
-            "--loss or, with wasserstein, --contrast-share 0"
+            f"loss {settings.loss}: contrast sets passages with target mass against those without, and {where} has "
+            f"none here: the lowest grade is {lowest:g}; train with --in-batch and two lists a batch or more, or "
+            "choose a --loss without contrast, such as wasserstein"
         )
+
+
+def find_lowest_added(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> float:
+    """The lowest grade of the passages that join every list from elsewhere; infinite where none do."""
+    others = settings.in_batch and min(settings.batch_lists, len(summary.kept)) > 1
+    mined = math.inf if mining is None else mining.grade
+    return min(mined, settings.in_batch_grade or 0.0) if others else mined
 
 
 def _advise_on_sharing(batch_lists: int, size: int, resume: bool) -> str:

@@ -21,7 +21,7 @@ from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
 from gradret.files import drop_after, link_file, read_object, read_steps, replace_json, sync_file, versions
-from gradret.settings import AUTO, EARLIER, FitSettings
+from gradret.settings import AUTO, FitSettings
 
 if sys.platform == "win32":
     fcntl = None
@@ -123,7 +123,7 @@ class Claim:
                 raise GradretError(f"{path}: has no '{name}'; choose another --out")
         if found:
             found.setdefault("run", _name_run(found["settings"], found["content"]))
-            found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | EARLIER | found["settings"]
+            found["settings"] = json.loads(json.dumps(asdict(FitSettings()))) | found["settings"]
         return found
 
     def _write_record(self) -> None:

@@ -14,12 +14,14 @@ from scipy.stats import ttest_rel
 
 import gradret.bench.quality
 import gradret.cli
+from benchmarks.quality.controls import register
 from gradret.bench.grid_file import read_grid
 from gradret.bench.quality import run_grid
 from gradret.cli import main
 from gradret.console import GradretError
 from gradret.data.sources import open_collection, parse_source
 from gradret.encoder.load import default_device
+from gradret.settings import DEFAULT_LOSS
 from gradret.train.mining import search_bm25
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -290,6 +292,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     assert not ids["dev-cranfield"] & ids["held-out-cranfield"]
     assert not ids["dev-scifact"] & ids["held-out-scifact"]
     assert all(int(i) % 2 for i in ids["dev-cranfield"] | ids["held-out-cranfield"])  # the even ones are reported
+    register()
     grid, dev = (read_grid(REPOSITORY / "benchmarks" / name) for name in ("quality.toml", "dev.toml"))
     assert set(grid.collections.values()) == set(grid.settings.exclude)
     assert not set(grid.collections.values()) & set(dev.collections.values())
@@ -318,7 +321,7 @@ CHECKS = [
     (
         '[data]\nall = ["sample.jsonl"]',
         'in_batch = false\n[data]\nall = ["sample.jsonl?grades=1:1,2:2,3:3"]',
-        "[systems.ours]: contrast_share sets passages with target mass against those without, and without --in-batch ",
+        "[systems.ours]: loss wasserstein:.15+contrast:.85: contrast sets passages with target mass against ",
     ),
 ]
 
@@ -414,13 +417,13 @@ def test_the_commands_own_plan_and_its_second_call(tiny_encoder, tmp_path, monke
     (experiment,) = document["experiments"]
     column = "sample?queries=even"
     found = {row["system"]: row["columns"][column] for row in experiment["rows"]}
-    assert list(found) == ["untrained", "infonce", "wasserstein"]
+    assert list(found) == ["untrained", "infonce", DEFAULT_LOSS]
     rows = read_lines(tmp_path / "gradret-bench" / "rows.jsonl")
     per_query = [list(row["collections"][column]["per_query"]["nDCG@10"].values()) for row in rows]
     assert len(per_query) == 5
     # Runs 2 and 3 are infonce's seeds, 4 and 5 wasserstein's.
     ours, theirs = np.mean(per_query[3:], 0), np.mean(per_query[1:3], 0)
-    assert found["wasserstein"]["p"]["infonce"]["t"] == pytest.approx(ttest_rel(ours, theirs).pvalue)
+    assert found[DEFAULT_LOSS]["p"]["infonce"]["t"] == pytest.approx(ttest_rel(ours, theirs).pvalue)
     assert found["infonce"]["values"]["nDCG@10"] == [
         row["collections"][column]["measures"]["nDCG@10"] for row in rows[1:3]
     ]

@@ -32,7 +32,7 @@ def make_grid(*experiments: Experiment, **changes) -> Grid:
         "seeds": 2,
         "baselines": ("infonce", "untrained"),
         "primary": "wasserstein",
-        "settings": FitSettings(data=(), epochs=1.0, exclude=("beir/a/test",), contrast_share=0.0),
+        "settings": FitSettings(data=(), epochs=1.0, exclude=("beir/a/test",), loss="wasserstein"),
         "encoders": {"small": {"model": "M"}, "large": {"model": "L"}},
         "data": {"lists": ("lists.jsonl",)},
         "collections": COLLECTIONS,

@@ -100,11 +100,16 @@ def test_a_row_stands_for_its_run_when_a_default_has_changed_since(rows):
     old = make_row(defaults={**list_defaults(), "learning_rate": 7e-5})
     assert find_key(old) == Run("fit", FitSettings(loss="kl", learning_rate=7e-5)).key
     assert find_key(old) != find_key(make_row())
-    # A field that there was none of then had what is its default now, but for contrast_share, which was 0.
-    younger = {k: v for k, v in list_defaults().items() if k != "kl_share"}
+    # A field that there was none of then had what is its default now.
+    younger = {k: v for k, v in list_defaults().items() if k != "clip"}
     assert find_key(make_row(defaults=younger)) == find_key(make_row())
-    del younger["contrast_share"]
-    assert find_key(make_row(defaults=younger)) == Run("fit", FitSettings(loss="kl", contrast_share=0.0)).key
+    # wasserstein had shares of other losses.
+    before = {**list_defaults(), "loss": "wasserstein", "kl_share": 0.0, "contrast_share": 0.85}
+    for settings, loss in (({}, "wasserstein:.15+contrast:.85"), ({"contrast_share": 0.0}, "wasserstein")):
+        row = make_row(defaults=before, run={**make_row()["run"], "settings": settings})
+        assert find_key(row) == Run("fit", FitSettings(loss=loss)).key
+    row = make_row(defaults=before, run={**make_row()["run"], "settings": {"loss": "kl", "kl_share": 0.5}})
+    assert find_key(row) == Run("fit", FitSettings(loss="kl")).key
     named = make_row(defaults={**list_defaults(), "loss": "kl"}, run={**make_row()["run"], "settings": {}})
     assert find_key(named) == find_key(make_row())
 

@@ -19,6 +19,7 @@ from quality_examples import (
 )
 from scipy.stats import ttest_1samp
 
+from benchmarks.quality.controls import register
 from gradret.bench.grid import System
 from gradret.bench.grid_file import read_grid
 from gradret.bench.grid_rows import GridRows
@@ -606,6 +607,7 @@ def list_leaves(content, place=()):
 @pytest.mark.slow
 def test_the_committed_document_is_made_of_the_committed_rows():
     results = REPOSITORY / "benchmarks" / "results" / "quality"
+    register()
     grid = read_grid(REPOSITORY / "benchmarks" / "quality.toml")
     rows = choose_rows(GridRows(results / "rows.jsonl").read(), grid.wanted(), grid.measures)
     committed = json.loads((results / "quality.json").read_text())

@@ -25,10 +25,11 @@ from gradret.train.gradients import Contexts, Objective
 OPTIONS = {
     "defaults": {},
     "order 1": {"order": 1, "temperature": 0.3},
-    "roots": {"targets": "sqrt", "ground": "sqrt", "kl_share": 0.6, "contrast_share": 0.0},
-    "softmax": {"targets": "softmax", "contrast_share": 0.0},
-    "contrast": {"contrast_share": 0.4},
+    "roots": {"targets": "sqrt", "ground": "sqrt", "loss": "wasserstein:.4+kl:.6"},
+    "softmax": {"targets": "softmax", "loss": "wasserstein"},
+    "contrast": {"loss": "wasserstein:.6+contrast:.4"},
 }
+MIXTURE = "wasserstein:.05+kl:.1+contrast:.85"
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +93,9 @@ def test_the_score_is_the_models_similarity(name, model_directory):
     torch.manual_seed(0)
     embeddings = [torch.randn(2, 8) for _ in range(4)]
     grades = torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 1.0]])
-    options = {"temperature": 0.05, "targets": "gain", "ground": "grade", "contrast_share": 0.0}
-    found = WassersteinLoss(model, in_batch=False, **options).compute_loss_from_embeddings(embeddings, grades)
+    found = WassersteinLoss(model, loss="wasserstein", in_batch=False).compute_loss_from_embeddings(embeddings, grades)
     scores = torch.stack([model.similarity_pairwise(embeddings[0], column) for column in embeddings[1:]], 1)
-    expected = gradret.wasserstein_loss(scores, grades, order=2, temperature=0.05)
+    expected = gradret.wasserstein_loss(scores, grades)
     torch.testing.assert_close(found, expected)
 
 
@@ -105,14 +105,14 @@ def test_rows_of_two_processes_are_one_batch(model_directory, monkeypatch):
     torch.manual_seed(0)
     embeddings = [torch.randn(4, 8) for _ in range(4)]
     grades = torch.randint(0, 4, (4, 3)).float()
-    whole = WassersteinLoss(model, kl_share=0.1).compute_loss_from_embeddings(embeddings, grades)
+    whole = WassersteinLoss(model, loss=MIXTURE).compute_loss_from_embeddings(embeddings, grades)
     everyone = {column[rank : rank + 2].data_ptr(): column for column in embeddings for rank in (0, 2)}
     monkeypatch.setattr(module, "all_gather_with_grad", lambda column: everyone[column.data_ptr()])
     halves = []
     for rank in range(2):
         monkeypatch.setattr(module, "get_rank", lambda rank=rank: rank)
         rows = slice(2 * rank, 2 * rank + 2)
-        loss = WassersteinLoss(model, kl_share=0.1, gather_across_devices=True)
+        loss = WassersteinLoss(model, loss=MIXTURE, gather_across_devices=True)
         halves.append(loss.compute_loss_from_embeddings([column[rows] for column in embeddings], grades[rows]))
     torch.testing.assert_close(torch.stack(halves).mean(), whole)
     assert halves[0] != halves[1]
@@ -120,10 +120,10 @@ def test_rows_of_two_processes_are_one_batch(model_directory, monkeypatch):
 
 def test_the_model_card_names_the_loss_its_options_and_whom_to_cite(model_directory, lists, tmp_path):
     model = SentenceTransformer(str(model_directory), device="cpu")
-    make_trainer(model, lists, tmp_path / "out", kl_share=0.125).train()
+    make_trainer(model, lists, tmp_path / "out", loss=MIXTURE).train()
     model.save_pretrained(str(tmp_path / "model"))
     card = (tmp_path / "model" / "README.md").read_text()
-    for told in ("WassersteinLoss", '"kl_share": 0.125', '"contrast_share": 0.85', "2503.23239"):
+    for told in ("WassersteinLoss", f'"loss": "{MIXTURE}"', "2503.23239"):
         assert told in card
 
 
@@ -134,8 +134,8 @@ def test_the_model_card_names_the_loss_its_options_and_whom_to_cite(model_direct
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"targets": "linear"}, "targets must be one of 'gain', 'softmax', 'sqrt'; got 'linear'"),
         (
-            {"kl_share": 0.5, "contrast_share": 0.0, "default_grade": 1.0},
-            "kl_share must be 0 unless targets give documents of the default grade no mass",
+            {"loss": "wasserstein:.5+kl:.5", "default_grade": 1.0},
+            "kl and contrast need targets that give documents of the default grade no mass",
         ),
         ({"in_batch": False, "gather_across_devices": True}, "gather_across_devices gathers the other rows' passages"),
     ],

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from plain import prepare_grades, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 
-from gradret import prepare_grades, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 from gradret.loss import kernels
 
 pytestmark = pytest.mark.skipif(

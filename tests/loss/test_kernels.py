@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import prepare_grades, wasserstein_loss
 
-from gradret import prepare_grades
 from gradret.loss import grades as grades_module
 from gradret.loss import kernels, reference
 from gradret.loss import transport as ops
-from gradret.loss.functions import wasserstein_loss
 
 F64 = {"dtype": torch.float64}
 HALVES = [torch.bfloat16, torch.float16]

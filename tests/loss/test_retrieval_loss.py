@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from plain import PLAIN, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 
-from gradret import contrast_loss, kl_loss, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 from gradret.loss import kernels
 from gradret.loss import retrieval as retrieval_loss
+from gradret.loss.functions import mix_losses
 
 F64 = {"dtype": torch.float64}
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -34,18 +35,15 @@ def make_batch(rows=7, columns=23, pairs=40, seed=0, dtype=torch.float64):
     return queries.to(dtype), documents.to(dtype), triples
 
 
-def plain(queries, documents, triples, default=0.0, weights=None, kl_share=0.0, contrast_share=0.0, **options):
+def plain(queries, documents, triples, default=0.0, weights=None, loss="wasserstein", **options):
     shape = (len(queries), len(documents))
     dense = torch.full(shape, default, **F64).index_put(triples[:2], triples[2])
     if weights is not None:
         options["targets"] = torch.zeros(shape, **F64).index_put(triples[:2], weights)
     scores = queries @ documents.T
-    value = (1 - kl_share - contrast_share) * wasserstein_loss(scores, dense, **options)
-    rest = {key: options[key] for key in ("temperature", "targets") if key in options}
-    for loss, share in ((kl_loss, kl_share), (contrast_loss, contrast_share)):
-        if share:
-            value = value + share * loss(scores, dense, **rest)
-    return value
+    if loss == "wasserstein":
+        return wasserstein_loss(scores, dense, **options)
+    return mix_losses(loss, scores, dense, **PLAIN | options)
 
 
 def value_and_gradients(function, queries, documents, *arguments, **options):
@@ -73,21 +71,20 @@ def test_equals_the_plain_path_in_float64(order, default, targets, reduction, ti
 def test_ground_distances_and_roots_as_targets(ground, default, tile_size):
     batch = make_batch()
     options = {"order": 2, "temperature": 2.0, "targets": "sqrt", "ground": ground}
-    options |= {"kl_share": 0.4, "contrast_share": 0.3}
+    options["loss"] = "wasserstein:.3+kl:.4+contrast:.3"
     expected = value_and_gradients(plain, *batch, default=default, **options)
     found = value_and_gradients(wasserstein_retrieval_loss, *batch, default_grade=default, **options)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["kl_share", "contrast_share"])
-@pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.parametrize("loss", ["wasserstein:.7+kl:.3", "wasserstein:.7+contrast:.3", "kl", "contrast"])
 @pytest.mark.parametrize("pairs", [40, 3, 161])  # some rows without pairs; no others but pairs
 @pytest.mark.parametrize("temperature", [2.0, 0.05])
-def test_a_share_of_another_loss(name, share, pairs, temperature, tile_size):
+def test_mixtures(loss, pairs, temperature, tile_size):
     batch = make_batch(pairs=pairs)
     for weights in (None, torch.linspace(0, 1, pairs, **F64)):
-        options = {"order": 2, "temperature": temperature, name: share}
+        options = {"order": 2, "temperature": temperature, "loss": loss}
         expected = value_and_gradients(plain, *batch, weights=weights, **options)
         options["targets"] = "gain" if weights is None else weights
         found = value_and_gradients(wasserstein_retrieval_loss, *batch, **options)
@@ -95,14 +92,21 @@ def test_a_share_of_another_loss(name, share, pairs, temperature, tile_size):
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["kl_share", "contrast_share"])
-def test_a_share_keeps_pulling_where_the_softmax_has_collapsed(name):
+@pytest.mark.parametrize(
+    ("loss", "slope"), [("wasserstein", 0.0), ("wasserstein:.5+kl:.5", -0.5), ("wasserstein:.5+contrast:.5", -0.5)]
+)
+def test_a_mixture_keeps_pulling_where_the_softmax_has_collapsed(loss, slope):
     """The right document's share of p is e^-90: transport alone has no gradient left, the other losses have all."""
     queries, documents = torch.tensor([[1.0]]), torch.tensor([[0.0], [90.0]], requires_grad=True)
     triple = (torch.tensor([0]), torch.tensor([0]), torch.tensor([3.0]))
-    for share, slope in ((0.0, 0.0), (0.5, -0.5)):
-        loss = wasserstein_retrieval_loss(queries, documents, triple, **{name: share})
-        assert torch.autograd.grad(loss, documents)[0][0].item() == pytest.approx(slope, abs=1e-30)
+    value = wasserstein_retrieval_loss(queries, documents, triple, loss=loss)
+    assert torch.autograd.grad(value, documents)[0][0].item() == pytest.approx(slope, abs=1e-30)
+
+
+def test_a_row_whose_scores_are_all_minus_infinity_counts_as_nothing():
+    queries, documents = torch.tensor([[1.0]], requires_grad=True), torch.tensor([[-torch.inf], [-torch.inf]])
+    triple = (torch.tensor([0]), torch.tensor([0]), torch.tensor([3.0]))
+    assert wasserstein_retrieval_loss(queries, documents, triple, loss="wasserstein:.5+kl:.5").item() == 0
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -234,13 +238,11 @@ I2 = torch.tensor([0, 1])
         ((I2, I2, torch.ones(2)), {"order": 3}, "order must be 1 or 2, got 3"),
         ((I2, I2, torch.ones(2)), {"temperature": 0}, "temperature must be above 0"),
         ((I2, I2, torch.ones(2)), {"reduction": "max"}, "reduction must be"),
-        ((I2, I2, torch.ones(2)), {"kl_share": 1.5}, "kl_share must be from 0 to 1, got 1.5"),
-        ((I2, I2, torch.ones(2)), {"kl_share": 0.5, "contrast_share": 0.6}, "at most 1 together, got 0.5 and 0.6"),
-        ((I2, I2, torch.ones(2)), {"contrast_share": 0.5, "targets": "softmax"}, "contrast_share must be 0 unless"),
-        ((I2, I2, torch.ones(2)), {"kl_share": 0.5, "targets": "softmax"}, "documents of the default grade no mass"),
+        ((I2, I2, torch.ones(2)), {"loss": "infonce"}, "loss 'infonce': only wasserstein, kl and contrast are"),
+        ((I2, I2, torch.ones(2)), {"loss": "kl", "targets": "softmax"}, "documents of the default grade no mass"),
         (prepare_pairs(I2, I2, torch.ones(2), (2, 5)), {}, r"\(2, 5\) queries and documents, the embeddings"),
         (prepare_pairs(I2, I2, torch.ones(2), (3, 5)), {"default_grade": 1}, "part of prepared pairs"),
-        (prepare_pairs(I2, I2, torch.ones(2), (3, 5)), {"ground": "sqrt"}, "part of prepared pairs"),
+        (prepare_pairs(I2, I2, torch.ones(2), (3, 5)), {"ground": "gain"}, "part of prepared pairs"),
     ],
 )  # fmt: skip
 def test_wrong_arguments(triples, options, message):
@@ -261,7 +263,7 @@ def op_samples():
     places = (prepared.offsets, prepared.columns)
     lists = [tensor for group in prepared.lists for tensor in group]
     for reduction in ("none", "mean"):
-        arguments = (queries, documents, *places, lists, 2, 0.7, 0.25, 0.5, reduction)
+        arguments = (queries, documents, *places, lists, [0.25, 0.25, 0.5], 2, 0.7, reduction)
         yield retrieval_loss.retrieval_transport_op, arguments
         loss, *saved = retrieval_loss.retrieval_transport_op(*arguments)
         back = (queries, documents, *places, *saved, torch.ones_like(loss), 0.7)
@@ -314,11 +316,11 @@ def test_one_query_with_all_documents_costs_no_matrix():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("shares", [{}, {"kl_share": 0.5, "contrast_share": 0.25}])
-def test_every_tensor_is_made_where_the_embeddings_are(shares):
+@pytest.mark.parametrize("loss", ["wasserstein", "wasserstein:.25+kl:.5+contrast:.25"])
+def test_every_tensor_is_made_where_the_embeddings_are(loss):
     queries, documents = torch.randn(2, 3).requires_grad_(), torch.randn(4, 3).requires_grad_()
     triples = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2]), torch.tensor([3.0, 1.0, 2.0])
     with torch.device("meta"):  # by default
         for grades in (triples, prepare_pairs(*triples, (2, 4))):
-            wasserstein_retrieval_loss(queries, documents, grades, **shares).backward()
+            wasserstein_retrieval_loss(queries, documents, grades, loss=loss).backward()
     assert queries.grad.isfinite().all() and documents.grad.isfinite().all()

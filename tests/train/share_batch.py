@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_contexts import LOSSES, make_batch
+from test_contexts import LOSSES, PLAIN, make_batch
 
 from gradret.data.sources import open_collection, parse_source
 from gradret.distributed import Processes, end_process, join_processes
@@ -22,7 +22,7 @@ def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> 
     for name, options in LOSSES.items():
         for floor in (0.0, None):
             encoder.train().zero_grad(set_to_none=True)
-            settings = FitSettings(**{"order": 1, "temperature": 1.0, "contrast_share": 0.0, **options})
+            settings = FitSettings(**PLAIN | options)
             contexts = Contexts(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
             loss = contexts.add_gradients(batch, "0/0/0")
             processes.add_gradients(list(encoder.parameters()))

@@ -69,13 +69,11 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "steps": "26",
         "trained on": "cpu, 1 process",
         "time": "1 min 2 s",
-        "`--loss`": "`wasserstein`",
+        "`--loss`": "`wasserstein:.15+contrast:.85`",
         "`--order`": "2",
         "`--temperature`": "0.05",
         "`--targets`": "`sqrt`",
         "`--ground`": "`sqrt`",
-        "`--kl-share`": "0",
-        "`--contrast-share`": "0.85",
         "`--batch-lists`": "16",
         "`--learning-rate`": "5e-06",
         "`--epochs`": "2",
@@ -112,11 +110,11 @@ def test_what_differs_from_the_defaults_is_told(tiny_encoder, tmp_path):
     assert shown["`--in-batch`"] == "no"
     assert shown["`--gradient-checkpointing`"] == "yes"
     assert shown["`--max-steps`"] == "40"
-    unused = ("order", "ground", "targets", "kl-share", "contrast-share")  # infonce has no use for these
+    unused = ("order", "ground", "targets")  # infonce has no use for these
     assert not {f"`--{name}`" for name in (*unused, "pooling")} & set(shown)
     assert "last token" in text and '`"query: "`' in text and "put the prompts above" in text and "6.2" in text
     shown = table(write(tmp_path, encoder, replace(settings, loss="kl")), "## Training")
-    assert "`--targets`" in shown and "`--kl-share`" not in shown
+    assert "`--targets`" in shown and "`--order`" not in shown
 
 
 def test_dev_measures(encoder, tmp_path):

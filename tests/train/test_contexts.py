@@ -7,7 +7,7 @@ from conftest import SAMPLE_FILE, make_tiny_encoder
 from gradret.data.lists import read_lists
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, deal_chunks, pad_tokens, plan_chunks
-from gradret.loss.functions import contrast_loss, kl_loss, make_loss, wasserstein_loss
+from gradret.loss.functions import mix_losses, wasserstein_loss
 from gradret.settings import FitSettings
 from gradret.train import gradients as objective
 from gradret.train.batches import Batch, collate
@@ -15,20 +15,20 @@ from gradret.train.gradients import Contexts, Objective
 
 LOSSES = {
     "wasserstein": {},
-    "wasserstein:2": {"order": 2},
+    "wasserstein 2": {"order": 2},
     "gaussian": {"loss": "gaussian"},
     "infonce": {"loss": "infonce"},
     "kl": {"loss": "kl"},
     "ranknet": {"loss": "ranknet"},
-    "sorted": {"loss": "sorted"},
-    "kl_share": {"kl_share": 0.3},
-    "kl_share softmax": {"kl_share": 0.3, "targets": "softmax"},
+    "part kl": {"loss": "wasserstein:.7+kl:.3"},
+    "part kl softmax": {"loss": "wasserstein:.7+kl:.3", "targets": "softmax"},
     "softmax": {"targets": "softmax"},
     "contrast": {"loss": "contrast"},
-    "contrast_share": {"contrast_share": 0.3},
-    "both": {"kl_share": 0.3, "contrast_share": 0.4},
-    "roots": {"targets": "sqrt", "ground": "sqrt", "order": 2, "kl_share": 0.5},
+    "fused": {"loss": "wasserstein:.3+kl:.3+contrast:.4"},
+    "not fused": {"loss": "wasserstein:.3+ranknet:.3+gaussian:.4"},
+    "roots": {"targets": "sqrt", "ground": "sqrt", "order": 2, "loss": "wasserstein:.5+kl:.5"},
 }
+PLAIN = {"loss": "wasserstein", "order": 1, "temperature": 1.0, "targets": "gain", "ground": "grade"}
 
 
 def make_batch(count: int = 6) -> Batch:
@@ -43,9 +43,7 @@ def find_gradients(
     encoder: Encoder, batch: Batch, *, chunk: int = 4, cached: bool = False, floor: float | None = 0.0, **options
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the gradient of each parameter, in training mode."""
-    settings = FitSettings(
-        **{"order": 1, "temperature": 1.0, "contrast_share": 0.0, "targets": "gain", "ground": "grade", **options}
-    )
+    settings = FitSettings(**PLAIN | options)
     encoder.train().zero_grad(set_to_none=True)
     contexts = Contexts(encoder, Objective(settings, floor), "float32", chunk, cached)
     loss = contexts.add_gradients(batch, "0/0/0")
@@ -74,12 +72,8 @@ def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
     grades, mask = batch.spread_grades(0.0), None
     if floor is None:
         scores, grades, mask = scores.gather(1, batch.columns), batch.grades, batch.mask
-    settings = {"order": 1, "temperature": 1.0, "targets": "gain", "loss": "wasserstein", **options}
-    shares = {kl_loss: settings.pop("kl_share", 0.0), contrast_loss: settings.pop("contrast_share", 0.0)}
-    targets = settings["targets"]
-    value = make_loss(settings.pop("loss"), **settings)(scores, grades, mask=mask)
-    value = (1 - sum(shares.values())) * value
-    value = value + sum(s * part(scores, grades, mask=mask, targets=targets) for part, s in shares.items() if s)
+    settings = PLAIN | options
+    value = mix_losses(settings.pop("loss"), scores, grades, mask=mask, **settings)
     value.backward()
     expected = value.item(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     assert_same(found, expected, 1e-5)
@@ -111,13 +105,14 @@ def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
     found = find_gradients(encoder, batch, chunk=chunk, cached=True)
     encoder.zero_grad(set_to_none=True)
     scores = encoder.score(encoder(batch.queries, "query"), encoder(batch.documents, "document"))
-    value = wasserstein_loss(scores, batch.spread_grades(0.0).double())
+    options = {name: value for name, value in PLAIN.items() if name != "loss"}
+    value = wasserstein_loss(scores, batch.spread_grades(0.0).double(), **options)
     value.backward()
     expected = value.item(), {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     assert_same(found, expected, 1e-9)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "ranknet", "kl_share", "contrast_share"])
+@pytest.mark.parametrize("loss", ["infonce", "ranknet", "part kl softmax", "fused"])
 def test_blocks_of_rows_change_nothing(loss, tiny_encoder, monkeypatch):
     encoder, batch = load_encoder(str(tiny_encoder)).double(), make_batch()  # sums in another order
     for floor in (0.0, None):
@@ -131,11 +126,11 @@ def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):
     """Of a batch of 64 lists and 256 documents the largest tensor that a loss sees is a block."""
     seen = []
 
-    def watch(scores, grades, mask=None):
+    def watch(loss, scores, grades, **options):
         seen.append(scores.numel())
         return scores.sum()
 
-    monkeypatch.setattr(objective, "make_loss", lambda *a, **k: watch)
+    monkeypatch.setattr(objective, "mix_losses", watch)
     monkeypatch.setattr(objective, "BLOCK_ELEMENTS", 1024)
     queries, documents = torch.ones(64, 2, requires_grad=True), torch.ones(256, 2, requires_grad=True)
     lists = list(read_lists(SAMPLE_FILE))[:64]

@@ -374,20 +374,6 @@ def test_a_run_of_before_an_option_came_goes_on(tiny_encoder, tmp_path, monkeypa
     assert fit(settings, out, resume=True, progress=False).steps == SMALL["max_steps"]
 
 
-def test_a_run_of_before_the_contrast_goes_on_without_it(tiny_encoder, tmp_path, cut_run, monkeypatch):
-    settings, out = FitSettings(model=str(tiny_encoder), contrast_share=0.0, **SMALL), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        cut_at(2, patch)
-        with pytest.raises(GradretError, match="cut"):
-            fit(settings, out, progress=False)
-    forget(out, "contrast_share")
-    with pytest.raises(GradretError, match="holds another run, with contrast_share=0.0 where 0.85 is asked for"):
-        fit(cut_run[0], out, resume=True, progress=False)
-    result = CliRunner().invoke(main, ["fit", "--out", str(out), "--resume"])
-    assert result.exit_code == 0, result.output
-    assert json.loads((out / "gradret.json").read_text())["settings"]["contrast_share"] == 0.0
-
-
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 1000)])
 def test_the_best_weights_are_looked_for_before_the_run_goes_on(tiny_encoder, tmp_path, monkeypatch, damage):
     settings, out = FitSettings(model=str(tiny_encoder), dev="sample?queries=even", **SMALL), tmp_path / "out"
