@@ -33,6 +33,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "click>=8.1",
+        "filelock>=3.12",
         "huggingface-hub>=0.30",
         "ir-datasets>=0.5.10",
         "ir-measures>=0.3.7",

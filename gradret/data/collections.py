@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.lists import ListFile, Passage, decode_json, hash64, open_file
-
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps processes apart
-    fcntl = None  # type: ignore[assignment]
-
 
 LOCK_FILE = "gradret.lock"
 
@@ -78,21 +73,19 @@ def reading(dataset: Any) -> Iterator[None]:
 def unpacking() -> Iterator[None]:
     """While no other process is in here: two that have ir_datasets make the same files at once damage them.
 
-    Not to be nested. Without a lock where the home can not be written to, on a network file system that has none, and
-    on Windows.
+    Not to be nested. Without a lock where the home cannot be written to.
     """
     import ir_datasets
 
     path = ir_datasets.util.home_path() / LOCK_FILE
+    lock = FileLock(path)
     with ExitStack() as stack:
-        if fcntl is not None:
-            with suppress(OSError):
-                file = stack.enter_context(open(path, "a"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    say(f"waiting for another process that downloads or unpacks a collection ({path})")
-                    fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(OSError):
+            try:
+                stack.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                say(f"waiting for another process that downloads or unpacks a collection ({path})")
+                stack.enter_context(lock.acquire())
         yield
 
 
