@@ -4,7 +4,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from gradret.console import PATIENCE_S, GradretError, say, show_bar
-from gradret.data.lists import ListFile, Passage, decode_json, hash64, open_file
+from gradret.console import GradretError, say
+from gradret.data.lists import Line, ListFile, Passage, decode_json, hash64, open_file, read_lines
 
 LOCK_FILE = "gradret.lock"
 
@@ -90,7 +90,6 @@ def unpacking() -> Iterator[None]:
 
 
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
-TREC_SUFFIXES = (".txt", ".qrels", ".trec")
 TROVE_FILE = "qrels.jsonl"
 
 Qrels = dict[str, dict[str, float]]
@@ -105,82 +104,60 @@ def read_qrels(directory: Path, split: str) -> Qrels:
 
     Raises: GradretError when there is none, or a line is not of its format.
     """
-    beir = directory / "qrels" / f"{split}.tsv"
-    if beir.exists():
-        return _collect(_read_beir(beir))
-    for suffix in TREC_SUFFIXES:
-        trec = beir.with_suffix(suffix)
-        if trec.exists():
-            return _collect(_read_trec(trec))
-    trove = directory / TROVE_FILE
-    if trove.exists():
-        return _collect(_read_trove(trove))
-    there = sorted({p.stem for suffix in (".tsv", *TREC_SUFFIXES) for p in beir.parent.glob(f"*{suffix}")})
-    raise GradretError(f"{beir}: no such file; splits with qrels here: {', '.join(there) or 'none'}")
-
-
-def _collect(lines: Iterator[tuple[str, str, float]]) -> Qrels:
+    folder = directory / "qrels"
+    forms = [(folder / f"{split}{suffix}", form) for suffix, form in QRELS_FORMS.items()]
+    forms.append((directory / TROVE_FILE, TROVE_FORM))
+    path, (parse, expected) = next((form for form in forms if form[0].exists()), (None, TROVE_FORM))
+    if path is None:
+        there = sorted({p.stem for suffix in QRELS_FORMS for p in folder.glob(f"*{suffix}")})
+        raise GradretError(f"{forms[0][0]}: no such file; splits with qrels here: {', '.join(there) or 'none'}")
     qrels: Qrels = {}
-    for query_id, doc_id, grade in lines:
-        qrels.setdefault(query_id, {})[doc_id] = grade
+    for line in read_lines(path):
+        where = f"{path}:{line.number}"
+        try:
+            for query_id, doc_id, grade in parse(line, where):
+                qrels.setdefault(query_id, {})[doc_id] = grade
+        except (KeyError, TypeError, ValueError):
+            raise GradretError(f"{where}: expected {expected}") from None
     return qrels
 
 
-def _read_beir(path: Path) -> Iterator[tuple[str, str, float]]:
-    with open_file(path) as file:
-        header = file.readline().decode("utf-8", "replace").rstrip("\r\n")
-        if header.split("\t") != BEIR_HEADER:
-            raise GradretError(
-                f"{path}:1: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{header[:60]}'; "
-                "add it as the first line"
-            )
-        expected = "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
-        yield from _read_lines(file, path, 2, lambda line: line.split("\t"), expected)
+# Each gives the judgments of a line: query id, doc id, grade. What they raise says that the line is not of its form.
 
 
-def _read_trec(path: Path) -> Iterator[tuple[str, str, float]]:
-    def split(line: str) -> list[str]:
-        query_id, _, *others = line.split()
-        return [query_id, *others]
-
-    with open_file(path) as file:
-        yield from _read_lines(file, path, 1, split, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade")
-
-
-def _read_lines(
-    lines: Iterable[bytes], path: Path, first: int, split: Callable[[str], list[str]], expected: str
-) -> Iterator[tuple[str, str, float]]:
-    """Judgments of lines that `split` cuts into query, document and grade; the first line has the number `first`."""
-    for number, line in enumerate(lines, first):
-        text = line.decode("utf-8", "replace").rstrip("\r\n")
-        if not text:
-            continue
-        try:
-            query_id, doc_id, grade = split(text)
-            yield query_id, doc_id, int(grade)
-        except ValueError:
-            raise GradretError(f"{path}:{number}: expected {expected}") from None
+def _parse_beir(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
+    fields = line.text.split("\t")
+    if line.number > 1:
+        query_id, doc_id, grade = fields
+        return [(query_id, doc_id, int(grade))]
+    if fields != BEIR_HEADER:
+        raise GradretError(
+            f"{where}: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{line.text[:60]}'; "
+            "add it as the first line"
+        )
+    return []
 
 
-def _read_trove(path: Path) -> Iterator[tuple[str, str, float]]:
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            record = decode_json(line, f"{path}:{number}")
-            try:
-                query_id, doc_ids, scores = (record[key] for key in ("qid", "docid", "score"))
-                if not isinstance(query_id, str) or not all(isinstance(doc_id, str) for doc_id in doc_ids):
-                    raise TypeError
-                for doc_id, score in zip(doc_ids, scores, strict=True):
-                    if not math.isfinite(score):
-                        raise ValueError
-                    yield query_id, doc_id, score
-            except (KeyError, TypeError, ValueError):
-                raise GradretError(
-                    f"{path}:{number}: expected a JSON object with a string qid and two lists of one length, docid of "
-                    "strings and score of numbers"
-                ) from None
+def _parse_trec(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
+    query_id, _, doc_id, grade = line.text.split()
+    return [(query_id, doc_id, int(grade))]
+
+
+def _parse_trove(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
+    record = decode_json(line.text, where)
+    query_id, doc_ids, scores = record["qid"], record["docid"], record["score"]
+    if not all(isinstance(name, str) for name in (query_id, *doc_ids)) or not all(map(math.isfinite, scores)):
+        raise TypeError
+    return [(query_id, doc_id, score) for doc_id, score in zip(doc_ids, scores, strict=True)]
+
+
+BEIR_FORM = _parse_beir, "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
+TREC_FORM = _parse_trec, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade"
+TROVE_FORM = (
+    _parse_trove,
+    "a JSON object with a string qid and two lists of one length, docid of strings and score of numbers",
+)
+QRELS_FORMS = {".tsv": BEIR_FORM, ".txt": TREC_FORM, ".qrels": TREC_FORM, ".trec": TREC_FORM}
 
 
 @dataclass(slots=True)
@@ -224,7 +201,7 @@ class Collection(ABC):
 
 
 class BeirCollection(Collection):
-    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels as qrels.read_qrels takes them.
+    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels as read_qrels takes them.
 
     Args:
         queries: a file in place of the directory's queries.jsonl, in its form; None for that one.
@@ -244,8 +221,7 @@ class BeirCollection(Collection):
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes a document, to find an id used twice
-        records = read_records(self._corpus, ("_id", "text"))
-        for record, offset in show_bar(records, desc=f"reading {self._corpus}", unit="doc", delay=PATIENCE_S):
+        for record, offset in read_records(self._corpus, ("_id", "text"), desc=f"reading {self._corpus}"):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
                 self._offsets[record["_id"]] = offset
@@ -317,8 +293,7 @@ class ListCollection(Collection):
         self.queries, self.qrels = {}, {}
         self._documents: dict[str, str] = {}
         doc_ids: dict[str, str] = {}
-        lists = ListFile(path)
-        for ranking_list in (lists[i] for i in range(len(lists))):
+        for ranking_list in ListFile(path):
             grades = self.qrels.setdefault(ranking_list.query_id, {})
             self.queries[ranking_list.query_id] = ranking_list.query
             for position, passage in enumerate(ranking_list.passages, 1):
@@ -342,15 +317,12 @@ def is_self_retrieving(*names: str) -> bool:
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
 
 
-def read_records(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], int]]:
+def read_records(path: Path, keys: tuple[str, ...], *, desc: str = "") -> Iterator[tuple[dict[str, Any], int]]:
     """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
-    offset = 0
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                record = decode_json(line, f"{path}:{number}")
-                for key in keys:
-                    if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                        raise GradretError(f"{path}:{number}: expected a JSON object with the string '{key}'")
-                yield record, offset
-            offset += len(line)
+    for line in read_lines(path, desc=desc):
+        where = f"{path}:{line.number}"
+        record = decode_json(line.text, where)
+        for key in keys:
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise GradretError(f"{where}: expected a JSON object with the string '{key}'")
+        yield record, line.offset

@@ -1,13 +1,15 @@
-"""Ranking lists: one query with its graded passages, as JSONL in and out."""
+"""Ranking lists: one query with its graded passages, as JSONL in and out; and how any text file is read."""
 
+import codecs
 import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -18,7 +20,7 @@ PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
 LIST_KEYS = ("query_id", "query", "passages", "meta")
 TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
 JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
-SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(slots=True)
@@ -143,24 +145,15 @@ def format_list(ranking_list: RankingList) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def decode_json(line: bytes, where: str) -> Any:
-    """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
-    try:
-        record = json.loads(line.rstrip())
-    except UnicodeDecodeError as error:
-        raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        raise GradretError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise GradretError(f"{where}: not readable as JSON ({error})") from None
-    if SURROGATE.search(line):
-        try:
-            json.dumps(record, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise GradretError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
-            ) from None
-    return record
+# Every text file of a user is read through the next four: lists, corpora, queries, qrels, ids, scales, examples.
+
+
+class Line(NamedTuple):
+    """A line of a text file: its number from 1 on, the byte it begins at, and its text without the line's end."""
+
+    number: int
+    offset: int
+    text: str
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
@@ -173,6 +166,55 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise GradretError(f"{path}: can not be read ({error.strerror})") from None
 
 
+def decode_text(line: bytes, where: str) -> str:
+    """The text of bytes in UTF-8, without a byte order mark and a line's end. Raises: GradretError."""
+    try:
+        return line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line]:
+    """The lines of a text file that hold more than white space, one at a time.
+
+    Args:
+        desc: of a progress bar that shows up where reading takes long; "" for none.
+    Raises: GradretError when the file can not be read or is not UTF-8.
+    """
+    with open_file(path) as file:
+        bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
+        with show_bar(shown=bool(desc), desc=desc, delay=PATIENCE_S, **bar_options) as bar:
+            offset = 0
+            try:
+                for number, line in enumerate(file, 1):
+                    text = decode_text(line, f"{path}:{number}")
+                    if text.strip():
+                        yield Line(number, offset, text)
+                    offset += len(line)
+                    bar.update(len(line))
+            except OSError as error:
+                raise GradretError(f"{path}: can not be read ({error.strerror})") from error
+
+
+def decode_json(line: str | bytes, where: str) -> Any:
+    """One decoded JSON line. Raises: GradretError when it is not UTF-8 or not JSON."""
+    text = line if isinstance(line, str) else decode_text(line, where)
+    try:
+        record = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise GradretError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise GradretError(f"{where}: not readable as JSON ({error})") from None
+    if SURROGATE.search(text):
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise GradretError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
+            ) from None
+    return record
+
+
 def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> None:
     """Write ranking lists as JSONL, UTF-8."""
     with open(path, "w", encoding="utf-8") as file:
@@ -182,11 +224,9 @@ def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> N
 
 def read_lists(path: str | os.PathLike[str]) -> Iterator[RankingList]:
     """Every ranking list of a JSONL file in order, one at a time. Raises: GradretError as parse_list."""
-    with open_file(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield parse_list(decode_json(line, where), where)
+    for line in read_lines(path):
+        where = f"{path}:{line.number}"
+        yield parse_list(decode_json(line.text, where), where)
 
 
 def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
@@ -216,14 +256,14 @@ def query_words(query: str) -> str:
 
 
 class ListFile(Sequence[RankingList]):
-    """Ranking lists of a JSONL file by position; only an index of 28 bytes a list stays in memory.
+    """Ranking lists of a JSONL file by position; only an index of 32 bytes per list stays in memory.
 
     One pass over the file decodes every line, so that a torn line or a query id used twice shows at once;
     the passages are checked as each list is read.
 
     Attributes:
         ids, keys: (lists,) uint64, hash64 of the query id, and query_key.
-        fingerprint: hex digest of the file's content.
+        fingerprint: hex digest of the lines.
     Raises: GradretError.
     """
 
@@ -232,28 +272,22 @@ class ListFile(Sequence[RankingList]):
         self._file = open_file(path)
         if not self._file.seekable():
             raise GradretError(f"{path}: is a pipe; lists are read by position: save them in a file first")
-        size = os.fstat(self._file.fileno()).st_size
-        offsets, numbers, ids, keys = (np.zeros(1024, dtype) for dtype in (np.int64, np.int32, np.uint64, np.uint64))
-        digest, count, offset = hashlib.blake2b(digest_size=16), 0, 0
-        bytes_read: dict[str, Any] = {"total": size, "unit": "B", "unit_scale": True, "delay": PATIENCE_S}
-        with show_bar(desc=f"indexing {self.path.name}", **bytes_read) as bar:
-            for number, line in enumerate(self._file, 1):
-                digest.update(line)
-                if line.strip():
-                    if count == len(offsets):
-                        offsets, numbers, ids, keys = (np.resize(a, 2 * count) for a in (offsets, numbers, ids, keys))
-                    record = decode_json(line, f"{path}:{number}")
-                    fields = (record.get("query_id"), record.get("query")) if isinstance(record, dict) else (None, None)
-                    offsets[count], numbers[count] = offset, number
-                    ids[count], keys[count] = hash64(str(fields[0])), query_key(str(fields[0]), str(fields[1]))
-                    count += 1
-                offset += len(line)
-                if number % 1000 == 0:
-                    bar.update(offset - bar.n)
-        if not count:
+        offsets, numbers, ids, keys = array("q"), array("q"), array("Q"), array("Q")
+        digest = hashlib.blake2b(digest_size=16)
+        for line in read_lines(path, desc=f"indexing {self.path.name}"):
+            digest.update(f"{line.text}\n".encode())
+            record = decode_json(line.text, f"{path}:{line.number}")
+            query_id, query = (
+                (record.get("query_id"), record.get("query")) if isinstance(record, dict) else (None, None)
+            )
+            offsets.append(line.offset)
+            numbers.append(line.number)
+            ids.append(hash64(str(query_id)))
+            keys.append(query_key(str(query_id), str(query)))
+        if not ids:
             raise GradretError(f"{path}: no ranking lists; expected one JSON object a line")
-        self._offsets, self._numbers = offsets[:count].copy(), numbers[:count].copy()
-        self.ids, self.keys = ids[:count].copy(), keys[:count].copy()
+        self._offsets, self._numbers = np.array(offsets), np.array(numbers)
+        self.ids, self.keys = np.array(ids, np.uint64), np.array(keys, np.uint64)
         self.fingerprint = digest.hexdigest()
         self._refuse_duplicate_ids()
 

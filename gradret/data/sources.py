@@ -6,7 +6,6 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Container, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,15 +18,16 @@ from gradret.data.collections import BeirCollection, Collection, IrDatasetsColle
 from gradret.data.lists import (
     GRADE_LIMIT,
     JUDGED,
+    Line,
     ListFile,
     Passage,
     RankingList,
     decode_json,
     grades_agree,
     hash64,
-    open_file,
     query_key,
     query_words,
+    read_lines,
 )
 from gradret.settings import SAMPLE
 
@@ -74,39 +74,23 @@ def parse_source(text: str) -> Source:
         key, _, value = option.partition("=")
         if key in options:
             raise GradretError(f"{text}: {key} stands there twice; give it once")
-        if key == "grades":
-            options[key] = parse_grade_map(value)
-        elif key == "sample":
-            if not value.isdecimal() or int(value) == 0:
-                raise GradretError(f"{text}: sample '{value}' is not a whole number above 0")
-            options[key] = int(value)
-        elif key == "shuffle":
-            options[key] = _parse_share(value, text)
-        elif key in ("queries", "query_file") and value:
-            options[key] = value
-        elif key == "drop_self" and value in ("yes", "no"):
-            options[key] = value == "yes"
-        elif key == "labels" and value in LABELS:
-            options[key] = value
-        else:
+        if key not in OPTIONS:
             raise GradretError(
                 f"{text}: option '{option}' is not known; "
-                "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, query_file=FILE, "
                 "labels=intended|judged|agreed or drop_self=yes|no"
             )
+        parse, expected = OPTIONS[key]
+        try:
+            options[key] = parse(value)
+        except (KeyError, ValueError):
+            raise GradretError(f"{text}: {key} '{value}' is not {expected}") from None
     if options.get("labels") == "judged" and "grades" in options:
         raise GradretError(
             f"{text}: judged grades are any real numbers, which grades= can not list; "
             "leave out one of the two, or use labels=agreed"
         )
     return Source(name, **options)
-
-
-def _parse_share(value: str, text: str) -> float:
-    with suppress(ValueError):
-        if 0 <= float(value) <= 1:
-            return float(value)
-    raise GradretError(f"{text}: shuffle '{value}' is not a number from 0 to 1")
 
 
 def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
@@ -124,6 +108,36 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
                 f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'"
             ) from None
     return tuple(pairs)
+
+
+def _parse_count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError
+    return int(text)
+
+
+def _parse_share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise ValueError
+    return float(text)
+
+
+def _parse_name(text: str) -> str:
+    if not text:
+        raise ValueError
+    return text
+
+
+# Of a source: how each option is read, and what it should have been where that raises a KeyError or a ValueError.
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "grades": (parse_grade_map, "a grade map"),
+    "sample": (_parse_count, "a whole number above 0"),
+    "shuffle": (_parse_share, "a number from 0 to 1"),  # noise for benchmarks: not among the options told to users
+    "queries": (_parse_name, "even, odd or a file"),
+    "query_file": (_parse_name, "a file"),
+    "labels": ({label: label for label in LABELS}.__getitem__, "intended, judged or agreed"),
+    "drop_self": ({"yes": True, "no": False}.__getitem__, "yes or no"),
+}
 
 
 def find_path(name: str) -> Path | None:
@@ -178,9 +192,7 @@ def open_collection(source: Source) -> Collection:
 def query_selector(selection: str) -> Callable[[str], bool]:
     """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
-        with open_file(selection) as file:
-            chosen = {_read_id(line, f"{selection}:{number}") for number, line in enumerate(file, 1)}
-        return chosen.__contains__
+        return {_read_id(line, selection) for line in read_lines(selection)}.__contains__
 
     def has_parity(query_id: str) -> bool:
         number = re.search(r"\d+$", query_id)
@@ -193,19 +205,20 @@ def query_selector(selection: str) -> Callable[[str], bool]:
     return has_parity
 
 
-def _read_id(line: bytes, where: str) -> str:
+def _read_id(line: Line, path: str) -> str:
     """The query id in a line of a file that selects queries: the line, or what its JSON object says."""
-    if not line.startswith(b"{"):
-        return line.decode("utf-8", "replace").strip()
-    record = decode_json(line, where)
+    if not line.text.startswith("{"):
+        return line.text.strip()
+    where = f"{path}:{line.number}"
+    record = decode_json(line.text, where)
     query_id = record.get("query_id", record.get("_id"))
     if query_id is None:
         raise GradretError(f"{where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries")
     return str(query_id)
 
 
-def open_lists(source: Source) -> Sequence[RankingList]:
-    """A source's ranking lists by position, before its options; see mix.MixedLists. Raises: GradretError."""
+def open_lists(source: Source) -> "ListFile | JudgedLists":
+    """A source's ranking lists by position, before its options; see MixedLists. Raises: GradretError."""
     if source.drop_self is not None:
         raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
     path = find_path(source.name)
@@ -248,7 +261,7 @@ class JudgedLists(Sequence[RankingList]):
 SOFTMAX_ADVICE = "use --targets softmax and a --loss without contrast, such as wasserstein"
 
 
-class MixedLists(Sequence):
+class MixedLists(Sequence[RankingList]):
     """The ranking lists of one or more sources by position, one for each query, read when asked for.
 
     Queries with the same id and the same words are one; an id that stands for other words elsewhere is
@@ -271,33 +284,29 @@ class MixedLists(Sequence):
         self.fingerprint = "+".join(part.fingerprint for part in self._parts)
         self._rows = self._merge_rows()  # (lists, sources) int32, -1 where a source lacks the query
         self.disagreeing = np.zeros(len(self._rows), bool)
-        seen: dict[int, int] = {}
-        colliding = set()
-        if len(self._parts) > 1:
-            for part in self._parts:
-                for query_id, key in zip(part.ids.tolist(), part.keys.tolist(), strict=True):
-                    if seen.setdefault(query_id, key) != key:
-                        colliding.add(query_id)
-        self.colliding_ids = len(colliding)
+        ids = np.concatenate([part.ids for part in self._parts])
+        keys = np.concatenate([part.keys for part in self._parts])
+        # Distinct keys under one id: the same id for different queries.
+        ids = np.unique(np.stack([ids, keys], axis=1), axis=0)[:, 0]
+        self.colliding_ids = int((np.unique(ids, return_counts=True)[1] > 1).sum())
 
     def _merge_rows(self) -> np.ndarray:
-        if len(self._parts) == 1:
-            return np.arange(len(self._parts[0]), dtype=np.int32)[:, None]
+        """Where each query stands in each source; queries in the order in which they come first."""
         row_of: dict[int, int] = {}
         for part in self._parts:
             for key in part.keys.tolist():
                 row_of.setdefault(key, len(row_of))
         rows = np.full((len(row_of), len(self._parts)), -1, np.int32)
         for column, part in enumerate(self._parts):
-            for index, key in enumerate(part.keys.tolist()):
-                rows[row_of[key], column] = index
+            rows[[row_of[key] for key in part.keys.tolist()], column] = np.arange(len(part))
         return rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> RankingList:
-        merged, seen = None, set()
+    def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
+        merged: RankingList | None = None
+        seen: set[tuple[str | None, str]] = set()
         for column, row in enumerate(self._rows[index]):
             if row < 0:
                 continue
@@ -309,6 +318,7 @@ class MixedLists(Sequence):
                 if (passage.title, passage.text) not in seen:
                     seen.add((passage.title, passage.text))
                     merged.passages.append(passage)
+        assert merged is not None  # every row is of some source
         return merged
 
     def read_all(self, index: int) -> list[Passage]:
@@ -316,7 +326,9 @@ class MixedLists(Sequence):
         parts = zip(self._parts, self._rows[index].tolist(), strict=True)
         return [passage for part, row in parts if row >= 0 for passage in part[row].passages]
 
-    def _choose(self, index: int, part: RankingList, source: Source, select) -> list:
+    def _choose(
+        self, index: int, part: RankingList, source: Source, select: Callable[[str], bool] | None
+    ) -> list[Passage]:
         if select is not None and not select(part.query_id):
             return []
         passages = part.passages
@@ -348,15 +360,16 @@ class MixedLists(Sequence):
 
 
 def _read_judged(part: RankingList, source: Source) -> list[float]:
-    grades = [passage.extra.get(JUDGED) for passage in part.passages]
-    for position, grade in enumerate(grades, 1):
-        number = isinstance(grade, (int, float)) and not isinstance(grade, bool)
-        if not number or not abs(grade) < GRADE_LIMIT:
+    grades = []
+    for position, passage in enumerate(part.passages, 1):
+        grade = passage.extra.get(JUDGED)
+        if isinstance(grade, bool) or not isinstance(grade, int | float) or not abs(grade) < GRADE_LIMIT:
             what = "has no judged grade" if grade is None else f"its judged grade '{grade}' is not a finite number"
             raise GradretError(
                 f"{part.where}: passage {position}: {what}, which labels={source.labels} needs; "
                 "write the lists with gradret gen --judge, or leave labels out"
             )
+        grades.append(grade)
     return grades
 
 

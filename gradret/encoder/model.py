@@ -80,7 +80,7 @@ def read_config(directory: Path, name: str, longest: int) -> EncoderConfig:
     )
 
 
-def _read_pooling(config: dict, name: str) -> str:
+def _read_pooling(config: dict[str, Any], name: str) -> str:
     modes = config.get("pooling_mode") or [
         key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
         for key, on in config.items()

@@ -1,3 +1,4 @@
+import codecs
 import json
 
 import pytest
@@ -16,6 +17,7 @@ from gradret.data.lists import (
     read_lists,
     write_lists,
 )
+from gradret.data.sources import open_collection, parse_source
 
 
 def test_a_line_becomes_a_list_and_keeps_unknown_keys():
@@ -142,3 +144,36 @@ def test_one_query_is_the_same_id_and_the_same_words():
     assert query_key("1", "a\n b") == query_key("1", "a b")
     assert query_key("1", "a b") != query_key("1", "a c")
     assert query_key("1", "a b") != query_key("2", "a b")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(write_jsonl, tmp_path):
+    """Windows' editors write one. Lists are read by position, too: the first begins behind it."""
+    path = write_jsonl("f.jsonl", [list_record("a"), list_record("b")])
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert list(ListFile(marked)) == list(ListFile(path)) == list(read_lists(marked))
+    assert ListFile(marked).fingerprint == ListFile(path).fingerprint
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_in_another_encoding_is_refused_whoever_reads_it(beir_directory, encoding):
+    """Never replaced or left out: two ids could become one."""
+    qrels = beir_directory / "qrels"
+    (qrels / "trec.txt").write_text("q1 0 d1 1\n")
+    (beir_directory / "ids").write_text("q1\n")
+    source = str(beir_directory)
+    for name, spelling in (
+        ("corpus.jsonl", source),
+        ("queries.jsonl", source),
+        ("qrels/test.tsv", source),
+        ("qrels/trec.txt", f"{source}:trec"),
+        ("ids", f"{source}?queries={beir_directory}/ids"),
+    ):
+        path = beir_directory / name
+        content = path.read_bytes()
+        path.write_bytes(codecs.BOM_UTF8 + content)
+        assert "q1" in open_collection(parse_source(spelling)).queries
+        path.write_bytes(f"{content.decode()}é\n".encode(encoding))
+        with pytest.raises(GradretError, match=rf"{path.name}:\d: not UTF-8 text \(.* at byte \d+\)"):
+            open_collection(parse_source(spelling))
+        path.write_bytes(content)

@@ -37,9 +37,12 @@ def test_spelling():
         (
             "a?size=3",
             "a?size=3: option 'size=3' is not known; "
-            "use grades=OLD:NEW,..., sample=K, shuffle=SHARE, queries=even|odd|FILE, query_file=FILE, "
+            "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, query_file=FILE, "
             "labels=intended|judged|agreed or drop_self=yes|no",
         ),
+        ("a?drop_self=maybe", "a?drop_self=maybe: drop_self 'maybe' is not yes or no"),
+        ("a?labels=all", "a?labels=all: labels 'all' is not intended, judged or agreed"),
+        ("a?queries=", "a?queries=: queries '' is not even, odd or a file"),
         (
             "a?labels=judged&grades=3",
             "a?labels=judged&grades=3: judged grades are any real numbers, which grades= can not list; "
