@@ -16,8 +16,8 @@ from gradret.data.lists import Passage, RankingList, format_list, hash64
 from gradret.data.sources import Source, open_lists, parse_source
 
 FORMS = ("beir", "tevatron", "trove", "trec", "lists")
-QRELS = {"beir": "qrels/train.tsv", "trove": "qrels.jsonl", "trec": "qrels/train.txt"}
 ONE_FILE = ("tevatron", "lists")
+HEADERS = {"qrels/train.tsv": "\t".join(BEIR_HEADER) + "\n"}
 UNFIT = {  # BEIR's reader takes a quotation mark at the start for CSV quoting
     "beir": (re.compile(r'[\t\r\n]|^"'), "BEIR's", "tabs, line breaks and a quotation mark at its start"),
     "trec": (re.compile(r"\s|^$"), "TREC's", "white space"),
@@ -57,12 +57,7 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
         out.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # beside it, to be moved in one piece
         try:
-            if form == "tevatron":
-                counts = _write_tevatron(lists, work / "out", positive_from)
-            elif form == "lists":
-                counts = _write_lists(lists, work / "out")
-            else:
-                counts = _write_collection(lists, form, work / "out")
+            counts = _write(lists, form, work / "out", positive_from)
             os.replace(work / "out", out)
         finally:
             shutil.rmtree(work)
@@ -78,62 +73,69 @@ def _open(source: str) -> Sequence[RankingList]:
     return open_lists(parsed)
 
 
-def _write_lists(lists: Sequence[RankingList], path: Path) -> dict:
+def _write(lists: Sequence[RankingList], form: str, out: Path, positive_from: float | None) -> dict:
     documents, judgements = _Documents(), 0
-    with ExitStack() as files:
-        file = _create(path, files)
-        for ranking_list in _read_in_order(lists):
-            documents.name(ranking_list)
-            file.write(format_list(ranking_list) + "\n")
-            judgements += len(ranking_list.passages)
-    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
-
-
-def _write_tevatron(lists: Sequence[RankingList], path: Path, positive_from: float | None) -> dict:
-    documents, judgements = _Documents(), 0
-    with ExitStack() as files:
-        file = _create(path, files)
-        for ranking_list in _read_in_order(lists):
-            judged, _ = documents.name(ranking_list)
-            lowest = max(p.grade for p in judged.values()) if positive_from is None else positive_from
-            positives = [_describe(i, p, "docid") for i, p in judged.items() if p.grade >= lowest]
-            negatives = [_describe(i, p, "docid") for i, p in judged.items() if not p.grade >= lowest]
-            # Tevatron draws from both, and breaks off in the middle of an epoch where there is nothing to draw from.
-            for group, name in ((positives, "positive"), (negatives, "negative")):
-                if not group:
-                    raise GradretError(
-                        f"{_place(ranking_list)} has no {name} passage when grades from {lowest:g} on are positive, "
-                        "but Tevatron needs one; choose another lowest positive grade, or remove the list"
-                    )
-            record = {"query_id": ranking_list.query_id, "query": ranking_list.query}
-            _write_line(file, record | {"positive_passages": positives, "negative_passages": negatives})
-            judgements += len(judged)
-    return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
-
-
-def _write_collection(lists: Sequence[RankingList], form: str, directory: Path) -> dict:
-    documents, judgements = _Documents(), 0
-    with ExitStack() as files:
-        corpus, queries, qrels = (
-            _create(directory / name, files) for name in ("corpus.jsonl", "queries.jsonl", QRELS[form])
-        )
-        if form == "beir":
-            qrels.write("\t".join(BEIR_HEADER) + "\n")
-        for ranking_list in _read_in_order(lists):
+    files: dict[str, TextIO] = {}
+    with ExitStack() as closing:
+        for ranking_list in show_bar(lists, desc="exporting", unit="list", delay=PATIENCE_S):
             judged, new = documents.name(ranking_list)
-            for doc_id in new:
-                _write_line(corpus, _describe(doc_id, judged[doc_id], "_id"))
-            _write_line(queries, {"_id": ranking_list.query_id, "text": ranking_list.query})
-            if form in UNFIT:
-                qrels.writelines(_format_qrel(form, ranking_list, doc_id, p.grade) for doc_id, p in judged.items())
-            else:  # all real: readers of JSON lines guess one type for the column
-                scores = [float(p.grade) for p in judged.values()]
-                _write_line(qrels, {"qid": ranking_list.query_id, "docid": list(judged), "score": scores})
-            judgements += len(judged)
+            judgements += len(ranking_list.passages if form == "lists" else judged)
+            for name, line in _format(form, ranking_list, judged, new, positive_from):
+                if name not in files:
+                    path = out / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    files[name] = closing.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+                    files[name].write(HEADERS.get(name, ""))
+                files[name].write(line + "\n")
     return {"queries": len(lists), "documents": len(documents), "judgements": judgements}
 
 
-def _format_qrel(form: str, ranking_list: RankingList, doc_id: str, grade: float) -> str:
+def _format(
+    form: str, ranking_list: RankingList, judged: dict[str, Passage], new: list[str], positive_from: float | None
+) -> Iterator[tuple[str, str]]:
+    """What a list adds to the files: their names, "" where there is but one, and lines.
+
+    Args:
+        judged: its passages by document id.
+        new: the ids of documents that no list before it has.
+    """
+    query_id = ranking_list.query_id
+    if form == "lists":
+        yield "", format_list(ranking_list)
+    elif form == "tevatron":
+        yield "", _format_tevatron(ranking_list, judged, positive_from)
+    else:
+        for doc_id in new:
+            yield "corpus.jsonl", _to_json(_describe(doc_id, judged[doc_id], "_id"))
+        yield "queries.jsonl", _to_json({"_id": query_id, "text": ranking_list.query})
+        if form == "trove":  # all real: readers of JSON lines guess one type for the column
+            scores = [float(p.grade) for p in judged.values()]
+            yield "qrels.jsonl", _to_json({"qid": query_id, "docid": list(judged), "score": scores})
+        for doc_id, passage in judged.items() if form in UNFIT else ():
+            _refuse_unfit(form, ranking_list, doc_id, passage.grade)
+            if form == "beir":
+                yield "qrels/train.tsv", f"{query_id}\t{doc_id}\t{int(passage.grade)}"
+            else:
+                yield "qrels/train.txt", f"{query_id} 0 {doc_id} {int(passage.grade)}"
+
+
+def _format_tevatron(ranking_list: RankingList, judged: dict[str, Passage], positive_from: float | None) -> str:
+    lowest = max(p.grade for p in judged.values()) if positive_from is None else positive_from
+    groups: dict[str, list] = {"positive": [], "negative": []}
+    for doc_id, passage in judged.items():
+        groups["positive" if passage.grade >= lowest else "negative"].append(_describe(doc_id, passage, "docid"))
+    for name, group in groups.items():
+        # Tevatron draws from both, and breaks off in the middle of an epoch where there is nothing to draw from.
+        if not group:
+            raise GradretError(
+                f"{_place(ranking_list)} has no {name} passage when grades from {lowest:g} on are positive, "
+                "but Tevatron needs one; choose another lowest positive grade, or remove the list"
+            )
+    record = {"query_id": ranking_list.query_id, "query": ranking_list.query}
+    return _to_json(record | {f"{name}_passages": group for name, group in groups.items()})
+
+
+def _refuse_unfit(form: str, ranking_list: RankingList, doc_id: str, grade: float) -> None:
     unfit, whose, what = UNFIT[form]
     if grade != int(grade):
         raise GradretError(
@@ -146,8 +148,6 @@ def _format_qrel(form: str, ranking_list: RankingList, doc_id: str, grade: float
                 f"{ranking_list.where}: the id {json.dumps(identifier)} does not fit into a line of {whose} qrels; "
                 f"rename it, without {what}"
             )
-    fields = [ranking_list.query_id, doc_id, str(int(grade))]
-    return "\t".join(fields) + "\n" if form == "beir" else " ".join([fields[0], "0", *fields[1:]]) + "\n"
 
 
 class _Documents:
@@ -176,22 +176,12 @@ class _Documents:
         return judged, new
 
 
-def _read_in_order(lists: Sequence[RankingList]) -> Iterator[RankingList]:
-    for index in show_bar(range(len(lists)), desc="exporting", unit="list", delay=PATIENCE_S):
-        yield lists[index]
-
-
 def _describe(doc_id: str, passage: Passage, key: str) -> dict:
     return {key: doc_id, "title": passage.title or "", "text": passage.text}
 
 
-def _create(path: Path, files: ExitStack) -> TextIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return files.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
-
-
-def _write_line(file: TextIO, record: dict) -> None:
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+def _to_json(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False)
 
 
 def _place(ranking_list: RankingList) -> str:
