@@ -84,7 +84,7 @@ def evaluate(
     Args:
         model: an Encoder or the name of one; a sentence-transformers model; or a function of a list of n texts and
             their kind, "query" or "document", to (n, D) embeddings, an array or a tensor, whose dot product is the
-            similarity. See embedders.as_embedder.
+            similarity. See as_embedder.
         collection: its name, as the command line takes it, such as beir/scifact/test; or see sources.open_collection.
         measures: any ir_measures names, as a sequence or separated by commas; a grade that is not whole is rounded for
             them, halves upwards.

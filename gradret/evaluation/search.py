@@ -1,6 +1,5 @@
 """Exact search: documents embedded, queries ranked against them, and rankings as TREC runs."""
 
-import errno
 import hashlib
 import json
 import os
@@ -123,17 +122,6 @@ SEARCH_BLOCK = 16384  # documents scored at once
 ENCODE_PART = 256  # documents sorted by length together, and steps of the progress bar
 QUERY_BLOCK = 1024  # queries scored at once: with SEARCH_BLOCK, 64 MiB of scores
 
-WRITE_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-)
-
 
 def default_cache() -> Path:
     """Where corpus embeddings are kept: $GRADRET_CACHE, else gradret/ in the user's cache folder."""
@@ -178,7 +166,7 @@ def embed_corpus(
     """
     store, check = None, check or processes.check
     doc_ids: list[np.ndarray] = []  # by blocks, of the first process
-    with processes.agree(), explain_errors(collection.name, cache):
+    with processes.agree():
         if processes.is_first and cache is not None:
             store, doc_ids = find_store(encoder, collection, cache, precision, check, progress=progress)
         elif processes.is_first:
@@ -190,7 +178,7 @@ def embed_corpus(
     with show_bar(shown=progress and processes.is_first, desc="embedding documents", **options) as bar:
         while True:
             vectors = [np.zeros((0, encoder.dimension), np.float32)]
-            with processes.agree(), explain_errors(collection.name, cache):
+            with processes.agree():
                 block = list(islice(documents, ENCODE_BLOCK * processes.size))
                 own = processes.split(len(block))
                 for start in range(own.start, own.stop, ENCODE_PART):
@@ -202,7 +190,7 @@ def embed_corpus(
             if not block:
                 break
             parts = processes.collect_objects(np.concatenate(vectors))
-            with processes.agree(), explain_errors(collection.name, cache):
+            with processes.agree():
                 if store is not None:
                     store.append(parts)
                     if not known:
@@ -257,10 +245,11 @@ class CorpusStore:
     def __init__(self, dimension: int, folder: Path | None = None):
         self._dimension, self._folder, self.done = dimension, folder, 0
         self._file: IO[bytes] | None = None
-        if folder is None:
-            self._file = tempfile.TemporaryFile(prefix="gradret-")
-            return
-        folder.mkdir(parents=True, exist_ok=True)
+        with self._explaining_errors():
+            if folder is None:
+                self._file = tempfile.TemporaryFile(prefix="gradret-")
+                return
+            folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "vectors.f32"
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
             done = json.loads((folder / "done.json").read_bytes())["documents"]
@@ -268,38 +257,38 @@ class CorpusStore:
                 self.done = int(done)
 
     def append(self, parts: Sequence[np.ndarray]) -> None:
-        """Write (n, D) vectors behind those that are there; in a folder, record them once they are on disk."""
-        if self._file is None:  # only now: a cache that is whole may be one that cannot be written to
-            self._file = open(self._path, "r+b" if self._path.exists() else "w+b")
-        # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
-        self._file.seek(4 * self._dimension * self.done)
-        for part in parts:
-            self._file.write(part.tobytes())
-        self._file.flush()
-        self.done += sum(map(len, parts))
-        if self._folder is not None:
-            os.fsync(self._file.fileno())
-            replace_json(self._folder / "done.json", {"documents": self.done})
+        """Write (n, D) vectors behind those that are there; in a folder, record them once they are on disk.
+
+        Raises: GradretError when they can not be written.
+        """
+        with self._explaining_errors():
+            if self._file is None:  # only now: a cache that is whole may be one that cannot be written to
+                self._file = open(self._path, "r+b" if self._path.exists() else "w+b")
+            # Plain writes, not a writable map: a full disk is then an error and not a bus fault.
+            self._file.seek(4 * self._dimension * self.done)
+            for part in parts:
+                self._file.write(part.tobytes())
+            self._file.flush()
+            self.done += sum(map(len, parts))
+            if self._folder is not None:
+                os.fsync(self._file.fileno())
+                replace_json(self._folder / "done.json", {"documents": self.done})
 
     def open(self) -> np.ndarray:
         """(documents, D) float32, mapped."""
         with self._file or open(self._path, "rb") as file:
             return np.memmap(file, np.float32, "r", shape=(self.done, self._dimension))
 
-
-@contextmanager
-def explain_errors(name: str, cache: Path | None) -> Iterator[None]:
-    """Say of an OSError whether the documents of the collection `name` or what is written is at fault."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in WRITE_ERRORS:
-            raise GradretError(f"{name}: documents could not be read ({error})") from error
-        advice = "set GRADRET_CACHE to another disk, and run again: finished blocks are kept"
-        raise GradretError(
-            f"{cache or tempfile.gettempdir()}: corpus embeddings could not be written ({error.strerror}); free space "
-            f"or {advice if cache is not None else 'set TMPDIR to another disk'}"
-        ) from error
+    @contextmanager
+    def _explaining_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            advice = "set GRADRET_CACHE to another disk, and run again: finished blocks are kept"
+            raise GradretError(
+                f"{self._folder or tempfile.gettempdir()}: corpus embeddings could not be written ({error.strerror}); "
+                f"free space or {advice if self._folder is not None else 'set TMPDIR to another disk'}"
+            ) from error
 
 
 def top_k(
