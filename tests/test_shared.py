@@ -71,7 +71,7 @@ def test_real_positives_join_synthetic_passages(shared_graded):
     assert summary.passages == 304 * 4 + 809
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_published_figures_of_scifact(tmp_path):
     document = gradret(
         *("bench", "eval", "--model", "sentence-transformers/all-MiniLM-L6-v2", "--dataset", "beir/scifact/test"),
@@ -92,6 +92,7 @@ print(collection.document_count, len(ids), len(collection.read_documents(ids)))
 """
 
 
+@pytest.mark.nightly  # test_collections.py has the same by threads
 def test_processes_that_start_together_unpack_a_collection_once(tmp_path):
     shutil.copytree(os.path.join(os.environ["IR_DATASETS_HOME"], "beir"), tmp_path / "beir", ignore=UNPACKED)
     options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

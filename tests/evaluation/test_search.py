@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ from gradret.console import GradretError
 from gradret.data.sources import Source, open_collection
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder
-from gradret.evaluation import search as retrieve
+from gradret.evaluation import search as searching
 from gradret.evaluation.measures import evaluate
 from gradret.evaluation.search import embed_corpus, search, top_k, write_run
 
@@ -27,11 +30,8 @@ def test_top_k_is_exact_and_ties_go_to_the_earlier_document(seed, count, k, bloc
     np.testing.assert_array_equal(scores, np.take_along_axis(whole, expected, 1))
 
 
+@pytest.mark.nightly
 def test_top_k_memory_does_not_grow_with_the_corpus(tmp_path):
-    import json
-    import subprocess
-    import sys
-
     code = """
 import json, resource, sys, numpy as np
 from gradret.evaluation.search import top_k
@@ -92,7 +92,7 @@ def test_embeddings_are_computed_once_for_a_model_and_a_corpus(tiny_encoder, col
 def test_an_interrupted_embedding_goes_on_where_it_was(tiny_encoder, collection, tmp_path, monkeypatch):
     encoder = load_encoder(str(tiny_encoder))
     whole = embed_corpus(encoder, collection, tmp_path / "whole")
-    monkeypatch.setattr(retrieve, "ENCODE_BLOCK", 8)
+    monkeypatch.setattr(searching, "ENCODE_BLOCK", 8)
     counts = count_encoded(monkeypatch)
     encode = Encoder.encode
 
@@ -116,7 +116,7 @@ def test_a_full_disk_is_one_line(tiny_encoder, collection, tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(retrieve.os, "fsync", full)
+    monkeypatch.setattr(searching.os, "fsync", full)
     with pytest.raises(
         GradretError, match=r"could not be written \(No space left on device\); free space or set GRADRET_CACHE"
     ):
@@ -172,11 +172,11 @@ def test_without_a_cache_nothing_is_digested_and_nothing_kept(tiny_encoder, coll
         raise AssertionError("a key was asked for")
 
     monkeypatch.setattr(Encoder, "fingerprint", digest)
-    monkeypatch.setattr(retrieve, "find_store", digest)
-    monkeypatch.setattr(retrieve.tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(searching, "find_store", digest)
+    monkeypatch.setattr(searching.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "elsewhere"))
-    monkeypatch.setattr(retrieve, "ENCODE_BLOCK", 7)
+    monkeypatch.setattr(searching, "ENCODE_BLOCK", 7)
     assert evaluate(encoder, collection, progress=False).run.keys() == kept.run.keys()
     found = embed_corpus(encoder, collection, None)
     assert found.doc_ids.tolist() == [d.doc_id.encode() for d in collection.documents()]
@@ -188,7 +188,7 @@ def test_without_a_cache_nothing_is_digested_and_nothing_kept(tiny_encoder, coll
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_without_a_cache_is_one_line(tiny_encoder, collection, monkeypatch):
-    monkeypatch.setattr(retrieve.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
+    monkeypatch.setattr(searching.tempfile, "TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))
     with pytest.raises(GradretError, match=r"could not be written \(No space left .*\); free space or set TMPDIR"):
         evaluate(load_encoder(str(tiny_encoder)), collection, progress=False)
 
