@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -129,6 +129,14 @@ def default_cache() -> Path:
     return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradret"
 
 
+def embed_texts(
+    encoder: Embedder, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str
+) -> np.ndarray:
+    """(n, D) float32 vectors, whose dot products are scores."""
+    embeddings = encoder.encode(texts, kind, batch_size=batch_size, precision=precision)
+    return encoder.search_vectors(torch.from_numpy(embeddings)).numpy()
+
+
 @dataclass
 class CorpusEmbeddings:
     """A collection's documents as vectors.
@@ -184,8 +192,7 @@ def embed_corpus(
                 for start in range(own.start, own.stop, ENCODE_PART):
                     check()
                     texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
-                    found = encoder.encode(texts, batch_size=batch_size, precision=precision)
-                    vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+                    vectors.append(embed_texts(encoder, texts, batch_size=batch_size, precision=precision))
                     bar.update(len(texts))
             if not block:
                 break
@@ -368,8 +375,7 @@ def search(
         for start in range(0, len(query_ids), QUERY_BLOCK):
             check()
             part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
-            found = encoder.encode(part, "query", batch_size=batch_size, precision=precision)
-            vectors.append(encoder.search_vectors(torch.from_numpy(found)).numpy())
+            vectors.append(embed_texts(encoder, part, "query", batch_size=batch_size, precision=precision))
             bar.update(len(part))
     best = depth + collection.drop_self
     scores, positions = top_k(
@@ -378,13 +384,15 @@ def search(
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
         check()
-        ranking = list(zip((i.decode() for i in corpus.doc_ids[row]), row_scores, strict=True))
-        if collection.drop_self:
-            ranking = [(doc_id, score) for doc_id, score in ranking if doc_id != query_id]
-        ranking.sort(key=lambda pair: pair[0], reverse=True)
-        ranking.sort(key=lambda pair: -pair[1])
-        run[query_id] = ranking[:depth]
+        ranking = zip((i.decode() for i in corpus.doc_ids[row]), row_scores, strict=True)
+        run[query_id] = order_ranking(ranking, query_id if collection.drop_self else None)[:depth]
     return run
+
+
+def order_ranking(ranking: Iterable[tuple[str, float]], left_out: str | None = None) -> list[tuple[str, float]]:
+    """Pairs of doc id and score, best first, equal scores in descending order of doc id; without the id left out."""
+    kept = [pair for pair in ranking if pair[0] != left_out]
+    return sorted(kept, key=lambda pair: (pair[1], pair[0]), reverse=True)
 
 
 def write_run(
