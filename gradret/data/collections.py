@@ -113,38 +113,37 @@ def read_qrels(directory: Path, split: str) -> Qrels:
         raise GradretError(f"{forms[0][0]}: no such file; splits with qrels here: {', '.join(there) or 'none'}")
     qrels: Qrels = {}
     for line in read_lines(path):
-        where = f"{path}:{line.number}"
         try:
-            for query_id, doc_id, grade in parse(line, where):
+            for query_id, doc_id, grade in parse(line):
                 qrels.setdefault(query_id, {})[doc_id] = grade
         except (KeyError, TypeError, ValueError):
-            raise GradretError(f"{where}: expected {expected}") from None
+            raise GradretError(f"{line.where}: expected {expected}") from None
     return qrels
 
 
 # Each gives the judgments of a line: query id, doc id, grade. What they raise says that the line is not of its form.
 
 
-def _parse_beir(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
+def _parse_beir(line: Line) -> Iterable[tuple[str, str, float]]:
     fields = line.text.split("\t")
     if line.number > 1:
         query_id, doc_id, grade = fields
         return [(query_id, doc_id, int(grade))]
     if fields != BEIR_HEADER:
         raise GradretError(
-            f"{where}: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{line.text[:60]}'; "
+            f"{line.where}: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{line.text[:60]}'; "
             "add it as the first line"
         )
     return []
 
 
-def _parse_trec(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
+def _parse_trec(line: Line) -> Iterable[tuple[str, str, float]]:
     query_id, _, doc_id, grade = line.text.split()
     return [(query_id, doc_id, int(grade))]
 
 
-def _parse_trove(line: Line, where: str) -> Iterable[tuple[str, str, float]]:
-    record = decode_json(line.text, where)
+def _parse_trove(line: Line) -> Iterable[tuple[str, str, float]]:
+    record = decode_json(line.text, line.where)
     query_id, doc_ids, scores = record["qid"], record["docid"], record["score"]
     if not all(isinstance(name, str) for name in (query_id, *doc_ids)) or not all(map(math.isfinite, scores)):
         raise TypeError
@@ -320,9 +319,8 @@ def is_self_retrieving(*names: str) -> bool:
 def read_records(path: Path, keys: tuple[str, ...], *, desc: str = "") -> Iterator[tuple[dict[str, Any], int]]:
     """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
     for line in read_lines(path, desc=desc):
-        where = f"{path}:{line.number}"
-        record = decode_json(line.text, where)
+        record = decode_json(line.text, line.where)
         for key in keys:
             if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise GradretError(f"{where}: expected a JSON object with the string '{key}'")
+                raise GradretError(f"{line.where}: expected a JSON object with the string '{key}'")
         yield record, line.offset

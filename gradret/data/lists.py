@@ -149,8 +149,9 @@ def format_list(ranking_list: RankingList) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a text file: its number from 1 on, the byte it begins at, and its text without the line's end."""
+    """A line of a text file: FILE:LINE for messages, its number from 1 on, the byte it begins at, and its text."""
 
+    where: str
     number: int
     offset: int
     text: str
@@ -187,9 +188,10 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line
             offset = 0
             try:
                 for number, line in enumerate(file, 1):
-                    text = decode_text(line, f"{path}:{number}")
+                    where = f"{path}:{number}"
+                    text = decode_text(line, where)
                     if text.strip():
-                        yield Line(number, offset, text)
+                        yield Line(where, number, offset, text)
                     offset += len(line)
                     bar.update(len(line))
             except OSError as error:
@@ -225,8 +227,7 @@ def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> N
 def read_lists(path: str | os.PathLike[str]) -> Iterator[RankingList]:
     """Every ranking list of a JSONL file in order, one at a time. Raises: GradretError as parse_list."""
     for line in read_lines(path):
-        where = f"{path}:{line.number}"
-        yield parse_list(decode_json(line.text, where), where)
+        yield parse_list(decode_json(line.text, line.where), line.where)
 
 
 def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
@@ -276,7 +277,7 @@ class ListFile(Sequence[RankingList]):
         digest = hashlib.blake2b(digest_size=16)
         for line in read_lines(path, desc=f"indexing {self.path.name}"):
             digest.update(f"{line.text}\n".encode())
-            record = decode_json(line.text, f"{path}:{line.number}")
+            record = decode_json(line.text, line.where)
             query_id, query = (
                 (record.get("query_id"), record.get("query")) if isinstance(record, dict) else (None, None)
             )

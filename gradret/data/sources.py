@@ -192,7 +192,7 @@ def open_collection(source: Source) -> Collection:
 def query_selector(selection: str) -> Callable[[str], bool]:
     """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
-        return {_read_id(line, selection) for line in read_lines(selection)}.__contains__
+        return {_read_id(line) for line in read_lines(selection)}.__contains__
 
     def has_parity(query_id: str) -> bool:
         number = re.search(r"\d+$", query_id)
@@ -205,15 +205,16 @@ def query_selector(selection: str) -> Callable[[str], bool]:
     return has_parity
 
 
-def _read_id(line: Line, path: str) -> str:
+def _read_id(line: Line) -> str:
     """The query id in a line of a file that selects queries: the line, or what its JSON object says."""
     if not line.text.startswith("{"):
         return line.text.strip()
-    where = f"{path}:{line.number}"
-    record = decode_json(line.text, where)
+    record = decode_json(line.text, line.where)
     query_id = record.get("query_id", record.get("_id"))
     if query_id is None:
-        raise GradretError(f"{where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries")
+        raise GradretError(
+            f"{line.where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries"
+        )
     return str(query_id)
 
 
