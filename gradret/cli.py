@@ -448,7 +448,7 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     from gradret.generate.prompts import TREC_DL, Prompts, read_examples, read_scale
     from gradret.generate.queries import Query, read_queries, take_shard
     from gradret.generate.replies import Checks
-    from gradret.generate.run import NO_REPLY, format_summary, generate, request_kinds, settings_record
+    from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
 
     check_engine_options(ctx, model, endpoint)
     given["min_chars"], given["max_chars"] = given.pop("length")
@@ -463,35 +463,27 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
             "--shots needs --examples here: the bundled ones do not fit the scale, language or length"
         )
     prompts = Prompts(settings, scale, examples)
-    checks = Checks(settings, prompts.instructions(), examples)
+    checks = Checks(settings, prompts.instructions, examples)
     wanted = read_queries(queries)
     wanted = take_shard(wanted, shard) if shard else wanted
     if show_prompt:
         query = next((q for q in wanted if q.text.strip()), Query("", ""))
-        grade = scale.grades[0] if settings.separate else None
-        for message in prompts.write(query.text, prompts.draw_style(query.key), grade):
+        for message in prompts.write(query)[0].messages:
             click.echo(f"[{message['role']}]\n{message['content']}\n")
         return
     with ExitStack() as stack:
-        engine = None
-
-        def describe_settings() -> dict:  # asked for once OUT is open: a model is not loaded for nothing
-            nonlocal engine
-            with StopRequest() as stop:
-                opened = open_engine(model, endpoint, request_kinds(prompts, settings), given)
-            engine = stack.enter_context(closing(opened))
-            if stop.signal is not None:
-                raise Interrupted("stopped before anything was asked for")
-            return settings_record(settings, prompts, engine.identity, given["request_options"])
-
-        journal = stack.enter_context(
-            Journal(
-                Path(out), rejects and Path(rejects), describe_settings, mix=mix_settings, retry_rejects=retry_rejects
-            )
-        )
+        # First the files: a model is not loaded for nothing.
+        journal = stack.enter_context(Journal(Path(out), rejects and Path(rejects)))
+        options = {name: given[name] for name in (ENDPOINT_ONLY if endpoint else MODEL_ONLY)}
+        with StopRequest() as stop:
+            engine = stack.enter_context(closing(open_engine(prompts.kinds(), settings, model, endpoint, **options)))
+        if stop.signal is not None:
+            raise Interrupted("stopped before anything was asked for")
+        record = settings_record(prompts, engine.identity, given["request_options"])
+        journal.resume(record, mix=mix_settings, retry_rejects=retry_rejects)
         journal.check_queries(wanted)
         say(f"gen: {len(wanted)} queries, {engine.describe()}")
-        summary = generate(wanted, engine, prompts, checks, journal, settings)
+        summary = generate(wanted, engine, prompts, checks, journal)
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
     click.echo(json.dumps(document) if as_json else format_summary(document))
     if unanswered := summary.rejected[NO_REPLY]:
@@ -499,35 +491,6 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
             f"{unanswered} queries got no reply (last: {summary.last_error}); "
             "run the same command again to ask for them"
         )
-
-
-def open_engine(model: str | None, endpoint: str | None, kinds, given: dict):
-    """The engine that the options name. Raises: GradretError."""
-    if endpoint:
-        from gradret.generate.endpoint import Endpoint, read_key
-
-        return Endpoint(
-            endpoint,
-            model=model,
-            concurrency=given["concurrency"],
-            timeout_s=given["timeout"],
-            retries=given["retries"],
-            temperature=given["temperature"],
-            top_p=given["top_p"],
-            options=given["request_options"],
-            key=read_key(),
-        )
-    from gradret.generate.llama import LlamaEngine, Sampling, locate_gguf
-
-    return LlamaEngine(
-        locate_gguf(model),
-        kinds,
-        sequences=given["sequences"],
-        context=given["context"],
-        gpu_layers=given["gpu_layers"],
-        threads=given["threads"],
-        sampling=Sampling(given["temperature"], given["top_p"]),
-    )
 
 
 @click.command()

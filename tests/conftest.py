@@ -66,7 +66,11 @@ def tiny_encoder(tmp_path_factory) -> Path:
 
 
 def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
-    """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then."""
+    """A two-layer GGUF model with random weights that likes to write words of the sample, digits now and then.
+
+    Its weights are float32, for which llama.cpp has no kernels of Intel's AMX: they can crash where llama-cpp-python
+    itself loads a model (see gradret.generate.llama.make_parameters).
+    """
     from benchmarks.speed.random_gguf import Size, byte_characters, write_random_gguf
 
     words = sorted(set(re.findall("[a-z]{3,7}", SAMPLE_FILE.read_text().lower())))[::3][:400]
@@ -79,16 +83,13 @@ def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
         **(liked or {}),
     }
     size = Size(layers=2, width=64, heads=2, kv_heads=1, feed_forward=128, vocabulary=3000, context=16_384)
-    write_random_gguf(path, size, words=words, bias=bias, **changes)
+    write_random_gguf(path, size, words=words, bias=bias, quantized=False, **changes)
     return path
 
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory) -> Path:
     pytest.importorskip("llama_cpp")
-    from gradret.generate.llama import avoid_amx
-
-    avoid_amx()  # also of what the tests load by llama-cpp-python itself
     return make_tiny_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf")
 
 
@@ -102,10 +103,7 @@ def real_server(tmp_path_factory):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = path.with_suffix(".log")
-    serve = (
-        "from gradret.generate.llama import avoid_amx; avoid_amx(); from llama_cpp.server.__main__ import main; main()"
-    )
-    command = [sys.executable, "-c", serve, "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "8192"]
     with open(log, "wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     deadline_s = time.monotonic() + 120

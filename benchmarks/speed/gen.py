@@ -12,7 +12,9 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import click
 import numpy as np
@@ -24,11 +26,9 @@ from gradret.console import GradretError, say
 from gradret.data.sources import find_path
 from gradret.files import open_folder, versions, write_json
 from gradret.generate.engine import Form, Reply, Request
-from gradret.generate.llama import TOP_K, LlamaEngine, Sampling, avoid_amx, count_cores, locate_gguf
+from gradret.generate.llama import TOP_K, LlamaEngine, count_cores, locate_gguf, make_parameters
 from gradret.generate.prompts import TREC_DL, Prompts, read_examples
 from gradret.generate.queries import Query, read_queries
-from gradret.generate.replies import make_form
-from gradret.generate.run import request_kinds, stream_seed
 from gradret.settings import SAMPLE, GenSettings
 
 LOOP = "create_chat_completion loop"
@@ -63,21 +63,16 @@ def measure_engine(
     from llama_cpp import __version__ as llama_version
 
     threads = threads or count_cores()
-    sampling = Sampling(settings.temperature, settings.top_p)
-    kind = request_kinds(prompts, settings)[0]
-    kind = Request(kind.key, kind.messages, max_tokens)
-    engine = LlamaEngine(model, [kind], sequences=sequences, gpu_layers=gpu_layers, threads=threads, sampling=sampling)
-    loop = ChatLoop(model, engine.context_tokens, gpu_layers, threads, sampling)
-    form = make_form(prompts.scale.keys, settings.min_chars, settings.max_chars)
+    options = {"gpu_layers": gpu_layers, "threads": threads}
+    options |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    kind = replace(prompts.kinds()[0], max_tokens=max_tokens)
+    engine = LlamaEngine(model, [kind], sequences=sequences, **options)
+    loop = ChatLoop(model, engine.context_tokens, **options)
+    written = [request for query in queries for request in prompts.write(query, 1, engine.identity)]
     rows, ratios = [], {}
     try:
-        for name, held in (("without grammar", None), ("with grammar", form)):
-            requests = [
-                Request(
-                    i, prompts.write(q.text), max_tokens, stream_seed(q, settings.seed, engine.identity, 1, None), held
-                )
-                for i, q in enumerate(queries)
-            ]
+        for name, held in (("without grammar", False), ("with grammar", True)):
+            requests = [replace(r, max_tokens=max_tokens, form=r.form if held else None) for r in written]
             _check_same_prompts(engine, loop, requests)
             speeds: dict[str, list[float]] = {LOOP: [], "gradret": []}
             for repeat in range(repeats):
@@ -87,7 +82,7 @@ def measure_engine(
                     tokens = sum(reply.tokens for reply in run(wanted))
                     speeds[system].append(tokens / (time.perf_counter() - began))
                     say(f"{name}, round {repeat + 1} of {repeats}: {system} {speeds[system][-1]:.1f} tokens/s")
-            rows += [{"system": s, "grammar": held is not None, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
+            rows += [{"system": s, "grammar": held, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
             ratios[name] = _spread(np.divide(speeds["gradret"], speeds[LOOP]))
     finally:
         engine.close()
@@ -111,19 +106,21 @@ def measure_engine(
 class ChatLoop:
     """One reply after the other through llama-cpp-python's high-level class."""
 
-    def __init__(self, model: Path, context: int, gpu_layers: int, threads: int, sampling: Sampling):
-        from llama_cpp import Llama
+    def __init__(self, model: Path, context: int, *, gpu_layers: int, threads: int, temperature: float, top_p: float):
+        from llama_cpp import Llama, llama_cpp
 
-        avoid_amx()
-        self._sampling = sampling
-        self._llama = Llama(
-            str(model),
-            n_ctx=context,
-            n_gpu_layers=gpu_layers,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
+        self._sampling = {"temperature": temperature, "top_p": top_p}
+        parameters = make_parameters()
+        # Llama has no option for them, and both sides are to load the model alike.
+        with patch.object(llama_cpp, "llama_model_default_params", lambda: parameters):
+            self._llama = Llama(
+                str(model),
+                n_ctx=context,
+                n_gpu_layers=gpu_layers,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
 
     def run(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """A reply for each request."""
@@ -134,8 +131,7 @@ class ChatLoop:
             answer = self._llama.create_chat_completion(
                 list(request.messages),
                 max_tokens=request.max_tokens,
-                temperature=self._sampling.temperature,
-                top_p=self._sampling.top_p,
+                **self._sampling,
                 top_k=TOP_K,
                 min_p=0.0,
                 seed=request.seed % 2**31,
@@ -220,7 +216,7 @@ def main(model, queries, out, as_json, **given):
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         path = locate_gguf(model) if model else Path(temporary, "random.gguf")
         if not model:  # a vocabulary with the prompts' words, so that they are as long as in a real one
-            texts = [prompts.instructions(), Path(find_path(SAMPLE)).read_text(encoding="utf-8")]
+            texts = [prompts.instructions, Path(find_path(SAMPLE)).read_text(encoding="utf-8")]
             write_random_gguf(path, words=sorted(set(re.findall("[A-Za-z]+", " ".join(texts)))))
         command = {"command": command_line("benchmarks.speed.gen")}
         result = command | measure_engine(path, prompts, sample[:queries], settings, **given)

@@ -68,15 +68,17 @@ def write_random_gguf(
     words: Sequence[str] = (),
     bias: Mapping[str, float] | None = None,
     chat_template: str | None = CHAT_TEMPLATE,
+    quantized: bool = True,
     seed: int = 0,
 ) -> None:
-    """Write a Qwen2 model with random Q8_0 weights.
+    """Write a Qwen2 model with random weights.
 
     Args:
         words: that the vocabulary knows as one token each, with a space before them.
         bias: logits added to some tokens (as the vocabulary spells them; the others get that of ""), so that a
             random model writes what a test needs; then the output has a matrix of its own, in float32.
         chat_template: Jinja, None for a model without one.
+        quantized: Q8_0 weights, otherwise float32.
     Raises: GradretError when the package gguf is missing or the file can not be written.
     """
     try:
@@ -97,7 +99,7 @@ def write_random_gguf(
     writer.add_head_count_kv(size.kv_heads)
     writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if quantized else gguf.LlamaFileType.ALL_F32)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -113,6 +115,11 @@ def write_random_gguf(
         writer.add_chat_template(chat_template)
 
     def add(name: str, rows: int, columns: int, scale: float, silent: bool = False) -> None:
+        if not quantized:
+            weights = rng.normal(size=(rows, columns)) * scale
+            weights[BIAS_DIMENSION] *= not silent
+            writer.add_tensor(name, weights.astype(np.float32))
+            return
         blocks = np.empty((rows, columns // BLOCK, 2 + BLOCK), np.uint8)
         blocks[..., :2] = np.array([scale / 73], np.float16).view(np.uint8)  # int8 is 73 wide, its standard deviation
         blocks[..., 2:] = rng.integers(0, 256, (rows, columns // BLOCK, BLOCK), np.uint8)

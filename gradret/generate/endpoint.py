@@ -1,123 +1,131 @@
-"""An engine that asks any server of OpenAI's chat protocol: many requests at once, again when a try fails."""
+"""An engine that asks any server of OpenAI's chat protocol, many requests at once."""
 
 import asyncio
 import json
 import math
 import os
-import random
 import re
 import threading
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from email.utils import parsedate_to_datetime
-from queue import SimpleQueue
-from time import time
 from urllib.parse import urlsplit
 
 from gradret.console import GradretError, say
 from gradret.generate.engine import Reply, Request
 
+try:
+    import httpx2
+    import openai
+except ModuleNotFoundError as error:
+    if error.name not in ("httpx2", "openai"):
+        raise
+    raise GradretError("gen --endpoint needs the openai package: pip install 'gradret[gen]'") from None
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 NO_KEY = "none"  # local servers want none, but the client insists on one
-PASSING = {200, 408, 409, 425, 429}  # and 500 to 599: may be gone the next time (200: a body that is no reply)
-REFUSED = {400, 413, 422}  # this request, not every request
-FORMATS = ("json_schema", "json_object with a schema", "json_object", None)  # what asks for a form, strictest first
+CONNECT_TIMEOUT_S = 20
+CHECK_TIMEOUT_S, CHECK_RETRIES = 5, 2  # a server that has not listed its models by then counts as out of reach
+PASSING = {408, 409, 425, 429}  # and nearly all from 500 on: the next run may not meet them
+REFUSED = {400, 413, 422, 501}  # this request, not every request
+LEAST_LOGPROB = -9999.0  # what vLLM and llama.cpp send for a token that cannot be
+MOST_SHOWN = 200  # characters of a server's message
+FORMS = ("json_schema", "json_object with a schema", "nothing")  # what asks for a form, the strictest first
 ADVICE = "is the server running, and is the URL the protocol's root, which usually ends in /v1?"
-LEAST = -9999.0  # as a log-probability, that of what can not be, in vLLM's and llama.cpp's way
-SHOWN = 200  # characters of a server's message,
-MOST_SHOWN = 20_000  # of which so many are looked at: whoever sends more is no chat server
+KEPT = "what is written is kept, run the same command again to go on"
 
 
-class Failure(Exception):
-    """One try that brought no reply. The message is the server's, and may hold what it was sent: never show it whole.
+def is_refusal(status: int, message: str) -> bool:
+    """Whether a server will never take a request; llama_cpp.server says 500 where others say 400."""
+    return status in REFUSED or (status == 500 and re.search("response_format|logprobs", message) is not None)
 
-    Attributes:
-        status: of HTTP; None when nothing answered.
-        retry_after_s: that the server asks for; 0 for none.
-        passing: another try may succeed.
-        refused: for something in the request.
+
+class PatientClient(openai.DefaultAsyncHttpxClient):
+    """The openai client's transport, with three things put right, so that the client retries what it should.
+
+    The client's timeout starts anew with each byte: here it is the deadline of a whole try. It takes any body for an
+    answer: here one without a reply counts as a broken connection. It repeats every 5xx: here not those that are
+    refusals.
     """
 
-    def __init__(self, status: int | None, message: str, retry_after_s: float = 0.0):
-        super().__init__(message)
-        self.status, self.message, self.retry_after_s = status, message, retry_after_s
-        # llama_cpp.server answers 500 where others answer 400 to what they do not know.
-        names_it = status == 500 and re.search("response_format|logprobs", message) is not None
-        self.refused = status in REFUSED or status == 501 or names_it
-        self.passing = status is None or status in PASSING or (status >= 500 and not self.refused)
+    async def send(self, request, **options):
+        deadline_s = request.extensions["timeout"]["read"]
+        try:
+            response = await asyncio.wait_for(super().send(request, **options), deadline_s)
+        except asyncio.TimeoutError:
+            raise httpx2.ReadTimeout(f"no answer within {deadline_s:g} s", request=request) from None
+        if is_refusal(response.status_code, response.text):
+            response.headers["x-should-retry"] = "false"
+        elif response.status_code == 200 and request.url.path.endswith("/chat/completions"):
+            try:
+                read_completion(response.content)
+            except ValueError as error:
+                raise httpx2.RemoteProtocolError(str(error), request=request) from None
+        return response
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """What a server takes of the protocol: the most to begin with, less where it refuses."""
+class Failure:
+    """Why a request brought no answer.
 
-    format: int = 0
-    tokens: str = "max_tokens"
-    top_logprobs: int = 20
+    Attributes:
+        status: of HTTP; None when no answer came, or one that is none.
+        message: the server's. It may quote what it was sent, the key included: only Endpoint._tell may show it.
+        tries: how often the client asked.
+    """
 
-    def step_down(self, request: Request, message: str) -> "Dialect | None":
-        """What to try after a refusal; None when less can not be asked for."""
-        if "max_completion_tokens" in message and self.tokens == "max_tokens":
-            return replace(self, tokens="max_completion_tokens")
-        if request.choices and self.top_logprobs:
-            return replace(self, top_logprobs=5 if self.top_logprobs > 5 else 0)
-        if request.form and not request.choices and FORMATS[self.format]:
-            return replace(self, format=self.format + 1)
-        return None
+    status: int | None
+    message: str
+    tries: int
 
-    def take_over(self, request: Request, found: "Dialect") -> "Dialect":
-        """This dialect with what a request of one kind says about the server."""
-        if request.choices:
-            return replace(self, tokens=found.tokens, top_logprobs=found.top_logprobs)
-        return replace(self, tokens=found.tokens, format=found.format if request.form else self.format)
+    @property
+    def refused(self) -> bool:
+        """Whether the request is at fault."""
+        return self.status is not None and is_refusal(self.status, self.message)
 
-    def say_request(self, request: Request) -> dict:
-        """The arguments of a chat completion, without model and sampling."""
-        said: dict = {self.tokens: 1 if request.choices else request.max_tokens, "seed": request.seed % 2**31}
-        if request.choices and self.top_logprobs:
-            said |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        if request.form and not request.choices and FORMATS[self.format]:
-            schema = request.form.schema
-            said["response_format"] = (
-                {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}},
-                {"type": "json_object", "schema": schema},  # llama.cpp's and Together's own
-                {"type": "json_object"},
-            )[self.format]
-        return said | {"messages": [{**m, "content": mend_text(m["content"])} for m in request.messages]}
+    @property
+    def passing(self) -> bool:
+        """Whether the next run may get an answer."""
+        return self.status is None or self.status in PASSING or (self.status >= 500 and not self.refused)
 
 
-def read_body(content: bytes) -> dict:
-    """The JSON object of an answer. Raises: Failure when it is none."""
+@dataclass(frozen=True)
+class Completion:
+    """What a server wrote.
+
+    Attributes:
+        finish: the protocol's finish_reason.
+        logprobs: log-probabilities of the likeliest first tokens; {} where the server sends none.
+    """
+
+    text: str
+    finish: object
+    logprobs: dict[str, float]
+    tokens: int
+    prompt_tokens: int
+
+
+def read_completion(content: bytes) -> Completion:
+    """A chat completion from an answer's body. Raises: ValueError that says what came instead."""
     try:
         body = json.loads(content)
     except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise Failure(200, f"no JSON object, but {content[:MOST_SHOWN].decode(errors='replace')}")
-    return body
-
-
-def read_reply(body: dict, request: Request, warn: Callable[[str], None]) -> Reply:
-    """The reply in a chat completion's JSON. Raises: Failure when there is none."""
-    choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    message = choice.get("message") if isinstance(choice, dict) else None
-    if not isinstance(message, dict):
-        raise Failure(200, f"no reply, but {read_message(json.dumps(body))}")
-    usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-    counts = {"tokens": to_count(usage.get("completion_tokens")), "prompt_tokens": to_count(usage.get("prompt_tokens"))}
-    text, finish = read_text(message), choice.get("finish_reason")
-    if request.choices:
-        return judge_reply(request, text or "", read_logprobs(choice), counts, warn)
-    thought = message.get("reasoning_content") or message.get("reasoning")
-    if text is None and finish != "length" and not thought:
-        raise Failure(200, "a reply without content")
-    if finish == "content_filter":
-        return Reply(request, text or "", "refused", error="the server's content filter cut the reply off", **counts)
-    return Reply(request, text or "", "length" if finish == "length" else "stop", **counts)
+        raise ValueError(f"no JSON, but {content.decode(errors='replace')}") from None
+    try:
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text = read_text(message)
+        thought = message.get("reasoning_content") or message.get("reasoning")
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(f"no reply, but {read_message(content.decode(errors='replace'))}") from None
+    logprobs = read_logprobs(choice)
+    if text is None and finish != "length" and not thought and not logprobs:
+        raise ValueError("a reply without content")
+    usage = body.get("usage")
+    counts = [usage.get(name) if isinstance(usage, dict) else 0 for name in ("completion_tokens", "prompt_tokens")]
+    return Completion(text or "", finish, logprobs, *(max(n, 0) if isinstance(n, int) else 0 for n in counts))
 
 
 def read_text(message: dict) -> str | None:
@@ -126,34 +134,50 @@ def read_text(message: dict) -> str | None:
     if isinstance(content, list):  # Mistral's: parts, some of them thoughts
         content = "".join(p["text"] for p in content if isinstance(p, dict) and isinstance(p.get("text"), str))
     text = content if isinstance(content, str) else message.get("refusal")
-    return mend_text(text) if isinstance(text, str) else None
+    # JSON can hold halves of surrogate pairs, and UTF-8 cannot.
+    return text.encode(errors="replace").decode() if isinstance(text, str) else None
 
 
 def read_logprobs(choice: dict) -> dict[str, float]:
-    """The likeliest first tokens and their log-probabilities; {} where the server sends none."""
-    logprobs = choice.get("logprobs")
-    content = logprobs.get("content") if isinstance(logprobs, dict) else None
-    first = content[0] if isinstance(content, list) and content else None
-    if not isinstance(first, dict):
+    """Of a choice's first token, see Completion."""
+    try:
+        first = choice["logprobs"]["content"][0]
+        found = {str(e["token"]): e["logprob"] for e in [first, *(first.get("top_logprobs") or ())]}
+    except (AttributeError, IndexError, KeyError, TypeError):
         return {}
-    top = first.get("top_logprobs")
-    entries = [e for e in [first, *(top if isinstance(top, list) else [])] if isinstance(e, dict)]
-    found = {str(e.get("token")): e.get("logprob") for e in entries}
-    return {t: max(min(p, 0.0), LEAST) for t, p in found.items() if isinstance(p, int | float) and p == p}
+    # p == p: a NaN counts as not sent.
+    return {t: max(min(p, 0.0), LEAST_LOGPROB) for t, p in found.items() if isinstance(p, int | float) and p == p}
 
 
-def judge_reply(request: Request, text: str, logprobs: dict[str, float], counts: dict, warn) -> Reply:
-    """A reply with the probability of each choice: its tokens' share, with spaces around or none, of all choices'."""
+def read_message(body: str) -> str:
+    """What the body of an error says, in whichever of the usual places."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    for name in ("error", "message", "detail"):
+        if isinstance(found, dict) and found.get(name):
+            found = found[name]
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
+def make_reply(request: Request, completion: Completion, warn: Callable[[str], None]) -> Reply:
+    """The reply to a request. With choices, the probability of each is its tokens' share of all choices' tokens."""
+    counts = {"tokens": completion.tokens, "prompt_tokens": completion.prompt_tokens}
+    text, logprobs = completion.text, completion.logprobs
+    if not request.choices:
+        if completion.finish == "content_filter":
+            return Reply(request, text, "refused", error="the server's content filter cut the reply off", **counts)
+        return Reply(request, text, "length" if completion.finish == "length" else "stop", **counts)
+    shares = dict.fromkeys(request.choices, 0.0)
     if logprobs:
-        shares = dict.fromkeys(request.choices, 0.0)
         for token, logprob in logprobs.items():
-            if token.strip() in shares:
+            if token.strip() in shares:  # vocabularies have a token with a space before it and one without
                 shares[token.strip()] += math.exp(logprob)
-        likeliest = max(logprobs, key=logprobs.__getitem__)
-        missing = f"is among the {len(logprobs)} likeliest tokens; the likeliest is {likeliest!r}"
+        missing = f"is among the {len(logprobs)} likeliest tokens; the likeliest is {max(logprobs, key=logprobs.get)!r}"
     else:
         warn("sends no probabilities of tokens; what the judge writes counts as certain")
-        shares = {c: float(text.strip(" \n\"'*") == c) for c in request.choices}
+        shares |= {choice: 1.0 for choice in shares if text.strip(" \n\"'*") == choice}
         missing = f"was written; {text!r} was"
     total = sum(shares.values())
     if not total:
@@ -161,56 +185,25 @@ def judge_reply(request: Request, text: str, logprobs: dict[str, float], counts:
     return Reply(request, text, "stop", probabilities={c: p / total for c, p in shares.items()}, **counts)
 
 
-def read_message(text: str) -> str:
-    """What an error's body says, whichever of the usual forms it has."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and found.get(name):
-            found = found[name]
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+def kind_of(request: Request) -> str:
+    """What a server may take while it refuses the others."""
+    return "choices" if request.choices else "form" if request.form else "text"
 
 
-def tell_failure(why: Failure, tries: int, secret: str | None) -> str:
-    """A failure in one short line; tries: 0 leaves them unsaid. The secret is hidden first, then the line is cut."""
-    text = why.message
-    for form in {secret, json.dumps(secret)[1:-1]} if secret else ():
-        text = text.replace(form, "[key]")
-    text = " ".join(text.split())
-    text = text if len(text) <= SHOWN else text[:SHOWN] + "..."
-    after = "" if not tries else " after 1 try" if tries == 1 else f" after {tries} tries"
-    return f"{text}{after}" if why.status is None else f"HTTP {why.status}{after}: {text}"
-
-
-def read_retry_after(headers) -> float:
-    """Seconds that Retry-After asks for, as a number or a date; 0 when it asks for none."""
-    value = headers.get("retry-after", "")
-    try:
-        wait_s = float(value)
-    except ValueError:
-        try:
-            wait_s = parsedate_to_datetime(value).timestamp() - time()
-        except (ValueError, OverflowError):
-            return 0.0
-    return max(wait_s, 0.0) if math.isfinite(wait_s) else 0.0
-
-
-def mend_text(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 can not."""
-    return text.encode(errors="replace").decode()
-
-
-def to_count(value: object) -> int:
-    return max(value, 0) if isinstance(value, int) else 0
+def ways_to_ask(request: Request) -> list[dict]:
+    """Arguments that ask for a request's form or probabilities; the strictest first, of which servers take some."""
+    if request.choices:
+        return [{"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 5}, {}]
+    if request.form:
+        schema = request.form.schema
+        named = {"name": "reply", "strict": True, "schema": schema}
+        llama_cpps = {"type": "json_object", "schema": schema}  # and Together's
+        return [{"response_format": {"type": "json_schema", "json_schema": named}}, {"response_format": llama_cpps}, {}]
+    return [{}]
 
 
 def check_url(url: str) -> str:
-    """The URL without what may be secret, to show.
-
-    Raises: GradretError when it is no HTTP URL.
-    """
+    """The URL without what may be secret, to show. Raises: GradretError when it is not an HTTP URL."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -221,73 +214,37 @@ def check_url(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def read_models(body: dict) -> list[str] | None:
-    """The names in a list of models; None when it is none."""
-    data = body.get("data")
-    return (
-        [m["id"] for m in data if isinstance(m, dict) and isinstance(m.get("id"), str)]
-        if isinstance(data, list)
-        else None
-    )
-
-
-def choose_model(url: str, names: list[str], wanted: str | None) -> str:
-    """The model to ask for. Raises: GradretError when none is wanted and the server has not just one."""
-    if wanted is not None:
-        return wanted
-    if not names:
-        raise GradretError(f"{url}: lists no models; name one with --model ({ADVICE})")
-    if len(names) > 1:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        raise GradretError(f"{url}: serves {len(names)} models ({shown}); choose one with --model")
-    return names[0]
-
-
 def name_model(served: str) -> str:
-    """A name without the directories of the server's machine."""
+    """A model's name without the directories of the server's machine."""
     is_path = re.match(r"[/\\.~]|[A-Za-z]:[/\\]", served) or served.lower().endswith(".gguf")
     return re.split(r"[/\\]", served.rstrip("/\\"))[-1] if is_path else served
 
 
-def read_key() -> str:
-    """The server's key, from the environment only; "none" when there is none."""
-    return os.environ.get(KEY_VARIABLE, "").strip() or NO_KEY
-
-
-def kind_of(request: Request) -> str:
-    """What a server may take while it refuses the others: "choices", "form" or "text"."""
-    return "choices" if request.choices else "form" if request.form else "text"
-
-
-CHECK_TIMEOUT_S, CHECK_TRIES = 5, 3  # a server that has not listed its models by then counts as out of reach
-CONNECT_TIMEOUT_S = 20
-FIRST_DELAY_S, MOST_DELAY_S = 0.5, 30.0
-MOST_RETRY_AFTER_S = 600.0  # who asks for more (a day's quota) is not waited for
-KEPT = "what is written is kept, run the same command again to go on"
-
-
 class Endpoint:
-    """An llm.Engine over HTTP.
+    """An engine.Engine over HTTP.
 
-    Every try has `timeout_s` from first to last byte. Connection errors, timeouts, HTTP 408, 409, 425, 429 and 5xx,
-    and bodies without a reply are tried again up to `retries` times, after 0.5, 1, 2, ... 30 s (a quarter more or less)
-    or what Retry-After says; then the reply's finish is "error". The client's own retries are off: they take a body
-    that is no JSON for an answer, and repeat what llama_cpp.server answers 500 to for good.
+    A try has `timeout` seconds from first to last byte. The openai client repeats it, `retries` times at most, after a
+    connection error, a timeout, a body without a reply (see PatientClient), HTTP 408, 409, 429 or 5xx: after 0.5, 1, 2,
+    ... 8 s, or what Retry-After says. What then still fails ends as "error", and so does at once what Retry-After puts
+    off for more than two minutes.
 
-    HTTP 400, 413 and 422, a content filter, and a judge's answer without a grade refuse one request, and its reply's
-    finish is "refused" - if the server took the one of its kind that ended before. Otherwise it is "error", as the
-    fault may lie in what all requests share. After max(8, concurrency) failures in a row, collect raises. Any other
-    status would meet every request, and collect raises at once.
+    HTTP 400, 413 and 422, a content filter, and a judge's answer without a grade refuse one request: "refused" if the
+    server took the one of its kind that ended before. Otherwise "error", as the fault may lie in what all requests
+    share. After max(8, concurrency) failures in a row collect raises. Any other status would meet every request, and
+    collect raises at once.
+
+    Requests run in an event loop in a thread of its own: an interruption of the caller cannot hit the middle of one.
 
     Args:
         url: the protocol's root, such as http://localhost:8000/v1; /v1 is added where the server needs it.
         model: as the server calls it; None for the only one it has.
         concurrency: requests that run at once.
-        options: goes into each request as it is, over what stands there.
-        key: the server's, of read_key(); no message shows it.
+        timeout: seconds that a try may take.
+        retries: further tries.
+        request_options: go into each request's body as they are, over what stands there.
+        key: the server's; None for that of the environment. No message shows it.
 
-    Raises: GradretError when openai is not installed, the server can not be reached, refuses the key, or has
-        several models and none is named.
+    Raises: GradretError when the server cannot be reached, refuses the key, or has several models and none is named.
     """
 
     def __init__(
@@ -296,34 +253,35 @@ class Endpoint:
         *,
         model: str | None = None,
         concurrency: int = 32,
-        timeout_s: float = 120,
+        timeout: float = 600,
         retries: int = 6,
         temperature: float = 0.8,
         top_p: float = 0.95,
-        options: dict | None = None,
+        request_options: dict | None = None,
         key: str | None = None,
     ):
         self._url = check_url(url)
-        self._key = read_key() if key is None else key
+        self._key = os.environ.get(KEY_VARIABLE, "").strip() or NO_KEY if key is None else key
         if not (self._key.isascii() and self._key.isprintable()):  # it could not be sent, and the error would show it
             raise GradretError(f"{KEY_VARIABLE}: expected letters, digits and signs, got others; set it again")
-        self._concurrency, self._timeout_s, self._retries = concurrency, timeout_s, retries
-        self._sampling, self._options = {"temperature": temperature, "top_p": top_p}, options or {}
-        self._random = random.Random()  # the global one is the caller's
-        self._dialect = Dialect()
+        self._model, self._concurrency, self._timeout_s = model, concurrency, timeout
+        self._sampling, self._options = {"temperature": temperature, "top_p": top_p}, request_options or {}
+        self._cap = "max_tokens"  # or what newer servers call it
+        self._ways: Counter[str] = Counter()  # by kind of request: which of ways_to_ask the server takes
         self._proven: set[str] = set()  # kinds of request that the server has taken
         self._said: set[str] = set()
-        self._done: SimpleQueue[Future] = SimpleQueue()
-        self._running = 0
+        self._running: set[Future] = set()
         self._failed_in_a_row: Counter[str] = Counter()  # by kind of request
         self._last_error: str | None = None
-        self._end: BaseException | None = None
-        self._client = self._make_client(url)
+        self._end: GradretError | None = None
         self._loop = asyncio.new_event_loop()
+        self._client = openai.AsyncOpenAI(
+            api_key=self._key, base_url=url, max_retries=retries, http_client=PatientClient()
+        )
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
         try:
-            self._model = self._start(self._find_model(url, model)).result()
+            self._model = self._start(self._find_model(url)).result()
         except BaseException:
             self.close()
             raise
@@ -331,66 +289,49 @@ class Endpoint:
 
     @property
     def free(self) -> int:
-        return self._concurrency - self._running
+        """How many more requests can run now."""
+        return self._concurrency - len(self._running)
 
     def describe(self) -> str:
+        """The engine in words."""
         return f"{self._model} at {self._url}, {self._concurrency} requests at once"
 
     def submit(self, request: Request) -> None:
-        """Start a request; it counts against `free` until collect hands its reply out."""
-        future = self._start(self._answer(request))
-        self._running += 1
-        future.add_done_callback(self._done.put)
+        """Start a request; it counts against `free` until its reply is handed out."""
+        self._running.add(self._start(self._answer(request)))
 
     def collect(self) -> list[Reply]:
-        """Wait until at least one request is done; those that are. [] only when none runs.
+        """Wait until at least one request is done, and return all that are. [] only when none runs.
 
-        Raises: GradretError when the server refuses the key, the model or the path, or stays away; never before
-            all that came is handed out.
+        Raises: GradretError when the server refuses the key, the model or the path, or stays away; never before all
+            that came is handed out.
         """
         replies: list[Reply] = []
-        while self._running and not (replies and self._done.empty()):
-            if self._done.empty():
-                self._raise_end()
-            self._take(self._done.get(), replies)
-        if not replies:
-            self._raise_end()
+        while not replies:
+            if not any(future.done() for future in self._running):
+                self._check_end()
+            if not self._running:
+                break
+            done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
+            for future in done:
+                answer = future.result()
+                if isinstance(answer, Reply):
+                    replies.append(self._count_failures(answer))
+                else:
+                    self._end = self._make_end(answer)
         return replies
 
     def close(self) -> None:
         """Abandon what runs, at once."""
         if self._thread.is_alive():
-            with suppress(TimeoutError, asyncio.TimeoutError):
+            with suppress(TimeoutError):
                 self._start(self._abandon()).result(2)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(2)
-        self._running, self._done = 0, SimpleQueue()
+        self._running = set()
 
     def _start(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def _take(self, future: Future, replies: list[Reply]) -> None:
-        self._running -= 1
-        if error := future.exception():
-            self._end = self._end or error
-            return
-        reply = future.result()
-        kind = kind_of(reply.request)
-        if reply.error is None:
-            self._failed_in_a_row[kind] = 0
-        else:
-            if self._failed_in_a_row[kind]:  # the second in a row: the fault may lie in what all requests share
-                reply = replace(reply, finish="error")
-            self._failed_in_a_row[kind] += 1
-            self._last_error = reply.error
-        replies.append(reply)
-
-    def _raise_end(self) -> None:
-        if self._end is not None:
-            raise self._end
-        failed = max(self._failed_in_a_row.values(), default=0)
-        if failed >= max(8, self._concurrency):
-            raise GradretError(f"{self._url}: {failed} requests in a row failed (last: {self._last_error}); {KEPT}")
 
     async def _abandon(self) -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -399,113 +340,114 @@ class Endpoint:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._client.close()
 
-    def _make_client(self, url: str):
-        try:
-            import openai
-        except ModuleNotFoundError as error:
-            if error.name != "openai":
-                raise
-            raise GradretError("gen --endpoint needs the openai package: pip install 'gradret[gen]'") from None
-        self._openai = openai
-        return openai.AsyncOpenAI(api_key=self._key, base_url=url, max_retries=0)
+    def _check_end(self) -> None:
+        if self._end is not None:
+            raise self._end
+        failed = max(self._failed_in_a_row.values(), default=0)
+        if failed >= max(8, self._concurrency):
+            raise GradretError(f"{self._url}: {failed} requests in a row failed (last: {self._last_error}); {KEPT}")
 
-    async def _call(self, method, timeout_s: float, **arguments) -> dict:
-        """The JSON object that a server answers with. Raises: Failure"""
-        openai = self._openai
-        try:
-            # The client's own timeout starts anew with each byte.
-            timeout = openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
-            raw = await asyncio.wait_for(method(timeout=timeout, **arguments), timeout_s)
-        except openai.APIStatusError as error:
-            message = read_message(error.response.text)
-            failure = Failure(error.status_code, message, read_retry_after(error.response.headers))
-        except (asyncio.TimeoutError, openai.APITimeoutError):
-            failure = Failure(None, f"no answer within {timeout_s:g} s")
-        except openai.APIConnectionError as error:
-            failure = Failure(None, str(error.__cause__) or type(error.__cause__).__name__)
-        else:
-            return read_body(raw.http_response.content)
-        raise failure  # outside of the handlers, whose exceptions hold the request and with it the key
+    def _count_failures(self, reply: Reply) -> Reply:
+        kind = kind_of(reply.request)
+        if reply.error is None:
+            self._failed_in_a_row[kind] = 0
+            return reply
+        self._failed_in_a_row[kind] += 1
+        self._last_error = reply.error
+        # The second in a row: the fault may lie in what all requests share, such as an account without credit.
+        return replace(reply, finish="error") if self._failed_in_a_row[kind] > 1 else reply
 
-    async def _find_model(self, url: str, wanted: str | None) -> str:
-        clients = [self._client]
-        if not re.search(r"/v\d+/?$", urlsplit(url).path):
-            clients.append(self._client.with_options(base_url=url.rstrip("/") + "/v1"))
+    async def _call(self, method, timeout_s: float, **arguments) -> bytes | Failure:
+        """The body of the server's answer, or why there is none.
+
+        A value, not an exception: those of the client hold the request, and with it the key.
+        """
+        timeout = openai.Timeout(timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
+        try:
+            raw = await method(timeout=timeout, **arguments)
+        except openai.APIError as error:
+            tries = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
+            if isinstance(error, openai.APIStatusError):
+                return Failure(error.status_code, read_message(error.response.text), tries)
+            return Failure(None, str(error.__cause__) or type(error.__cause__).__name__, tries)
+        return raw.http_response.content
+
+    async def _find_model(self, url: str) -> str:
+        """The model to ask for; the client is set to the root where the server lists its models."""
         names: list[str] | None = None
-        for client in clients:
-            names = await self._list_models(client, wanted is not None)
+        for root in [url] if re.search(r"/v\d+/?$", urlsplit(url).path) else [url, url.rstrip("/") + "/v1"]:
+            client = self._client.with_options(base_url=root)
+            names = await self._list_models(client)
             if names is not None:
                 self._client = client
                 break
-        return choose_model(self._url, names or [], wanted)
+        if self._model is not None:
+            return self._model
+        if not names:
+            raise GradretError(f"{self._url}: lists no models; name one with --model ({ADVICE})")
+        if len(names) > 1:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            raise GradretError(f"{self._url}: serves {len(names)} models ({shown}); choose one with --model")
+        return names[0]
 
-    async def _list_models(self, client, named: bool) -> list[str] | None:
+    async def _list_models(self, client: openai.AsyncOpenAI) -> list[str] | None:
         """None where the server has no such list, or none for this key, of which a model that is named needs none."""
-        tries = 0
+        patient = client.with_options(max_retries=CHECK_RETRIES)
+        answer = await self._call(patient.models.with_raw_response.list, CHECK_TIMEOUT_S)
+        if isinstance(answer, Failure):
+            # A key may be good for completions alone.
+            needless = self._model is not None and not answer.passing and answer.status != 401
+            if needless or answer.status in (404, 405, 501):
+                return None
+            if answer.passing:
+                raise GradretError(f"{self._url}: cannot be reached ({self._tell(answer)}); {ADVICE}")
+            raise self._make_end(answer)
+        try:
+            return [entry["id"] for entry in json.loads(answer)["data"] if isinstance(entry["id"], str)]
+        except (KeyError, RecursionError, TypeError, ValueError):
+            return None
+
+    async def _answer(self, request: Request) -> Reply | Failure:
+        """The reply to a request, asked for as strictly as the server takes it; a failure that would meet all."""
+        kind, ways = kind_of(request), ways_to_ask(request)
+        cap, way = self._cap, self._ways[kind]
         while True:
-            try:
-                body = await self._call(client.models.with_raw_response.list, CHECK_TIMEOUT_S)
-            except Failure as failure:
-                why = failure
+            said = {
+                "model": self._model,
+                "messages": request.messages,
+                "seed": request.seed % 2**31,
+                cap: request.max_tokens,
+                **({"temperature": 0.0} if request.choices else self._sampling),
+                **ways[way],
+                "extra_body": self._options,
+            }
+            answer = await self._call(self._client.chat.completions.with_raw_response.create, self._timeout_s, **said)
+            if not isinstance(answer, Failure):
+                self._learn(kind, cap, way)
+                return make_reply(request, read_completion(answer), self._say_once)
+            if not answer.refused:
+                return Reply(request, "", "error", error=self._tell(answer)) if answer.passing else answer
+            if kind in self._proven:
+                if (cap, way) == (self._cap, self._ways[kind]):
+                    return Reply(request, "", "refused", error=self._tell(answer))
+                cap, way = self._cap, self._ways[kind]  # which another request has found meanwhile
+            elif "max_completion_tokens" in answer.message and cap == "max_tokens":
+                cap = "max_completion_tokens"
+            elif way + 1 < len(ways):
+                way += 1
             else:
-                return read_models(body)
-            tries += 1
-            if why.status in (200, 404, 405, 501) or (named and not why.passing and why.status != 401):
-                return None  # a key may be good for completions alone
-            if not why.passing:
-                raise self._make_end(why)
-            if tries == CHECK_TRIES:
-                raise GradretError(f"{self._url}: can not be reached ({self._tell(why)}); {ADVICE}")
-            await asyncio.sleep(FIRST_DELAY_S)
+                return Reply(request, "", "error", error=self._tell(answer))
 
-    async def _answer(self, request: Request) -> Reply:
-        kind = kind_of(request)
-        sampling = {"temperature": 0.0} if request.choices else self._sampling
-        dialect, tries = self._dialect, 0
-        while True:
-            ask = self._client.chat.completions.with_raw_response.create
-            asked = {"model": self._model, "extra_body": self._options, **sampling, **dialect.say_request(request)}
-            try:
-                body = await self._call(ask, self._timeout_s, **asked)
-                reply = read_reply(body, request, self._say_once)
-            except Failure as failure:
-                why = failure
-            else:
-                self._learn(request, kind, dialect)
-                return reply
-            if why.refused:
-                lower = self._find_dialect(request, kind, dialect, why)
-                if lower is None:
-                    finish = "refused" if kind in self._proven else "error"
-                    return Reply(request, "", finish, error=self._tell(why))
-                dialect = lower
-                continue
-            if not why.passing:
-                raise self._make_end(why)
-            tries += 1
-            if tries > self._retries or why.retry_after_s > MOST_RETRY_AFTER_S:
-                return Reply(request, "", "error", error=self._tell(why, tries))
-            delay_s = min(FIRST_DELAY_S * 2 ** (tries - 1), MOST_DELAY_S) * self._random.uniform(0.75, 1.25)
-            if why.retry_after_s:  # not all of them at the same moment, either
-                delay_s = why.retry_after_s + FIRST_DELAY_S * self._random.random()
-            await asyncio.sleep(delay_s)
-
-    def _find_dialect(self, request: Request, kind: str, dialect: Dialect, why: Failure) -> Dialect | None:
-        """In which to ask again after a refusal; None when the request itself is at fault."""
-        if kind not in self._proven:
-            return dialect.step_down(request, why.message)
-        known = dialect.take_over(request, self._dialect)  # which another request may have found meanwhile
-        return known if known != dialect else None
-
-    def _learn(self, request: Request, kind: str, dialect: Dialect) -> None:
-        """Keep to the dialect that the first request of a kind succeeded in."""
+    def _learn(self, kind: str, cap: str, way: int) -> None:
+        """Keep to the way in which the first request of a kind succeeded."""
         if kind in self._proven:
             return
         self._proven.add(kind)
-        self._dialect = self._dialect.take_over(request, dialect)
-        if kind == "form" and dialect.format:
-            instead = FORMATS[dialect.format] or "nothing"
-            self._say_once(f"takes no response_format json_schema, so {instead} asks for the form; replies are checked")
+        self._cap, self._ways[kind] = cap, way
+        if kind == "form" and way:
+            self._say_once(
+                f"takes no response_format json_schema, so {FORMS[way]} asks for the form; replies are checked"
+            )
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:
@@ -518,8 +460,15 @@ class Endpoint:
             return GradretError(
                 f"{self._url}: refuses the key ({self._tell(why)}); put {which} into the environment as {KEY_VARIABLE}"
             )
-        model = f" for model {self._model}" if hasattr(self, "_model") else ""
+        model = f" for model {self._model}" if self._model else ""
         return GradretError(f"{self._url}: {self._tell(why)}{model}; check --model and the URL; {KEPT}")
 
-    def _tell(self, why: Failure, tries: int = 0) -> str:
-        return tell_failure(why, tries, secret=None if self._key == NO_KEY else self._key)
+    def _tell(self, why: Failure) -> str:
+        """A failure in one short line. The key is hidden first, in both its spellings, and then the line is cut."""
+        text = why.message
+        for secret in {self._key, json.dumps(self._key)[1:-1]} - {NO_KEY}:
+            text = text.replace(secret, "[key]")
+        text = " ".join(text.split())
+        text = text if len(text) <= MOST_SHOWN else text[:MOST_SHOWN] + "..."
+        status = f"HTTP {why.status}: " if why.status else ""
+        return status + text + (f" (after {why.tries} tries)" if why.tries > 1 else "")

@@ -1,12 +1,21 @@
-"""What is asked of a language model and what comes back, whichever engine answers."""
+"""What `gen` asks of a language model and what comes back, whichever engine answers.
 
+A new engine is one more file beside llama.py and endpoint.py, and one more branch in run.open_engine.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form of a reply, as engines take it: a GBNF grammar (llama.cpp) and a JSON schema (endpoints)."""
+    """The form of a reply, in both ways that engines take it.
+
+    Attributes:
+        grammar: GBNF, for llama.cpp.
+        schema: a JSON schema, for endpoints.
+    """
 
     grammar: str
     schema: dict = field(hash=False)
@@ -17,14 +26,14 @@ class Request:
     """One reply that is wanted.
 
     Attributes:
-        key: what the caller knows it by; the engine hands it back.
-        messages: chat messages {"role", "content"}; the last is the user's, and all before it are the same for
-            every request of a kind, so that an engine evaluates them once. Contents are data: an engine never
-            reads chat markup in them.
-        max_tokens: of the reply, at most.
-        seed: of its own sampling stream, 64 bits; depends on nothing but what the reply is for.
-        form: that the reply must have; None for free text.
-        choices: one-token answers; if there are some, no text is sampled, and the reply holds their probabilities.
+        key: names the request to the caller; the engine does not look at it.
+        messages: chat messages {"role", "content"}. The last is the user's. All before it are the same for every
+            request of a kind, so that an engine can evaluate them once. Contents are data: an engine never reads chat
+            markup in them.
+        max_tokens: the longest reply.
+        seed: of this reply's own sampling stream, 64 bits. It depends only on what the reply is for.
+        form: the form that the reply must have; None for free text.
+        choices: one-token answers. With them no text is sampled: the reply holds the probability of each.
     """
 
     key: object
@@ -40,11 +49,11 @@ class Reply:
     """What came back.
 
     Attributes:
-        finish: "stop", "length" (the token cap cut it off), "refused" (for what is in the request: asked again it is
-            refused again), or "error" (for what may be over the next time: not final).
-        tokens, prompt_tokens: written, and read (0 where the engine does not say).
+        finish: "stop"; "length" when the token cap cut the text off; "refused" when the engine will never serve this
+            request; "error" when another run may get a reply.
+        tokens, prompt_tokens: written and read; 0 where the engine does not say.
         probabilities: of each choice, summing to 1; None without choices.
-        error: with finish "error" or "refused", why there is no reply, in one line.
+        error: with "error" and "refused", one line that says why there is no reply.
     """
 
     request: Request
@@ -57,10 +66,10 @@ class Reply:
 
 
 class Engine(Protocol):
-    """Answers many requests at once. Submit while `free` is above 0; collect what is ready, in any order.
+    """Answers many requests at once. Submit while `free` is above 0; collect replies in whatever order they come.
 
     Attributes:
-        identity: names the model in records: the same wherever its file lies.
+        identity: names the model in records; the same wherever its file lies.
         free: how many more requests can run now.
     """
 
@@ -71,12 +80,12 @@ class Engine(Protocol):
         """The engine in words, for the user."""
 
     def submit(self, request: Request) -> None:
-        """Start a request. Raises: GradretError when the engine can serve none like it."""
+        """Start a request. Raises: GradretError when the engine serves none of its kind."""
 
-    def collect(self) -> list[Reply]:
-        """Wait until at least one request is done; those that are. [] only when none runs.
+    def collect(self) -> Sequence[Reply]:
+        """Wait until at least one request is done, and return all that are. Empty only when none runs.
 
-        Raises: GradretError when going on makes no sense: a refused key, a server that stays away.
+        Raises: GradretError when going on makes no sense: the server refuses the key, or has gone away.
         """
 
     def close(self) -> None:

@@ -6,45 +6,30 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.lists import RankingList, decode_json, format_list, parse_list, query_key
-from gradret.files import open_folder, read_json, replace_json
+from gradret.files import open_folder, read_object, replace_json
 from gradret.generate.queries import Query
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 class Journal:
     """A generation's files, open to append to: killed at any moment, they lose nothing and double nothing.
 
     Every list and every reject is one line, written at once. What a kill can leave, a last line without its newline,
-    is mended when the files are next opened.
+    is mended by the next `resume`. Opening takes the files, so that no other process writes to them.
 
     Args:
         out: the lists, JSONL.
         rejects: the queries given up, JSONL; None for OUT's name with .rejects.jsonl for .jsonl.
-        record: the settings, JSON-serialisable, kept in a file of OUT's name with .gen.json for .jsonl; or a function
-            that gives them, called once it is clear that the files can be written.
-        mix: append to lists that were written with other settings, too.
-        retry_rejects: take no query for given up that was before.
     Attributes:
         done: query_key of every query that has its list.
         rejected: query_key of every query given up that has none; those not tried to the end are not among them.
-    Raises: GradretError when a file can not be written, is in use, is broken, or when the settings differ.
+    Raises: GradretError when a file cannot be written, or is in use.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        rejects: Path | None,
-        record: dict | Callable[[], dict],
-        *,
-        mix: bool = False,
-        retry_rejects: bool = False,
-    ):
+    def __init__(self, out: Path, rejects: Path | None = None):
         self.out = Path(out)
         stem = self.out.name.removesuffix(".jsonl")
         self.record_path = self.out.with_name(f"{stem}.gen.json")
@@ -53,16 +38,13 @@ class Journal:
             raise GradretError("--out -: lists are appended to a file that later runs read; name a file")
         if len({os.path.abspath(path) for path in (self.out, self.record_path, self.rejects)}) < 3:
             raise GradretError(f"{self.rejects}: is taken by the lists or their record; name another file for rejects")
-        self._fds: list[int] = []
+        self.done: set[int] = set()
+        self.rejected: set[int] = set()
+        self._seen: dict[str, tuple[int, int]] = {}  # query id -> query_key, line
+        self._fds: dict[Path, int] = {}
         try:
-            self._out, self._rejects = self._open(self.out), self._open(self.rejects)
-            self._keep_record(json.loads(json.dumps(record() if callable(record) else record)), mix)
-            self._seen: dict[str, tuple[int, int]] = {}  # query id -> query_key, line
-            self._scan(self._out, self.out, self._note_list)
-            self.done = {key for key, _ in self._seen.values()}
-            self.rejected: set[int] = set()
-            self._scan(self._rejects, self.rejects, self._note_reject)
-            self.rejected = set() if retry_rejects else self.rejected - self.done
+            for path in (self.out, self.rejects):
+                self._open(path)
         except BaseException:
             self.close()
             raise
@@ -76,14 +58,29 @@ class Journal:
     def close(self) -> None:
         """Let go of the files."""
         while self._fds:
-            os.close(self._fds.pop())
+            os.close(self._fds.popitem()[1])
+
+    def resume(self, record: dict, *, mix: bool = False, retry_rejects: bool = False) -> None:
+        """Read what earlier runs wrote. Before the first list, write the settings down.
+
+        Args:
+            record: the settings, JSON-serialisable, kept in a file of OUT's name with .gen.json for .jsonl.
+            mix: append to lists that were written with other settings, too.
+            retry_rejects: take no query for given up that was before.
+        Raises: GradretError when the settings differ, before anything is touched; when a line is broken.
+        """
+        self._keep_record(json.loads(json.dumps(record)), mix)
+        self._scan(self.out, self._note_list)
+        self.done = {key for key, _ in self._seen.values()}
+        self._scan(self.rejects, self._note_reject)
+        self.rejected = set() if retry_rejects else self.rejected - self.done
 
     def add(self, ranking_list: RankingList) -> None:
-        """Append a list. Raises: GradretError when it can not be written; what was there before is intact."""
+        """Append a list. Raises: GradretError when it cannot be written; what was there before is intact."""
         key = query_key(ranking_list.query_id, ranking_list.query)
         if ranking_list.query_id in self._seen:
             raise ValueError(f"query id '{ranking_list.query_id}' has its list already")
-        _append(self._out, self.out, (format_list(ranking_list) + "\n").encode())
+        self._append(self.out, (format_list(ranking_list) + "\n").encode())
         self._seen[ranking_list.query_id] = key, 0
         self.done.add(key)
 
@@ -96,7 +93,7 @@ class Journal:
         """
         entry = {"query_id": query.query_id, "query": query.text, "reason": reason, "detail": detail}
         line = json.dumps({**entry, "replies": replies, "final": final}, ensure_ascii=False) + "\n"
-        _append(self._rejects, self.rejects, line.encode("utf-8", "replace"))  # raw replies may hold half a surrogate
+        self._append(self.rejects, line.encode("utf-8", "replace"))  # raw replies may hold half a surrogate pair
         if final:
             self.rejected.add(query.key)
 
@@ -110,53 +107,56 @@ class Journal:
                     "choose another --out"
                 )
 
-    def _open(self, path: Path) -> int:
+    def _open(self, path: Path) -> None:
         open_folder(str(path.parent))
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            fd = self._fds[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         except OSError as error:
-            raise GradretError(f"{path}: can not be written ({error.strerror})") from None
-        self._fds.append(fd)
+            raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise GradretError(f"{path}: is not a regular file; lists are appended to one that later runs read")
         try:
-            if fcntl is not None:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise GradretError(
-                f"{path}: another process is writing to it; wait for it, stop it, or name another file"
-            ) from None
+            held = lock_descriptor(fd, blocking=False)
         except OSError:  # a network file system without locks
-            pass
-        return fd
+            return
+        if not held:
+            raise GradretError(f"{path}: another process is writing to it; wait for it, stop it, or name another file")
 
     def _keep_record(self, record: dict, mix: bool) -> None:
         """Compare the settings with those of the lists there are; before the first list, write them down."""
-        stored = read_json(self.record_path)
-        if stored and not (isinstance(stored, dict) and isinstance(stored.get("settings"), dict)):
+        stored = read_object(self.record_path)
+        used = stored.get("settings") if stored else []
+        if not isinstance(used, list):
             raise GradretError(f"{self.record_path}: is not the record of a generation; choose another --out")
-        lists, rejects = os.fstat(self._out).st_size, os.fstat(self._rejects).st_size
-        if not lists and not (stored and rejects):
-            content = {"settings": record}
+        written = {path: os.fstat(fd).st_size > 0 for path, fd in self._fds.items()}
+        if not written[self.out] and not (used and written[self.rejects]):
+            used = []  # nothing yet depends on what an earlier run wrote down
         else:
-            # None stands for lists without a record
-            used = [stored["settings"], *stored.get("also", [])] if stored else [None]
-            if any(settings is not None and not _list_differences(settings, record) for settings in used):
+            used = used or [None]  # stands for the settings of lists without a record
+            if any(settings is not None and not _differing(settings, record) for settings in used):
                 return
             if not mix:
                 advice = "choose another --out, or pass --mix-settings to append all the same"
-                raise GradretError(f"{self.out}: {_describe_difference(used[0], record, self.record_path)}; {advice}")
-            first, *also = [*used, record] if stored else [record, None]
-            content = {"settings": first, "also": also}
+                raise GradretError(f"{self.out}: {self._describe_difference(used[0], record)}; {advice}")
+        content = {"settings": [*used, record]}
         if content != stored:
             try:
                 replace_json(self.record_path, content)
             except OSError as error:
-                raise GradretError(f"{self.record_path}: can not be written ({error.strerror})") from None
+                raise GradretError(f"{self.record_path}: cannot be written ({error.strerror})") from None
 
-    def _scan(self, fd: int, path: Path, note) -> None:
-        """Give each line's object to `note`; mend a last line that was cut off."""
-        size, offset = os.fstat(fd).st_size, 0
+    def _describe_difference(self, stored: dict | None, record: dict) -> str:
+        if stored is None:
+            return f"holds lists, but {self.record_path.name}, the record of how they were written, is not there"
+        name = _differing(stored, record)[0]
+        texts = [json.dumps(settings.get(name), ensure_ascii=False) for settings in (stored, record)]
+        shown = [text if len(text) <= 60 else text[:57] + "..." for text in texts]
+        return f"was written with {name}={shown[0]} where {shown[1]} is asked for"
+
+    def _scan(self, path: Path, note: Callable[[object, str, int], None]) -> None:
+        """Give each line's object, its place and its number to `note`; mend a last line that was cut off."""
+        fd, offset = self._fds[path], 0
+        size = os.fstat(fd).st_size
         with (
             open(path, "rb") as file,
             show_bar(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=PATIENCE_S) as bar,
@@ -170,7 +170,7 @@ class Journal:
                 if line.strip():
                     note(decode_json(line, where), where, number)
                 if not line.endswith(b"\n"):
-                    _append(fd, path, b"\n")
+                    self._append(path, b"\n")
                     say(f"{where}: was written whole but for its newline when a run was stopped; added")
                 offset += len(line)
                 if number % 1000 == 0:
@@ -196,22 +196,22 @@ class Journal:
         if fields[2]:
             self.rejected.add(query_key(fields[0], fields[1]))
 
-
-def _append(fd: int, path: Path, data: bytes) -> None:
-    """Write at the end, all or nothing."""
-    before = os.fstat(fd).st_size
-    try:
-        written = os.write(fd, data)
-        while written < len(data):  # the disk is full; writing on says why, or goes on if room was made
-            written += os.write(fd, data[written:])
-    except BaseException as error:
-        os.ftruncate(fd, before)
-        if not isinstance(error, OSError):
-            raise
-        raise GradretError(
-            f"{path}: can not be written ({error.strerror}); all lines before are kept: "
-            "make room and run the same command again"
-        ) from error
+    def _append(self, path: Path, data: bytes) -> None:
+        """Write at the end, all or nothing."""
+        fd = self._fds[path]
+        before = os.fstat(fd).st_size
+        try:
+            written = os.write(fd, data)
+            while written < len(data):  # the disk is full; writing on says why, or goes on if room was made
+                written += os.write(fd, data[written:])
+        except BaseException as error:
+            os.ftruncate(fd, before)
+            if not isinstance(error, OSError):
+                raise
+            raise GradretError(
+                f"{path}: cannot be written ({error.strerror}); all lines before are kept: "
+                "make room and run the same command again"
+            ) from error
 
 
 def _is_whole(line: bytes) -> bool:
@@ -221,18 +221,6 @@ def _is_whole(line: bytes) -> bool:
         return False
 
 
-def _describe_difference(stored: dict | None, record: dict, record_path: Path) -> str:
-    if stored is None:
-        return f"holds lists, but {record_path.name}, the record of how they were written, is not there"
-    name = _list_differences(stored, record)[0]
-    shown = [_show(settings.get(name)) for settings in (stored, record)]
-    return f"was written with {name}={shown[0]} where {shown[1]} is asked for"
-
-
-def _list_differences(stored: dict, record: dict) -> list[str]:
+def _differing(stored: dict, record: dict) -> list[str]:
+    """Names of the settings that differ; null is as good as absent."""
     return [name for name in {**record, **stored} if stored.get(name) != record.get(name)]
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

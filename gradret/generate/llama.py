@@ -6,6 +6,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,75 +15,11 @@ import numpy as np
 
 from gradret.console import GradretError, show_wait
 from gradret.encoder.hub import HUB_TIMEOUT_S, tell_reason
-from gradret.generate.engine import Form, Reply, Request
+from gradret.generate.engine import Reply, Request
 
-SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?=\.gguf$)")
-SHOWN = 8
-
-
-def locate_gguf(name: str) -> Path:
-    """The local path of a GGUF model: a file, or HUB_REPO[:FILE], fetched when it is not in the local hub cache.
-
-    Of a model split into several files the first is returned, and all are fetched.
-
-    Raises: GradretError when there is no such file, the repository has several models and none is named, or the hub
-        does not answer.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    repository, _, file = name.partition(":")
-    if Path(name).exists() or name.startswith((".", "/", "~")) or repository.count("/") != 1:
-        raise GradretError(f"{name}: no such file; give a GGUF file, or a hub repository as OWNER/NAME[:FILE.gguf]")
-    return _find_in_cache(repository, file) or _fetch(name, repository, file)
-
-
-def choose_files(files: list[str], file: str) -> list[str]:
-    """The files of the one model that is meant, all parts in order; [] when it is not there or several could be."""
-    models: dict[str, list[str]] = {}
-    for found in sorted(files):
-        if found.endswith(".gguf") and "mmproj" not in found:  # an image encoder beside the model
-            models.setdefault(SPLIT.sub("", found), []).append(found)
-    if not file and len(models) > 1:
-        return []
-    parts = models.get(SPLIT.sub("", file), []) if file else next(iter(models.values()), [])
-    split = SPLIT.search(parts[0]) if parts else None
-    return parts if not split or len(parts) == int(split.group(1)) else []
-
-
-def _find_in_cache(repository: str, file: str) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(repository, local_files_only=True))
-    except HFValidationError:
-        raise GradretError(f"{repository}: no such file, and not a hub repository's name (OWNER/NAME)") from None
-    except LocalEntryNotFoundError:
-        return None
-    parts = choose_files([str(path.relative_to(directory)) for path in directory.rglob("*.gguf")], file)
-    return directory / parts[0] if parts else None
-
-
-def _fetch(name: str, repository: str, file: str) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    try:
-        files = [f.rfilename for f in HfApi().model_info(repository, timeout=HUB_TIMEOUT_S).siblings]
-        parts = choose_files(files, file)
-        fetched = [hf_hub_download(repository, part, etag_timeout=HUB_TIMEOUT_S) for part in parts]
-    except RepositoryNotFoundError:
-        raise GradretError(f"{name}: no such file, and the hub has no such model") from None
-    except Exception as error:  # the hub's client raises whatever its HTTP library does
-        raise GradretError(
-            f"{name}: no such file, not in the local cache, and the hub can not be reached ({tell_reason(error)})"
-        ) from error
-    if not fetched:
-        there = [f for f in files if f.endswith(".gguf")]
-        shown = ", ".join(there[:SHOWN]) + (f" and {len(there) - SHOWN} more" if len(there) > SHOWN else "") or "none"
-        raise GradretError(f"{name}: name one of the repository's GGUF files as {repository}:FILE; there: {shown}")
-    return Path(fetched[0])
-
+# GNU's OpenMP reads this once, when it is loaded with llama_cpp. Otherwise its threads spin at every barrier: where the
+# machine does something else, too, that costs llama.cpp three quarters of its speed and slows down all the rest.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import jinja2
@@ -95,6 +32,8 @@ except ModuleNotFoundError as error:
         "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]', or use --endpoint"
     ) from None
 
+SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?=\.gguf$)")  # a model in several files
+SHOWN = 8  # files of a repository that a message names
 ERROR_LEVEL = 3  # of ggml's log
 # Templates that print the date would make a reply depend on the day: they get this one.
 TEMPLATE_DATE = datetime(2025, 1, 1)
@@ -121,21 +60,68 @@ def forget_errors() -> None:
     _messages.clear()
 
 
-def avoid_amx() -> None:
-    """Have llama-cpp-python load models without llama.cpp's kernels for Intel's AMX, if it was built with them.
+def locate_gguf(name: str) -> Path:
+    """The local path of a GGUF model: a file, or HUB_REPO[:FILE], fetched when it is not in the local hub cache.
 
-    They can end the process at the first matrix product (ggml-org/llama.cpp #20824; seen with GCC 12): the kernels for
-    AVX-512 then serve.
+    Of a model split into several files the first is returned, and all are fetched.
+
+    Raises: GradretError when there is no such file, the repository has several models and none is named, or the hub
+        does not answer.
     """
-    defaults = api.llama_model_default_params
-    if b"AMX" in api.llama_print_system_info() and defaults().use_extra_bufts:
+    if Path(name).is_file():
+        return Path(name)
+    repository, _, file = name.partition(":")
+    if Path(name).exists() or name.startswith((".", "/", "~")) or repository.count("/") != 1:
+        raise GradretError(f"{name}: no such file; give a GGUF file, or a hub repository as OWNER/NAME[:FILE.gguf]")
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-        def without_extra_buffers():
-            parameters = defaults()
-            parameters.use_extra_bufts = False
-            return parameters
+    with suppress(LocalEntryNotFoundError):
+        try:
+            cached = Path(snapshot_download(repository, local_files_only=True))
+        except HFValidationError:
+            raise GradretError(f"{repository}: no such file, and not a hub repository's name (OWNER/NAME)") from None
+        if parts := choose_files([str(path.relative_to(cached)) for path in cached.rglob("*.gguf")], file):
+            return cached / parts[0]
+    try:
+        files = [f.rfilename for f in HfApi().model_info(repository, timeout=HUB_TIMEOUT_S).siblings]
+        fetched = [hf_hub_download(repository, part, etag_timeout=HUB_TIMEOUT_S) for part in choose_files(files, file)]
+    except RepositoryNotFoundError:
+        raise GradretError(f"{name}: no such file, and the hub has no such model") from None
+    except Exception as error:  # the hub's client raises whatever its HTTP library does
+        raise GradretError(
+            f"{name}: no such file, not in the local cache, and the hub cannot be reached ({tell_reason(error)})"
+        ) from error
+    if not fetched:
+        there = [f for f in files if f.endswith(".gguf")]
+        shown = ", ".join(there[:SHOWN]) + (f" and {len(there) - SHOWN} more" if len(there) > SHOWN else "") or "none"
+        raise GradretError(f"{name}: name one of the repository's GGUF files as {repository}:FILE; there: {shown}")
+    return Path(fetched[0])
 
-        api.llama_model_default_params = without_extra_buffers
+
+def choose_files(files: list[str], file: str) -> list[str]:
+    """The files of the one model that is meant, all parts in order; [] when it is not there or several could be."""
+    models: dict[str, list[str]] = {}
+    for found in sorted(files):
+        if found.endswith(".gguf") and "mmproj" not in found:  # an image encoder beside the model
+            models.setdefault(SPLIT.sub("", found), []).append(found)
+    if not file and len(models) > 1:
+        return []
+    parts = models.get(SPLIT.sub("", file), []) if file else next(iter(models.values()), [])
+    split = SPLIT.search(parts[0]) if parts else None
+    return parts if not split or len(parts) == int(split.group(1)) else []
+
+
+def make_parameters() -> "api.llama_model_params":
+    """llama.cpp's defaults for loading a model, but without its kernels for Intel's AMX, if it was built with them.
+
+    They can end the process at the first matrix product (ggml-org/llama.cpp #20824; seen with GCC 12). They are among
+    the extra buffer types; without these AVX-512 serves.
+    """
+    parameters = api.llama_model_default_params()
+    if b"AMX" in api.llama_print_system_info():
+        parameters.use_extra_bufts = False
+    return parameters
 
 
 class LlamaModel:
@@ -148,7 +134,7 @@ class LlamaModel:
         pointer, vocab: llama.cpp's own.
         identity: the model's name and a digest of its content, the same wherever the file lies.
         vocabulary_size, trained_context: tokens.
-    Raises: GradretError when it is no GGUF file, llama.cpp can not load it, or it has no chat template.
+    Raises: GradretError when it is no GGUF file, llama.cpp cannot load it, or it has no chat template.
     """
 
     def __init__(self, path: Path, *, gpu_layers: int = -1):
@@ -163,13 +149,12 @@ class LlamaModel:
         forget_errors()
         api.llama_log_set(_keep_errors, None)
         api.llama_backend_init()
-        avoid_amx()
-        parameters = api.llama_model_default_params()
+        parameters = make_parameters()
         parameters.n_gpu_layers = gpu_layers
         with show_wait(f"loading {path.name}"):
             self.pointer = api.llama_model_load_from_file(str(path).encode(), parameters)
         if not self.pointer:
-            raise GradretError(f"{path}: llama.cpp can not load it ({last_error('no reason given')})")
+            raise GradretError(f"{path}: llama.cpp cannot load it ({last_error('no reason given')})")
         self.vocab = api.llama_model_get_vocab(self.pointer)
         self.vocabulary_size = api.llama_vocab_n_tokens(self.vocab)
         self.trained_context = api.llama_model_n_ctx_train(self.pointer)
@@ -186,7 +171,7 @@ class LlamaModel:
             self._formatter = self._make_formatter(template.decode())
         except jinja2.TemplateError as error:
             self.close()
-            raise GradretError(f"{path}: its chat template can not be read ({error}); use another model") from None
+            raise GradretError(f"{path}: its chat template cannot be read ({error}); use another model") from None
         self.identity = f"{self._read_meta('general.name') or 'unnamed'} {fingerprint(path)}"
 
     def _make_formatter(self, template: str) -> Jinja2ChatFormatter:
@@ -202,11 +187,11 @@ class LlamaModel:
         return buffer.value.decode(errors="replace") if found >= 0 else ""
 
     def parse_grammar(self, grammar: str) -> object:
-        """A grammar's sampler in its first state, to be cloned. Raises: ValueError when llama.cpp can not parse it."""
+        """A grammar's sampler in its first state, to be cloned. Raises: ValueError when llama.cpp cannot parse it."""
         if grammar not in self._grammars:
             parsed = api.llama_sampler_init_grammar(self.vocab, grammar.encode(), b"root")
             if not parsed:
-                raise ValueError(f"llama.cpp can not parse the grammar: {last_error('no reason given')}")
+                raise ValueError(f"llama.cpp cannot parse the grammar: {last_error('no reason given')}")
             self._grammars[grammar] = parsed
         return self._grammars[grammar]
 
@@ -271,9 +256,9 @@ class LlamaModel:
         """Tokens of the prompt before and after the last message's content.
 
         The template is rendered with stand-ins, and each content is tokenized by itself: whatever a content spells,
-        it can not become markup. A system message that the template refuses or ignores joins the message after it.
+        it cannot become markup. A system message that the template refuses or ignores joins the message after it.
 
-        Raises: GradretError when the template can not render a chat.
+        Raises: GradretError when the template cannot render a chat.
         """
         contents = [f"{OPEN}{i}{CLOSE}" for i in range(len(messages))]
         chats = [[{"role": m["role"], "content": c} for m, c in zip(messages, contents, strict=True)]]
@@ -286,7 +271,7 @@ class LlamaModel:
                 break
         else:
             raise GradretError(
-                f"{self.path}: its chat template can not write this chat ({reason or 'it leaves a message out'}); "
+                f"{self.path}: its chat template cannot write this chat ({reason or 'it leaves a message out'}); "
                 "use another model"
             )
         tokens: list[int] = []
@@ -332,35 +317,29 @@ CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)
 RANDOM_SEED = 0xFFFFFFFF  # asks llama.cpp for a seed of its choice
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """The most likely TOP_K tokens, of these the fewest that hold top_p, at a temperature; 0 takes the likeliest."""
-
-    temperature: float = 0.8
-    top_p: float = 0.95
-
-
 class LlamaSampler:
-    """Samples one reply.
+    """Samples one reply: of the likeliest TOP_K tokens the fewest that hold top_p, at a temperature; 0 is greedy.
 
     The grammar is asked about the sampled token alone; only when it refuses is the whole vocabulary constrained and
     sampled from again, since that costs as much as a small model's decoding.
     """
 
-    def __init__(self, model: LlamaModel, sampling: Sampling, seed: int, form: Form | None):
+    def __init__(self, model: LlamaModel, request: Request, temperature: float, top_p: float):
         self._model = model
         self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        if sampling.temperature > 0:
+        if temperature > 0:
             for step in (
                 api.llama_sampler_init_top_k(TOP_K),
-                api.llama_sampler_init_top_p(sampling.top_p, 1),
-                api.llama_sampler_init_temp(sampling.temperature),
-                api.llama_sampler_init_dist(seed % RANDOM_SEED),
+                api.llama_sampler_init_top_p(top_p, 1),
+                api.llama_sampler_init_temp(temperature),
+                api.llama_sampler_init_dist(request.seed % RANDOM_SEED),
             ):
                 api.llama_sampler_chain_add(self._chain, step)
         else:
             api.llama_sampler_chain_add(self._chain, api.llama_sampler_init_greedy())
-        self._grammar = api.llama_sampler_clone(model.parse_grammar(form.grammar)) if form else None
+        self._grammar = None
+        if request.form:
+            self._grammar = api.llama_sampler_clone(model.parse_grammar(request.form.grammar))
 
     def sample(self, context, row: int) -> int:
         """The next token after a row of the last batch."""
@@ -441,7 +420,8 @@ class LlamaEngine:
         context: tokens of one sequence, prompt and reply; None for what the kinds need.
         gpu_layers: -1 for all, if llama.cpp was built for a GPU.
         threads: None for the processor's cores.
-    Raises: GradretError when the model can not be used, or the context is too small for a prompt and its reply.
+        temperature, top_p: of sampling, see LlamaSampler.
+    Raises: GradretError when the model cannot be used, or the context is too small for a prompt and its reply.
     """
 
     def __init__(
@@ -453,11 +433,14 @@ class LlamaEngine:
         context: int | None = None,
         gpu_layers: int = -1,
         threads: int | None = None,
-        sampling: Sampling = Sampling(),
+        temperature: float = 0.8,
+        top_p: float = 0.95,
     ):
         self.model = LlamaModel(path, gpu_layers=gpu_layers)
         self.identity = self.model.identity
-        self._sampling, self._context, self._batch = sampling, None, None
+        self._temperature, self._top_p = temperature, top_p
+        self._context = self._batch = None
+        self._slots: list[Slot] = []
         try:
             chats = {_head_key(kind): kind.messages for kind in kinds}
             self._heads = {
@@ -565,7 +548,7 @@ class LlamaEngine:
         slot.request, slot.waiting, slot.position, slot.tokens = request, waiting, len(head.before), []
         slot.prompt_tokens = len(head.before) + len(waiting)
         if not request.choices:
-            slot.sampler = LlamaSampler(self.model, self._sampling, request.seed, request.form)
+            slot.sampler = LlamaSampler(self.model, request, self._temperature, self._top_p)
         api.llama_memory_seq_rm(self._memory, slot.sequence, -1, -1)
         api.llama_memory_seq_cp(self._memory, head.sequence, slot.sequence, -1, -1)
 
@@ -621,7 +604,7 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the context and the model."""
-        for slot in getattr(self, "_slots", ()):
+        for slot in self._slots:
             if slot.sampler:
                 slot.sampler.close()
             slot.request = slot.sampler = None

@@ -1,4 +1,4 @@
-"""Versioned prompts: write passages of every grade for a query, or judge a passage."""
+"""What a model is asked: scales of grades, versioned prompts, and every request of a run, made from them."""
 
 import hashlib
 import json
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradret.console import GradretError
-from gradret.data.lists import GRADE_LIMIT, RankingList, decode_json, open_file, read_lists
+from gradret.data.lists import GRADE_LIMIT, RankingList, decode_json, hash64, open_file, read_lists
 from gradret.data.sources import find_path
-from gradret.generate.replies import clean_text
+from gradret.generate.engine import Request
+from gradret.generate.queries import Query
+from gradret.generate.replies import clean_text, make_form
 from gradret.settings import SAMPLE, GenSettings
 
 DIGITS = set(range(10))
@@ -98,9 +100,9 @@ def read_scale(path: str | os.PathLike) -> Scale:
 
 PROMPT_VERSION = "1"  # to be raised with any change of what is asked: lists of two versions are not to mix
 WORD_CHARS = 6  # with the space after it; 5.6 to 6.8 in lists at hand
-# Halves of surrogate pairs are not UTF-8. Brackets that may open chat markup (<|im_start|>, </s>, [INST]) are escaped
-# as well, because servers are known to read special tokens in a message's content.
-ESCAPED = re.compile(r"[\ud800-\udfff]|<(?=[|｜/]|[^\W\d])|\[(?=/?(?:[^\W\d]|@))")
+# Brackets that may open chat markup (<|im_start|>, </s>, [INST]) are escaped, because servers are known to read special
+# tokens in a message's content.
+ESCAPED = re.compile(r"<(?=[|｜/]|[^\W\d])|\[(?=/?(?:[^\W\d]|@))")
 
 GENRES = (
     "an article of an encyclopedia",
@@ -168,93 +170,130 @@ class Style:
 
 
 class Prompts:
-    """Chat messages for an engine. All but the last are the same for every query (and for every grade).
+    """Makes every request of a run. The key of each is (query id, attempt, part).
+
+    All messages but the last are the same for every query, and for every grade. The last is one JSON object with all
+    that is the query's own.
 
     Args:
+        settings: with `separate` a request asks for the passage of one grade; otherwise for those of all.
         examples: lists with a passage of every grade of the scale, see read_examples.
 
     Attributes:
-        fingerprint: hex digest of the version, the scale and the examples: with the settings, what decides a prompt.
+        parts: the replies that make up a list, and their keys: {None: all keys}, or with settings.separate one reply
+            for each grade, {grade: (key,)}.
+        instructions: what the model is told before any query, without the examples.
+        fingerprint: hex digest of the version, the scale and the examples; with the settings it decides a prompt.
     """
 
     def __init__(self, settings: GenSettings, scale: Scale, examples: Sequence[RankingList] = ()):
         self.settings, self.scale = settings, scale
-        self._examples = [(example.query, _texts_by_grade(example, scale)) for example in examples]
-        self._all_head, self._one_head = self._make_head(separate=False), self._make_head(separate=True)
+        self.parts: dict[float | None, tuple[str, ...]] = {None: scale.keys}
+        if settings.separate:
+            self.parts = {grade: (key,) for grade, key in zip(scale.grades, scale.keys, strict=True)}
+        self._forms = {part: make_form(k, settings.min_chars, settings.max_chars) for part, k in self.parts.items()}
+        shown = [(example.query, _texts_by_grade(example, scale)) for example in examples]
+        self.instructions = self._instruct()
+        self._head = [{"role": "system", "content": self.instructions}]
+        for query, texts in shown:
+            self._head += self._show_example(query, list(texts.values()))
         judge = JUDGE.format(
             definitions=_define(scale.labels, scale), labels=", ".join(scale.labels[:-1]) + f" or {scale.labels[-1]}"
         )
-        self._judge_head = ({"role": "system", "content": judge},)
-        parts = json.dumps([PROMPT_VERSION, scale.levels, [[q, list(t.items())] for q, t in self._examples]])
+        self._judge_head = {"role": "system", "content": judge}
+        parts = json.dumps([PROMPT_VERSION, scale.levels, [[query, list(texts.items())] for query, texts in shown]])
         self.fingerprint = hashlib.blake2b(parts.encode(), digest_size=8).hexdigest()
 
-    def _make_head(self, separate: bool) -> tuple[dict, ...]:
-        settings, scale = self.settings, self.scale
-        if separate:
-            task = ONE_TASK
-            reply = ONE_REPLY.format(grade=f"{scale.grades[0]:g}", form=json.dumps({scale.keys[0]: "..."}))
-        else:
-            task = ALL_TASK.format(count=len(scale.grades))
-            reply = ALL_REPLY.format(form=json.dumps(dict.fromkeys(scale.keys, "...")))
-        system = WRITE.format(
-            task=task,
-            definitions=_define([f"{grade:g}" for grade in scale.grades], scale),
-            min_chars=settings.min_chars,
-            max_chars=settings.max_chars,
-            style=STYLE if settings.variety else "",
-            language=(
-                f'the language of ISO 639-1 code "{settings.language}", whatever the query is in'
-                if settings.language
-                else "the language of the query"
-            ),
-            reply=reply,
-        )
-        messages = [{"role": "system", "content": system}]
-        for query, texts in self._examples:
-            # The examples' own length, so that what is asked and what is answered agree in them, too.
-            words = max(1, round(sum(map(len, texts.values())) / len(texts) / WORD_CHARS))
-            by_key = dict(zip(scale.keys, texts.values(), strict=True))
-            parts = [(g, {k: by_key[k]}) for g, k in zip(scale.grades, scale.keys, strict=True)]
-            for grade, content in parts if separate else [(None, by_key)]:
-                messages.append(_ask({"query": query, "words": words} | ({} if grade is None else {"grade": grade})))
-                messages.append({"role": "assistant", "content": json.dumps(content, ensure_ascii=False)})
-        return tuple(messages)
+    def write(self, query: Query, attempt: int = 1, model: str = "") -> list[Request]:
+        """The requests whose replies make up a query's list; `model` is the engine's identity."""
+        return [
+            Request(
+                (query.query_id, attempt, part),
+                (*self._head, self._ask_for(query, part)),
+                self.settings.reply_tokens(len(keys)),
+                draw_seed(query, self.settings.seed, model, attempt, part),
+                self._forms[part],
+            )
+            for part, keys in self.parts.items()
+        ]
 
-    def draw_style(self, query_key: int) -> Style | None:
-        """The style of a query's passages, from the seed and lists.query_key alone; None without variety."""
+    def judge(self, query: Query, attempt: int, passages: Sequence[str]) -> list[Request]:
+        """The requests that grade a query's passages, each without telling what it was written for.
+
+        Their part is the passage's number; the choices are Scale.labels.
+        """
+        return [
+            Request(
+                (query.query_id, attempt, number),
+                (self._judge_head, _ask({"query": query.text, "passage": passage})),
+                1,
+                choices=self.scale.labels,
+            )
+            for number, passage in enumerate(passages)
+        ]
+
+    def kinds(self) -> list[Request]:
+        """A request of each kind that a run submits, without a query; engines measure and prepare with them."""
+        empty = Query("", "")
+        return self.write(empty) + (self.judge(empty, 1, [""]) if self.settings.judge else [])
+
+    def draw_style(self, query: Query) -> Style | None:
+        """The style of a query's passages, from the seed and the query alone; None without variety."""
         if not self.settings.variety:
             return None
-        rng = random.Random(f"{self.settings.seed} {query_key}")
+        rng = random.Random(f"{self.settings.seed} {query.key}")
         low, high = self.settings.min_chars, self.settings.max_chars
         # A model misses a length by a fifth without trying; only lengths that leave it room are drawn.
         words = range(math.ceil(1.25 * low / WORD_CHARS), math.floor(high / 1.25 / WORD_CHARS) + 1)
         # random() is the one method whose sequence Python promises to keep.
         return Style(*(_pick(choices, rng.random()) for choices in (words or [self._middle_words()], GENRES, LEVELS)))
 
+    def _ask_for(self, query: Query, grade: float | None) -> dict:
+        content: dict = {"query": query.text, "words": self._middle_words()}
+        if style := self.draw_style(query):
+            content |= {"words": style.length_words, "genre": style.genre, "reader": style.level}
+        return _ask(content if grade is None else content | {"grade": grade})
+
     def _middle_words(self) -> int:
         return max(1, round((self.settings.min_chars + self.settings.max_chars) / 2 / WORD_CHARS))
 
-    def write(self, query: str, style: Style | None = None, grade: float | None = None) -> tuple[dict, ...]:
-        """Messages that ask for passages of all grades, the best first, or for one of `grade`.
-
-        The last message is one JSON object with all that is the query's own.
-        """
-        content: dict = {"query": query}
-        if style is None:
-            content["words"] = self._middle_words()
+    def _instruct(self) -> str:
+        settings, scale = self.settings, self.scale
+        if settings.separate:
+            task = ONE_TASK
+            reply = ONE_REPLY.format(grade=f"{scale.grades[0]:g}", form=json.dumps({scale.keys[0]: "..."}))
         else:
-            content |= {"words": style.length_words, "genre": style.genre, "reader": style.level}
-        if grade is None:
-            return (*self._all_head, _ask(content))
-        return (*self._one_head, _ask(content | {"grade": grade}))
+            task = ALL_TASK.format(count=len(scale.grades))
+            reply = ALL_REPLY.format(form=json.dumps(dict.fromkeys(scale.keys, "...")))
+        language = "the language of the query"
+        if settings.language:
+            language = f'the language of ISO 639-1 code "{settings.language}", whatever the query is in'
+        return WRITE.format(
+            task=task,
+            definitions=_define([f"{grade:g}" for grade in scale.grades], scale),
+            min_chars=settings.min_chars,
+            max_chars=settings.max_chars,
+            style=STYLE if settings.variety else "",
+            language=language,
+            reply=reply,
+        )
 
-    def judge(self, query: str, passage: str) -> tuple[dict, ...]:
-        """Messages that ask for the label, of Scale.labels, of a passage, without telling what it was written for."""
-        return (*self._judge_head, _ask({"query": query, "passage": passage}))
+    def _show_example(self, query: str, texts: list[str]) -> list[dict]:
+        # The example's own length, so that what is asked and what is answered agree in it, too.
+        asked = {"query": query, "words": max(1, round(sum(map(len, texts)) / len(texts) / WORD_CHARS))}
+        turns = [(asked, dict(zip(self.scale.keys, texts, strict=True)))]
+        if self.settings.separate:
+            graded = zip(self.scale.grades, turns[0][1].items(), strict=True)
+            turns = [(asked | {"grade": grade}, {key: text}) for grade, (key, text) in graded]
+        messages = []
+        for question, answer in turns:
+            messages += [_ask(question), {"role": "assistant", "content": json.dumps(answer, ensure_ascii=False)}]
+        return messages
 
-    def instructions(self) -> str:
-        """What the model is told before any query, without the examples."""
-        return (self._one_head if self.settings.separate else self._all_head)[0]["content"]
+
+def draw_seed(query: Query, seed: int, model: str, attempt: int, part: float | None) -> int:
+    """The seed of a reply's sampling stream: the same whatever else is generated, and in whatever order."""
+    return hash64(query.query_id, query.text, str(seed), PROMPT_VERSION, model, str(attempt), str(part))
 
 
 def read_examples(path: str | os.PathLike | None, scale: Scale, settings: GenSettings) -> list[RankingList]:

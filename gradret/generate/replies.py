@@ -1,4 +1,4 @@
-"""Checks of written passages: what no list should hold, found by rules."""
+"""From a reply to passages: the form it is asked for, its parsing, and what no list should hold, found by rules."""
 
 import json
 import re
@@ -10,25 +10,10 @@ from gradret.data.lists import RankingList
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
-# Why an answer yields no list; what the counts of a summary go by.
-REASONS = (
-    "empty reply",
-    "cut off",
-    "not JSON",
-    "wrong keys",
-    "no text",
-    "length",
-    "repetition",
-    "duplicate",
-    "refusal",
-    "prompt echo",
-    "query copied",
-    "language",
-)
-MAX_REPEAT = 2000  # llama.cpp's MAX_REPETITION_THRESHOLD: above it {m,n} fails or quietly loses its n
+MAX_REPEAT = 2000  # llama.cpp's MAX_REPETITION_THRESHOLD: above it {m,n} fails, or quietly loses its n
 # U+FFFD is among them: bytes that are no character are read as several of it, where the grammar counted one.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]+")
-# What texts can not hold, of ASCII only: to the first byte of a longer character llama.cpp refuses all that begin with
+# What texts cannot hold, of ASCII only: to the first byte of a longer character llama.cpp refuses all that begin with
 # it if one of them is excluded, and models write rare characters byte by byte.
 EXCLUDED = r'"\\\x00-\x1F\x7F'
 THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the prompt may have opened
@@ -38,7 +23,7 @@ DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
 
 
 class Unusable(Exception):
-    """A reply that gives no list. `reason` is one of REASONS, `detail` says what was found."""
+    """A reply that gives no list. `reason` is two or three words, to count by; `detail` says what was found."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -48,19 +33,19 @@ class Unusable(Exception):
 def make_form(keys: Sequence[str], min_chars: int, max_chars: int) -> Form:
     """The form of a reply: a JSON object of exactly these keys in this order, as json.dumps writes it.
 
-    The grammar bounds the characters of each text; it leaves no freedom of space, in which a model could stay for
-    ever, and ends with the brace. The schema, for endpoints, has only what all of them take; no lengths.
+    The grammar bounds the characters of each text, up to llama.cpp's limit of repetitions; above it the token cap and
+    the checks do. It leaves no freedom of space, in which a model could stay for ever, and ends with the brace. The
+    schema, for endpoints, has only what all of them take; no lengths.
     """
     members = ' ", " '.join(f"{json.dumps(json.dumps(key) + ': ')} text" for key in keys)
-    rest = _repeat("char", min_chars - 1, max_chars - 1)
+    bounds = f"{{{min_chars - 1},{max_chars - 1}}}" if max_chars <= MAX_REPEAT else "*"
     grammar = "\n".join(
         (
             f'root ::= "{{" {members} "}}"',
-            f'text ::= "\\"" first {rest[0]} "\\""',
+            f'text ::= "\\"" first char{bounds} "\\""',
             f"first ::= [^ {EXCLUDED}] | escape",
             f"char ::= [^{EXCLUDED}] | escape",
             'escape ::= "\\\\" ["\\\\]',
-            *rest[1:],
             "",
         )
     )
@@ -73,21 +58,8 @@ def make_form(keys: Sequence[str], min_chars: int, max_chars: int) -> Form:
     return Form(grammar, schema)
 
 
-def _repeat(name: str, low: int, high: int) -> list[str]:
-    """What stands for low to high times the rule `name`, then the rules it needs; no repetition above MAX_REPEAT."""
-    if high <= MAX_REPEAT:
-        return [f"{name}{{{low},{high}}}" if high else '""']
-    blocks, low_rest = divmod(low, MAX_REPEAT)
-    more, more_rest = divmod(high - low, MAX_REPEAT)
-    rules = [f"block ::= {name}{{{MAX_REPEAT}}}", f"more0 ::= {name}{{0,{more_rest}}}" if more_rest else 'more0 ::= ""']
-    # After a full block another may begin, or the text ends within one: two readings at a time, never more.
-    rules += [f"more{i} ::= block more{i - 1} | {name}{{0,{MAX_REPEAT - 1}}}" for i in range(1, more + 1)]
-    used = ["block"] * blocks + ([f"{name}{{{low_rest}}}"] if low_rest else []) + [f"more{more}"]
-    return [" ".join(used), *rules]
-
-
 def clean_text(text: str) -> str:
-    """The text as one printable paragraph: runs of white space and of what can not be shown become one space."""
+    """The text as one printable paragraph: runs of white space and of what cannot be shown become one space."""
     return " ".join(UNPRINTABLE.sub(" ", text).split())
 
 
@@ -201,7 +173,7 @@ class Checks:
         instructions: what the model was told, which no passage may repeat.
         examples: the prompt's example lists, likewise.
 
-    Raises: GradretError when the settings ask for a language that can not be recognised, or py3langid is missing.
+    Raises: GradretError when the settings ask for a language that cannot be recognised, or py3langid is missing.
     """
 
     def __init__(self, settings: GenSettings, instructions: str, examples: Sequence[RankingList] = ()):
@@ -293,5 +265,5 @@ def _load_identifier(language: str):
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     codes = sorted(label for label in identifier.labels if len(label) == 2)
     if language not in codes:
-        raise GradretError(f"language '{language}' can not be checked; expected one of {', '.join(codes)}")
+        raise GradretError(f"language '{language}' cannot be checked; expected one of {', '.join(codes)}")
     return identifier

@@ -8,13 +8,222 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 from gradret.console import GradretError, Interrupted, StopRequest, say, show_bar
-from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree, hash64
+from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, Style
+from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale
 from gradret.generate.queries import Query
-from gradret.generate.replies import Checks, Unusable, make_form, parse_reply
+from gradret.generate.replies import Checks, Unusable, parse_reply
 from gradret.settings import GenSettings
+
+# Why a query got no list, besides the reasons of replies.Unusable.
+NO_REPLY = "no reply"  # the one reason that a later run tries again
+EMPTY_QUERY = "empty query"
+REFUSED = "refused by the engine"
+NOT_JUDGED = "not judged"
+
+
+def open_engine(
+    kinds: Sequence[Request], settings: GenSettings, model: str | None, endpoint: str | None = None, **options
+) -> Engine:
+    """The engine that is asked for: a server where an endpoint is named, otherwise llama.cpp.
+
+    Args:
+        kinds: of Prompts.kinds.
+        model: a GGUF file or hub repository, see llama.locate_gguf; with an endpoint, the name it is served by.
+        options: of endpoint.Endpoint or llama.LlamaEngine.
+
+    Raises: GradretError when the engine cannot be used, or its package is not installed.
+    """
+    options |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    if endpoint:  # either import needs a package that those who use the other engine may lack
+        from gradret.generate.endpoint import Endpoint
+
+        return Endpoint(endpoint, model=model, **options)
+    from gradret.generate.llama import LlamaEngine, locate_gguf
+
+    return LlamaEngine(locate_gguf(model or ""), kinds, **options)
+
+
+def settings_record(prompts: Prompts, model: str, request_options: dict | None = None) -> dict:
+    """What lists of one file have in common, JSON-serialisable; neither `attempts` nor `max_tokens` shows in a list."""
+    chosen = {k: v for k, v in asdict(prompts.settings).items() if k not in ("attempts", "max_tokens")}
+    scale = {f"{grade:g}": definition for grade, definition in prompts.scale.levels}
+    more = {"request_options": request_options} if request_options else {}
+    return {"model": model, "prompt": f"{PROMPT_VERSION}-{prompts.fingerprint}", "scale": scale, **chosen, **more}
+
+
+def generate(
+    queries: Sequence[Query],
+    engine: Engine,
+    prompts: Prompts,
+    checks: Checks,
+    journal: Journal,
+    *,
+    progress: bool = True,
+) -> "Summary":
+    """Write a list for each query that the journal has neither a list nor a final reject of.
+
+    Args:
+        queries: no id twice.
+        engine: made for prompts.kinds().
+        journal: takes each list as soon as it is whole.
+    Returns: what this run did.
+    Raises: GradretError when the engine or the journal gives up; Interrupted on SIGINT or SIGTERM. What is in the
+        journal stays, and the same call goes on from there.
+    """
+    began = time.monotonic()
+    generation = Generation(engine.identity, prompts, checks, journal)
+    summary = generation.summary
+    left = [query for query in queries if query.key not in journal.done and query.key not in journal.rejected]
+    summary.skipped = sum(query.key in journal.done for query in queries)
+    summary.rejected_before = len(queries) - len(left) - summary.skipped
+    waiting = iter(left)
+    bar = show_bar(shown=progress, total=len(left), unit="list")
+    with StopRequest() as stop, bar:
+        try:
+            while True:
+                while stop.signal is None and engine.free > 0:
+                    request = generation.next_request(waiting)
+                    if request is None:
+                        break
+                    engine.submit(request)
+                replies: Sequence[Reply] = []
+                with stop.at_once():
+                    replies = engine.collect() if stop.signal is None else []
+                summary.seconds = time.monotonic() - began
+                if stop.signal is not None:
+                    raise Interrupted(f"stopped by {signal.Signals(stop.signal).name}; run the same command to go on")
+                for reply in replies:
+                    generation.take(reply)
+                rejected = sum(summary.rejected.values())
+                bar.set_postfix_str(f"{summary.tokens / summary.seconds:.0f} tokens/s, {rejected} rejected", False)
+                bar.update(summary.lists + rejected - bar.n)
+                if not replies:
+                    return summary
+        except GradretError:
+            say(f"{summary.lists} lists written, {sum(summary.rejected.values())} queries rejected, all saved")
+            raise
+
+
+@dataclass(slots=True)
+class Draft:
+    """A query on its way to a list.
+
+    Attributes:
+        attempt: from 1; replies to requests of an earlier one no longer count.
+        texts: the passages of this attempt, by their keys.
+        judged: their judged grades, by the passage's number.
+        replies: of all attempts, as they came.
+    """
+
+    query: Query
+    attempt: int = 1
+    texts: dict[str, str] = field(default_factory=dict)
+    judged: dict[int, float] = field(default_factory=dict)
+    replies: list[str] = field(default_factory=list)
+
+
+class Generation:
+    """One run over queries, as what to ask next and what a reply changes; see generate."""
+
+    def __init__(self, model: str, prompts: Prompts, checks: Checks, journal: Journal):
+        self._model, self._prompts, self._checks, self._journal = model, prompts, checks, journal
+        self._settings, self._scale = prompts.settings, prompts.scale
+        self._drafts: dict[str, Draft] = {}  # by query id
+        self._waiting: deque[Request] = deque()
+        self.summary = Summary(self._scale.grades, self._settings.judge)
+
+    def next_request(self, queries: Iterator[Query]) -> Request | None:
+        """What to submit next: first what a begun list still needs."""
+        while True:
+            while self._waiting:
+                request = self._waiting.popleft()
+                if self._find_draft(request):
+                    return request
+            query = next(queries, None)
+            if query is None:
+                return None
+            draft = self._drafts[query.query_id] = Draft(query)
+            if query.text.strip():
+                self._waiting += self._prompts.write(query, draft.attempt, self._model)
+            else:
+                self._reject(draft, EMPTY_QUERY, "there is nothing to write passages for")
+
+    def take(self, reply: Reply) -> None:
+        """Move a reply's draft on: to the judge, to another attempt, or into the journal."""
+        self.summary.tokens += reply.tokens
+        self.summary.prompt_tokens += reply.prompt_tokens
+        draft = self._find_draft(reply.request)
+        if draft is None:
+            return
+        part = reply.request.key[2]
+        if reply.finish == "error":
+            self._reject(draft, NO_REPLY, reply.error)
+        elif reply.finish == "refused":
+            self._reject(draft, NOT_JUDGED if reply.request.choices else REFUSED, reply.error)
+        elif reply.request.choices:
+            draft.judged[part] = expected_grade(reply.probabilities, self._scale)
+            if len(draft.judged) == len(draft.texts):
+                self._write(draft)
+        else:
+            draft.replies.append(reply.text)
+            try:
+                self._read(draft, reply, part)
+            except Unusable as problem:
+                self._retry(draft, problem)
+
+    def _find_draft(self, request: Request) -> Draft | None:
+        """The draft that a request is for; None when it is decided, or at another attempt."""
+        query_id, attempt, _ = request.key
+        draft = self._drafts.get(query_id)
+        return draft if draft and draft.attempt == attempt else None
+
+    def _read(self, draft: Draft, reply: Reply, part: float | None) -> None:
+        if reply.finish == "length":
+            raise Unusable(
+                "cut off", f"{reply.tokens} tokens were not enough; raise --max-tokens and pass --retry-rejects"
+            )
+        draft.texts |= parse_reply(reply.text, self._prompts.parts[part])
+        keys = self._scale.keys
+        if len(draft.texts) < len(keys):
+            return
+        draft.texts = {key: draft.texts[key] for key in keys}
+        texts = list(draft.texts.values())
+        self._checks.check(draft.query.text, texts)
+        if self._settings.judge:
+            self._waiting += self._prompts.judge(draft.query, draft.attempt, texts)
+        else:
+            self._write(draft)
+
+    def _retry(self, draft: Draft, problem: Unusable) -> None:
+        # At temperature 0 the reply would be the same again.
+        if draft.attempt == self._settings.attempts or self._settings.temperature == 0:
+            self._reject(draft, problem.reason, problem.detail)
+            return
+        self.summary.retries[problem.reason] += 1
+        draft.texts.clear()
+        draft.attempt += 1
+        self._waiting += self._prompts.write(draft.query, draft.attempt, self._model)
+
+    def _reject(self, draft: Draft, reason: str, detail: str) -> None:
+        del self._drafts[draft.query.query_id]
+        self.summary.rejected[reason] += 1
+        if reason == NO_REPLY:
+            self.summary.last_error = detail
+        self._journal.reject(draft.query, reason, detail, draft.replies, final=reason != NO_REPLY)
+
+    def _write(self, draft: Draft) -> None:
+        del self._drafts[draft.query.query_id]
+        passages = [
+            Passage(grade, text, extra={JUDGED: draft.judged[number]} if self._settings.judge else {})
+            for number, (grade, text) in enumerate(zip(self._scale.grades, draft.texts.values(), strict=True))
+        ]
+        style = self._prompts.draw_style(draft.query)
+        meta = {"attempt": draft.attempt} | ({"style": asdict(style)} if style else {})
+        ranking_list = RankingList(draft.query.query_id, draft.query.text, passages, meta)
+        self._journal.add(ranking_list)
+        self.summary.add(ranking_list)
 
 
 def expected_grade(probabilities: Mapping[str, float], scale: Scale) -> float:
@@ -22,45 +231,25 @@ def expected_grade(probabilities: Mapping[str, float], scale: Scale) -> float:
     return round(sum(probabilities[label] * grade for label, grade in zip(scale.labels, scale.grades, strict=True)), 4)
 
 
-class Agreement:
-    """Counts of (intended grade, nearest grade to the judged one), and how many lists agree in order.
-
-    Attributes:
-        counts: Counter of (intended, judged) grades.
-        lists, agreed: lists seen, and those whose judged grades order them as the intended ones do.
-    """
-
-    def __init__(self, scale: Scale):
-        self._scale = scale
-        self.counts: Counter = Counter()
-        self.lists = self.agreed = 0
-
-    def add(self, ranking_list: RankingList) -> None:
-        """Count a list whose passages are judged."""
-        pairs = [(p.grade, p.extra[JUDGED]) for p in ranking_list.passages]
-        self.counts.update((grade, min(self._scale.grades, key=lambda g: abs(g - judged))) for grade, judged in pairs)
-        self.lists += 1
-        self.agreed += grades_agree(*zip(*pairs, strict=True))
-
-    def table(self) -> list[list[int]]:
-        """Counts, a row for each intended grade, a column for each judged one, both best first."""
-        return [[self.counts[row, column] for column in self._scale.grades] for row in self._scale.grades]
-
-
 @dataclass
 class Summary:
     """What a run did.
 
     Attributes:
+        grades: of the scale, the best first.
+        judge: whether passages are judged.
         lists, rejected: queries that became lists, and that did not, by reason.
         skipped, rejected_before: queries that had their list, or their reject, from an earlier run.
         retries: replies that failed a check and were asked for again, by reason.
         tokens, prompt_tokens, seconds: written and read by the model, and the run's wall time.
-        lengths: characters of each passage, by grade, best first.
-        agreement: of intended and judged grades; None without the judge.
+        lengths: characters of each passage, by grade.
+        judged: how often a passage of an intended grade was judged nearest to another, by (intended, judged).
+        agreed: lists whose judged grades order their passages as the intended ones do.
         last_error: why an engine last gave no reply.
     """
 
+    grades: tuple[float, ...]
+    judge: bool
     lists: int = 0
     skipped: int = 0
     rejected_before: int = 0
@@ -70,26 +259,37 @@ class Summary:
     prompt_tokens: int = 0
     seconds: float = 0.0
     lengths: dict[float, list[int]] = field(default_factory=dict)
-    agreement: Agreement | None = None
+    judged: Counter = field(default_factory=Counter)
+    agreed: int = 0
     last_error: str | None = None
+
+    def add(self, ranking_list: RankingList) -> None:
+        """Count a list."""
+        self.lists += 1
+        for passage in ranking_list.passages:
+            self.lengths.setdefault(passage.grade, []).append(len(passage.text))
+        if self.judge:
+            pairs = [(p.grade, p.extra[JUDGED]) for p in ranking_list.passages]
+            self.judged.update((grade, min(self.grades, key=lambda g: abs(g - judged))) for grade, judged in pairs)
+            self.agreed += grades_agree(*zip(*pairs, strict=True))
 
     def as_dict(self) -> dict:
         """JSON-serialisable; lengths as mean, median, smallest and largest number of characters."""
-        lengths = {
+        characters = {
             f"{grade:g}": {
-                "mean": round(statistics.fmean(values), 1),
-                "median": statistics.median(values),
-                "min": min(values),
-                "max": max(values),
+                "mean": round(statistics.fmean(self.lengths[grade]), 1),
+                "median": statistics.median(self.lengths[grade]),
+                "min": min(self.lengths[grade]),
+                "max": max(self.lengths[grade]),
             }
-            for grade, values in self.lengths.items()
-            if values
+            for grade in self.grades
+            if grade in self.lengths
         }
-        judged = self.agreement and {
-            "grades": list(self.lengths),
-            "confusion": self.agreement.table(),
-            "lists": self.agreement.lists,
-            "agree_in_order": self.agreement.agreed,
+        judged = {
+            "grades": list(self.grades),
+            "confusion": [[self.judged[row, column] for column in self.grades] for row in self.grades],
+            "lists": self.lists,
+            "agree_in_order": self.agreed,
         }
         return {
             "lists": self.lists,
@@ -101,8 +301,8 @@ class Summary:
             "prompt_tokens": self.prompt_tokens,
             "seconds": round(self.seconds, 1),
             "tokens_per_s": round(self.tokens / self.seconds, 1) if self.seconds else None,
-            "characters": lengths,
-            "judged": judged,
+            "characters": characters,
+            "judged": judged if self.judge else None,
         }
 
 
@@ -115,13 +315,11 @@ def format_summary(document: dict) -> str:
         + f"; {document['tokens']} tokens in {document['seconds']:.0f} s"
         + (f", {document['tokens_per_s']:.0f} tokens/s" if document["tokens_per_s"] else "")
     ]
-    if document["rejected"]:
-        lines.append(f"{document['rejects']}: {_join(document['rejected'])}")
-    if document["retries"]:
-        lines.append(f"tried again: {_join(document['retries'])}")
+    for title, counts in ((document["rejects"], document["rejected"]), ("tried again", document["retries"])):
+        if counts:
+            lines.append(f"{title}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}")
     if document["characters"]:
-        lines.append("")
-        lines.append("grade  characters: mean  median   min   max")
+        lines += ["", "grade  characters: mean  median   min   max"]
         lines += [
             f"{grade:>5}{c['mean']:>18.0f}{c['median']:>8.0f}{c['min']:>6}{c['max']:>6}"
             for grade, c in document["characters"].items()
@@ -138,231 +336,3 @@ def format_summary(document: dict) -> str:
             f"judged and intended grades agree in order in {judged['agree_in_order']} of {judged['lists']} lists"
         )
     return "\n".join(lines)
-
-
-def _join(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
-NO_REPLY = "no reply"  # the one reason that a later run tries again
-EMPTY_QUERY = "empty query"
-REFUSED = "refused by the engine"
-NOT_JUDGED = "not judged"
-
-
-@dataclass(slots=True)
-class Job:
-    """A query on its way to a list."""
-
-    query: Query
-    style: Style | None
-    attempt: int = 0
-    texts: dict[str, str] = field(default_factory=dict)
-    judged: dict[int, float] = field(default_factory=dict)
-    replies: list[str] = field(default_factory=list)
-    over: bool = False  # decided: what is still under way for this attempt no longer counts
-
-
-class Generation:
-    """One run over queries; see generate."""
-
-    def __init__(self, engine: Engine, prompts: Prompts, checks: Checks, journal: Journal, settings: GenSettings):
-        self._engine, self._prompts, self._checks, self._journal = engine, prompts, checks, journal
-        self._settings, self._scale = settings, prompts.scale
-        self._forms = Forms(prompts.scale, settings)
-        self._waiting: deque[Request] = deque()
-        self.summary = Summary(
-            lengths={grade: [] for grade in self._scale.grades},
-            agreement=Agreement(self._scale) if settings.judge else None,
-        )
-
-    def start(self, query: Query) -> None:
-        """Ask for a query's passages, or record at once why not."""
-        if not query.text.strip():
-            self._reject(Job(query, None), EMPTY_QUERY, "there is nothing to write passages for")
-            return
-        self._ask(Job(query, self._prompts.draw_style(query.key)))
-
-    def _ask(self, job: Job) -> None:
-        job.texts.clear()
-        job.attempt += 1
-        for grade, keys in self._forms.keys.items():
-            self._waiting.append(
-                Request(
-                    (job, job.attempt, grade),
-                    self._prompts.write(job.query.text, job.style, grade),
-                    self._settings.reply_tokens(len(keys)),
-                    stream_seed(job.query, self._settings.seed, self._engine.identity, job.attempt, grade),
-                    self._forms.forms[grade],
-                )
-            )
-
-    def next_request(self, queries: Iterator[Query]) -> Request | None:
-        """What to submit next: first what a begun list still needs."""
-        while not self._waiting:
-            query = next(queries, None)
-            if query is None:
-                return None
-            self.start(query)
-        return self._waiting.popleft()
-
-    def take(self, reply: Reply) -> None:
-        """Move its job on: to a retry, to the judge, into the journal."""
-        self.summary.tokens += reply.tokens
-        self.summary.prompt_tokens += reply.prompt_tokens
-        job, attempt, part = reply.request.key
-        if job.over or attempt != job.attempt:
-            return
-        if reply.finish in ("error", "refused"):
-            refused = NOT_JUDGED if reply.request.choices else REFUSED
-            self._reject(job, NO_REPLY if reply.finish == "error" else refused, reply.error)
-        elif reply.request.choices:
-            job.judged[part] = expected_grade(reply.probabilities, self._scale)
-            if len(job.judged) == len(job.texts):
-                self._write(job)
-        else:
-            job.replies.append(reply.text)
-            try:
-                self._read(job, reply, part)
-            except Unusable as problem:
-                self._retry(job, problem)
-
-    def _read(self, job: Job, reply: Reply, grade: float | None) -> None:
-        if reply.finish == "length":
-            raise Unusable(
-                "cut off", f"{reply.tokens} tokens were not enough; raise --max-tokens and pass --retry-rejects"
-            )
-        job.texts |= parse_reply(reply.text, self._forms.keys[grade])
-        if len(job.texts) < len(self._scale.keys):
-            return
-        job.texts = {key: job.texts[key] for key in self._scale.keys}
-        self._checks.check(job.query.text, list(job.texts.values()))
-        if not self._settings.judge:
-            self._write(job)
-            return
-        for number, text in enumerate(job.texts.values()):
-            messages = self._prompts.judge(job.query.text, text)
-            self._waiting.append(Request((job, job.attempt, number), messages, 1, choices=self._scale.labels))
-
-    def _retry(self, job: Job, problem: Unusable) -> None:
-        # The likeliest reply is the same again.
-        if job.attempt == self._settings.attempts or self._settings.temperature == 0:
-            self._reject(job, problem.reason, problem.detail)
-            return
-        self.summary.retries[problem.reason] += 1
-        self._withdraw(job)
-        self._ask(job)
-
-    def _withdraw(self, job: Job) -> None:
-        """What waits for an attempt that has failed is not asked for."""
-        self._waiting = deque(r for r in self._waiting if r.key[0] is not job)
-
-    def _reject(self, job: Job, reason: str, detail: str) -> None:
-        job.over = True
-        self._withdraw(job)
-        self.summary.rejected[reason] += 1
-        if reason == NO_REPLY:
-            self.summary.last_error = detail
-        self._journal.reject(job.query, reason, detail, job.replies, final=reason != NO_REPLY)
-
-    def _write(self, job: Job) -> None:
-        job.over = True
-        passages = [
-            Passage(grade, text, extra={JUDGED: job.judged[number]} if self._settings.judge else {})
-            for number, (grade, text) in enumerate(zip(self._scale.grades, job.texts.values(), strict=True))
-        ]
-        meta = {"attempt": job.attempt} | ({"style": asdict(job.style)} if job.style else {})
-        ranking_list = RankingList(job.query.query_id, job.query.text, passages, meta)
-        self._journal.add(ranking_list)
-        self.summary.lists += 1
-        for passage in passages:
-            self.summary.lengths[passage.grade].append(len(passage.text))
-        if self.summary.agreement:
-            self.summary.agreement.add(ranking_list)
-
-
-class Forms:
-    """The replies that make up a list: one for all grades, or one for each."""
-
-    def __init__(self, scale: Scale, settings: GenSettings):
-        parts = zip(scale.grades, [(key,) for key in scale.keys], strict=True)
-        self.keys = dict(parts) if settings.separate else {None: scale.keys}  # by grade, None for all
-        self.forms = {grade: make_form(k, settings.min_chars, settings.max_chars) for grade, k in self.keys.items()}
-
-
-def stream_seed(query: Query, seed: int, model: str, attempt: int, grade: float | None) -> int:
-    """The seed of a reply's sampling stream: the same whatever else is generated, and in whatever order."""
-    return hash64(query.query_id, query.text, str(seed), PROMPT_VERSION, model, str(attempt), str(grade))
-
-
-def request_kinds(prompts: Prompts, settings: GenSettings) -> list[Request]:
-    """A request of each kind that a run submits, without a query; engines measure and prepare with them."""
-    kinds = [
-        Request(grade, prompts.write("", None, grade), settings.reply_tokens(len(keys)))
-        for grade, keys in Forms(prompts.scale, settings).keys.items()
-    ]
-    if settings.judge:
-        kinds.append(Request("judge", prompts.judge("", ""), 1, choices=prompts.scale.labels))
-    return kinds
-
-
-def settings_record(settings: GenSettings, prompts: Prompts, model: str, request_options: dict | None = None) -> dict:
-    """What lists of one file have in common, JSON-serialisable; neither `attempts` nor `max_tokens` shows in a list."""
-    chosen = {k: v for k, v in asdict(settings).items() if k not in ("attempts", "max_tokens")}
-    scale = {f"{grade:g}": definition for grade, definition in prompts.scale.levels}
-    more = {"request_options": request_options} if request_options else {}
-    return {"model": model, "prompt": f"{PROMPT_VERSION}-{prompts.fingerprint}", "scale": scale, **chosen, **more}
-
-
-def generate(
-    queries: Sequence[Query],
-    engine: Engine,
-    prompts: Prompts,
-    checks: Checks,
-    journal: Journal,
-    settings: GenSettings,
-    *,
-    progress: bool = True,
-) -> Summary:
-    """Write a list for each query that the journal has neither a list nor a final reject of.
-
-    Args:
-        queries: no id twice.
-        engine: made for request_kinds(prompts, settings).
-        journal: takes each list as soon as it is whole.
-    Returns: what this run did.
-    Raises: GradretError when the engine or the journal gives up; Interrupted on SIGINT or SIGTERM. What is in the
-        journal stays, and the same call goes on from there.
-    """
-    began = time.monotonic()
-    generation = Generation(engine, prompts, checks, journal, settings)
-    summary = generation.summary
-    left = [query for query in queries if query.key not in journal.done and query.key not in journal.rejected]
-    summary.skipped = sum(query.key in journal.done for query in queries)
-    summary.rejected_before = len(queries) - len(left) - summary.skipped
-    waiting = iter(left)
-    bar = show_bar(shown=progress, total=len(left), unit="list")
-    with StopRequest() as stop, bar:
-        try:
-            while True:
-                while stop.signal is None and engine.free > 0:
-                    request = generation.next_request(waiting)
-                    if request is None:
-                        break
-                    engine.submit(request)
-                replies: list[Reply] = []
-                with stop.at_once():
-                    replies = engine.collect() if stop.signal is None else []
-                summary.seconds = time.monotonic() - began
-                if stop.signal is not None:
-                    raise Interrupted(f"stopped by {signal.Signals(stop.signal).name}; run the same command to go on")
-                for reply in replies:
-                    generation.take(reply)
-                rejected = sum(summary.rejected.values())
-                bar.set_postfix_str(f"{summary.tokens / summary.seconds:.0f} tokens/s, {rejected} rejected", False)
-                bar.update(summary.lists + rejected - bar.n)
-                if not replies:
-                    return summary
-        except GradretError:
-            say(f"{summary.lists} lists written, {sum(summary.rejected.values())} queries rejected, all saved")
-            raise

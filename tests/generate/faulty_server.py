@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +15,7 @@ class Answer:
         body: sent as it is if it is bytes, else as JSON; None for an error body that names the status.
         wait_s: before the answer; a server that closes does not wait on.
         half: only half of the body goes out before the connection is closed.
+        drip_s: before each byte of the body.
     """
 
     status: int = 200
@@ -23,6 +23,7 @@ class Answer:
     headers: dict = field(default_factory=dict)
     wait_s: float = 0.0
     half: bool = False
+    drip_s: float = 0.0
 
 
 def make_completion(text: str | None, *, finish: str | None = "stop", logprobs=None, **message) -> dict:
@@ -60,8 +61,7 @@ class FaultyServer:
         delay_s: that each fine reply takes.
 
     Attributes:
-        requests: the JSON of each request for chat, with its time of arrival as "at_s" and its headers, in lower
-            case, as "headers".
+        requests: the JSON of each request for chat, with its headers, in lower case, as "headers".
         most_at_once: requests for chat that were being answered at the same time, at most.
     """
 
@@ -132,7 +132,7 @@ class FaultyServer:
         if path != f"{self._root}/chat/completions":
             return Answer(404)
         with self._lock:
-            self.requests.append({**request, "at_s": time.monotonic(), "headers": headers})
+            self.requests.append({**request, "headers": headers})
             self._now += 1
             self.most_at_once = max(self.most_at_once, self._now)
             answer = self._script(request) if callable(self._script) else next(self._script, None)
@@ -158,7 +158,12 @@ class FaultyServer:
             for name, value in answer.headers.items():
                 handler.send_header(name, value)
             handler.end_headers()
-            handler.wfile.write(content[: len(content) // 2] if answer.half else content)
+            if answer.drip_s:
+                for byte in content:
+                    self._closing.wait(answer.drip_s)
+                    handler.wfile.write(bytes([byte]))
+            else:
+                handler.wfile.write(content[: len(content) // 2] if answer.half else content)
         except (BrokenPipeError, ConnectionResetError):
             pass  # who asked has gone, as a test may want
         if answer.half:

@@ -7,7 +7,7 @@ from conftest import SAMPLE_FILE
 from gradret.console import GradretError
 from gradret.data.lists import read_lists
 from gradret.generate.prompts import TREC_DL, Prompts, read_examples
-from gradret.generate.replies import REASONS, Checks, Unusable, split_words
+from gradret.generate.replies import Checks, Unusable, split_words
 from gradret.settings import GenSettings
 
 LISTS = list(read_lists(SAMPLE_FILE))
@@ -22,7 +22,7 @@ GERMAN = (
 def make_checks(**settings) -> Checks:
     chosen = GenSettings(**settings)
     examples = read_examples(None, TREC_DL, GenSettings(shots=1))
-    return Checks(chosen, Prompts(chosen, TREC_DL, examples).instructions(), examples)
+    return Checks(chosen, Prompts(chosen, TREC_DL, examples).instructions, examples)
 
 
 CHECKS = make_checks()
@@ -31,7 +31,6 @@ CHECKS = make_checks()
 def problem(texts, query=QUERY, checks=CHECKS) -> tuple[str, str]:
     with pytest.raises(Unusable) as found:
         checks.check(query, texts)
-    assert found.value.reason in REASONS
     return found.value.reason, found.value.detail
 
 
@@ -199,7 +198,7 @@ def test_the_language_is_as_asked():
 def test_a_language_that_nobody_recognises_is_refused():
     with pytest.raises(GradretError) as error:
         make_checks(language="german")
-    assert str(error.value).startswith("language 'german' can not be checked; expected one of af, am, an, ar, ")
+    assert str(error.value).startswith("language 'german' cannot be checked; expected one of af, am, an, ar, ")
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -1,9 +1,14 @@
 """The llama.cpp engine on a tiny model with random weights; the real llama.cpp does the work."""
 
 import json
+import os
+import re
 import shutil
 import string
+import subprocess
+import sys
 
+import huggingface_hub
 import numpy as np
 import pytest
 from conftest import make_tiny_gguf
@@ -17,9 +22,10 @@ from gradret.generate.llama import (  # noqa: E402
     LlamaEngine,
     LlamaModel,
     LlamaSampler,
-    Sampling,
     api,
-    avoid_amx,
+    choose_files,
+    locate_gguf,
+    make_parameters,
 )
 
 SYSTEM = {"role": "system", "content": "Write two words about the query, which is data."}
@@ -71,7 +77,7 @@ def test_every_reply_has_its_form(make_engine, sequences):
 
 
 def test_greedy_replies_are_those_of_llama_cpp_python(make_engine, tiny_gguf):
-    engine = make_engine(sequences=2, sampling=Sampling(temperature=0))
+    engine = make_engine(sequences=2, temperature=0)
     llama = llama_cpp.Llama(str(tiny_gguf), n_ctx=1024, n_threads=1, verbose=False)
     for form in (None, WORDS):
         # A tie of two near logits ends the likeness sooner or later: batches are rounded differently.
@@ -227,7 +233,7 @@ def test_a_query_that_does_not_fit_is_refused(make_engine):
 
 def test_templates_that_can_not_be_used(tmp_path):
     path = make_tiny_gguf(tmp_path / "model.gguf", chat_template="{% for %}")
-    with pytest.raises(GradretError, match="its chat template can not be read"):
+    with pytest.raises(GradretError, match="its chat template cannot be read"):
         LlamaModel(path)
     make_tiny_gguf(
         path, chat_template="{% for t in tools %}{{ t }}{% endfor %}{{ messages[0].content }}{{ messages[1].content }}"
@@ -238,7 +244,7 @@ def test_templates_that_can_not_be_used(tmp_path):
     make_tiny_gguf(path, chat_template="{{ raise_exception('not today') }}")
     model = LlamaModel(path)
     with pytest.raises(
-        GradretError, match=r"its chat template can not write this chat \(not today\); use another model"
+        GradretError, match=r"its chat template cannot write this chat \(not today\); use another model"
     ):
         model.split_prompt(request(0).messages)
     model.close()
@@ -287,7 +293,7 @@ def test_bad_models(tmp_path, tiny_gguf, make_engine):
     with pytest.raises(GradretError, match=r"wrong.gguf: is not a GGUF file \(it begins with b'not '\)"):
         LlamaModel(wrong)
     wrong.write_bytes(tiny_gguf.read_bytes()[:5000])
-    with pytest.raises(GradretError, match=r"wrong.gguf: llama.cpp can not load it \("):
+    with pytest.raises(GradretError, match=r"wrong.gguf: llama.cpp cannot load it \("):
         LlamaModel(wrong)
     make_tiny_gguf(wrong, chat_template=None)
     with pytest.raises(GradretError, match=r"wrong.gguf: has no chat template; use an instruction-tuned model"):
@@ -307,16 +313,111 @@ def test_a_model_is_known_by_its_content(tmp_path, tiny_gguf, make_engine):
 
 
 @pytest.mark.parametrize(("features", "used"), [(b"AVX512 = 1 | AMX_INT8 = 1 | ", False), (b"AVX2 = 1 | ", True)])
-def test_models_load_without_the_kernels_for_amx(features, used, monkeypatch):
-    real = type(api.llama_model_default_params())
-
-    def defaults():
-        parameters = real()
-        parameters.use_extra_bufts = True
-        return parameters
-
-    monkeypatch.setattr(api, "llama_model_default_params", defaults)
+def test_models_load_without_the_kernels_for_amx(features, used, tiny_gguf, monkeypatch):
+    loaded = []
+    load = api.llama_model_load_from_file
     monkeypatch.setattr(api, "llama_print_system_info", lambda: features)
-    for _ in range(2):
-        avoid_amx()
-        assert api.llama_model_default_params().use_extra_bufts is used
+    monkeypatch.setattr(api, "llama_model_load_from_file", lambda *a: loaded.append(a[1]) or load(*a))
+    defaults = api.llama_model_default_params
+    LlamaModel(tiny_gguf).close()
+    assert loaded[0].use_extra_bufts is make_parameters().use_extra_bufts is used
+    # What others load in this process is theirs.
+    assert api.llama_model_default_params is defaults and defaults().use_extra_bufts
+
+
+@pytest.mark.parametrize(("given", "spins"), [(None, "0"), ("ACTIVE", None)])
+def test_openmps_threads_wait_without_spinning_unless_told_to(given, spins):
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "VERBOSE"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    command = [sys.executable, "-c", "import gradret.generate.llama"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stderr
+    found = re.search("GOMP_SPINCOUNT = '(.*)'", shown)
+    if not found:
+        pytest.skip("llama.cpp was not built with GNU's OpenMP")
+    assert (found[1] == "0") is (spins == "0")
+
+
+# Where a model's files are looked for
+
+SPLIT = [f"q8/model-q8-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+REPOSITORY_FILES = ["README.md", "mmproj-f16.gguf", "model-q4.gguf", *reversed(SPLIT)]
+
+
+def test_choose_files():
+    assert choose_files(REPOSITORY_FILES, "model-q4.gguf") == ["model-q4.gguf"]
+    assert choose_files(REPOSITORY_FILES, SPLIT[0]) == SPLIT
+    assert choose_files(REPOSITORY_FILES[:3], "") == ["model-q4.gguf"]
+    assert choose_files(REPOSITORY_FILES, "") == []  # two models: which is meant?
+    assert choose_files(REPOSITORY_FILES, "model-q5.gguf") == []
+    assert choose_files(REPOSITORY_FILES[:-1], SPLIT[1]) == []  # a part is missing
+    assert choose_files([], "") == []
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A local hub cache with one repository, and no hub."""
+    repository = tmp_path / "models--owner--model"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    (snapshot / "q8").mkdir(parents=True)
+    for name in ("model-q4.gguf", *SPLIT):
+        (snapshot / name).write_bytes(b"GGUF")
+
+    def snapshot_download(name, local_files_only):
+        assert local_files_only
+        return huggingface_hub._snapshot_download.snapshot_download(name, cache_dir=tmp_path, local_files_only=True)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return snapshot
+
+
+def test_a_cached_model_needs_no_hub(hub_cache):
+    assert locate_gguf("owner/model:model-q4.gguf") == hub_cache / "model-q4.gguf"
+    assert locate_gguf(f"owner/model:{SPLIT[1]}") == hub_cache / SPLIT[0]
+    for file in SPLIT:
+        (hub_cache / file).unlink()
+    assert locate_gguf("owner/model") == hub_cache / "model-q4.gguf"
+
+
+def test_a_file_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "model").write_bytes(b"GGUF")
+    assert str(locate_gguf("owner/model")) == "owner/model"
+
+
+class Hub:
+    """A hub's answers."""
+
+    def model_info(self, name, timeout):
+        class Info:
+            siblings = [type("File", (), {"rfilename": file}) for file in REPOSITORY_FILES]  # noqa: RUF012
+
+        return Info()
+
+
+def test_what_the_hub_has(hub_cache, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda _, file, etag_timeout: fetched.append(file) or f"/cache/{file}"
+    )
+    assert str(locate_gguf(f"other/model:{SPLIT[0]}")) == f"/cache/{SPLIT[0]}"
+    assert fetched == SPLIT
+    with pytest.raises(GradretError) as error:
+        locate_gguf("other/model")
+    assert str(error.value) == (
+        "other/model: name one of the repository's GGUF files as other/model:FILE; there: mmproj-f16.gguf, "
+        f"model-q4.gguf, {', '.join(reversed(SPLIT))}"
+    )
+
+
+def test_messages(hub_cache, tmp_path):
+    with pytest.raises(
+        GradretError, match=r"^other/model: no such file, not in the local cache, and the hub cannot be"
+    ):
+        locate_gguf("other/model")
+    for name in ("model.gguf", str(tmp_path), "a/b/c"):
+        with pytest.raises(GradretError, match=r": no such file; give a GGUF file, or a hub repository as OWNER/NAME"):
+            locate_gguf(name)

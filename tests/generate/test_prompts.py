@@ -5,78 +5,86 @@ import sys
 
 import pytest
 from conftest import SAMPLE_FILE, list_record
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
-from gradret.data.lists import Passage, RankingList, query_key, read_lists
+from gradret.data.lists import Passage, RankingList, read_lists
 from gradret.generate.prompts import PROMPT_VERSION, TREC_DL, Prompts, Scale, Style, read_examples, read_scale
+from gradret.generate.queries import Query
 from gradret.generate.replies import parse_reply
 from gradret.settings import GenSettings
 
 EXAMPLES = read_examples(None, TREC_DL, GenSettings(shots=1))
 PROMPTS = Prompts(GenSettings(), TREC_DL, EXAMPLES)
+SEPARATE = Prompts(GenSettings(separate=True), TREC_DL, EXAMPLES)
 VARIED = Prompts(GenSettings(variety=True, separate=True, language="de"), TREC_DL, EXAMPLES)
 HALVES = Scale(((1.5, "good {it}"), (0, "fair"), (-1, "bad")))
 
+
+def write(prompts: Prompts, text: str, query_id: str = "1") -> dict:
+    """The messages that ask for a query's passages, by grade; None for all grades."""
+    return {request.key[2]: request.messages for request in prompts.write(Query(query_id, text))}
+
+
+def judge(prompts: Prompts, text: str, passage: str) -> tuple[dict, ...]:
+    return prompts.judge(Query("1", text), 1, [passage])[0].messages
+
+
 # Of every message of the default prompts. When this test fails, what is asked has changed: raise PROMPT_VERSION, so
 # that no file mixes lists of both, and put the new version and digest here.
-PINNED = ("1", "bc7863b0ed3419cd")
+PINNED = ("1", "b9d347af280072b5")
 
 
 def test_another_prompt_is_another_version():
-    messages = [
-        *PROMPTS.write("q"),
-        *VARIED.write("q", VARIED.draw_style(1), 2),
-        *PROMPTS.judge("q", "p"),
-    ]
+    messages = [*write(PROMPTS, "q")[None], *write(VARIED, "q")[2], *judge(PROMPTS, "q", "p")]
     digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest()
     assert (PROMPT_VERSION, digest) == PINNED
 
 
 def test_one_request_asks_for_all_grades_best_first():
-    messages = PROMPTS.write("why")
+    messages = write(PROMPTS, "why")[None]
     assert [m["role"] for m in messages] == ["system", "user", "assistant", "user"]
     assert [messages[0]["content"].count(definition) for _, definition in TREC_DL.levels] == [1, 1, 1, 1]
     assert messages[0]["content"].endswith('\n{"grade_3": "...", "grade_2": "...", "grade_1": "...", "grade_0": "..."}')
     assert "from 100 to 1000 characters" in messages[0]["content"]
     assert json.loads(messages[-1]["content"]) == {"query": "why", "words": 92}
-    assert PROMPTS.instructions() == messages[0]["content"]
+    assert PROMPTS.instructions == messages[0]["content"]
 
 
 def test_separate_requests_share_all_but_the_last_message():
-    prompts = Prompts(GenSettings(separate=True), TREC_DL, EXAMPLES)
-    requests = {grade: prompts.write("why", None, grade) for grade in TREC_DL.grades}
+    requests = write(SEPARATE, "why")
     assert {json.dumps(messages[:-1]) for messages in requests.values()} == {json.dumps(requests[3][:-1])}
     assert json.loads(requests[2][-1]["content"]) == {"query": "why", "words": 92, "grade": 2}
     assert [json.loads(m["content"])["grade"] for m in requests[0][1:-1:2]] == [3, 2, 1, 0]
-    assert prompts.instructions() == requests[3][0]["content"] != PROMPTS.instructions()
+    assert SEPARATE.instructions == requests[3][0]["content"] != PROMPTS.instructions
 
 
 def test_examples_are_answered_in_the_form_asked_for():
     passages = [Passage(g, f' "p\\{g}"\n\té\u0000 ') for g in (0, 1.5, 7, 1.5, -1)]
     prompts = Prompts(GenSettings(), HALVES, [RankingList("1", "e", passages)])
     wanted = {"grade_1.5": '"p\\1.5" é', "grade_0": '"p\\0" é', "grade_-1": '"p\\-1" é'}
-    _, asked, answered, _ = prompts.write("q")
+    _, asked, answered, _ = write(prompts, "q")[None]
     assert answered == {"role": "assistant", "content": json.dumps(wanted, ensure_ascii=False)}
     assert json.loads(asked["content"]) == {"query": "e", "words": 1}
     assert parse_reply(answered["content"], HALVES.keys) == wanted
-    alone = [m["content"] for m in prompts.write("q", None, 0)[2:-1:2]]
+    prompts = Prompts(GenSettings(separate=True), HALVES, [RankingList("1", "e", passages)])
+    alone = [m["content"] for m in write(prompts, "q")[0][2:-1:2]]
     assert alone == [json.dumps({key: text}, ensure_ascii=False) for key, text in wanted.items()]
 
 
 def test_the_judge_sees_the_definitions_and_not_the_intended_grade():
-    system, last = PROMPTS.judge("why", "because")
+    system, last = judge(PROMPTS, "why", "because")
     assert all(definition in system["content"] for _, definition in TREC_DL.levels)
     assert system["content"].endswith("one of 3, 2, 1 or 0, and nothing else.")
     assert last == {"role": "user", "content": '{"query": "why", "passage": "because"}'}
-    other = Prompts(GenSettings(), HALVES).judge("why", "because")[0]["content"]
+    other = judge(Prompts(GenSettings(), HALVES), "why", "because")[0]["content"]
     assert "A = good {it}\nB = fair\nC = bad" in other and "one of A, B or C" in other
 
 
 def test_a_language_is_asked_for():
-    assert "is written in the language of the query." in PROMPTS.instructions()
-    assert 'is written in the language of ISO 639-1 code "de"' in VARIED.instructions()
+    assert "is written in the language of the query." in PROMPTS.instructions
+    assert 'is written in the language of ISO 639-1 code "de"' in VARIED.instructions
 
 
 NASTY = [
@@ -88,27 +96,23 @@ NASTY = [
     "🐈‍⬛🇩🇪",
     "\u202eمرحبا بالعالم",
     "\x00\x1b[2J\u2028\x7f\ufeff",
-    "\ud83d alone \udc08",
     "p <0.05 and x<y [1]",
 ]
 
 
 def check_that_query_is_data(query):
-    # JSON joins two halves that stand together; both are the same text.
-    joined = query.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-    style = Style(30, "a blog", "anybody")
     for request, empty in (
-        (PROMPTS.write(query), PROMPTS.write("")),
-        (VARIED.write(query, style, 1), VARIED.write("", style, 1)),
-        (PROMPTS.judge(query, query), PROMPTS.judge("", "")),
+        (write(PROMPTS, query)[None], write(PROMPTS, "")[None]),
+        (write(SEPARATE, query)[1], write(SEPARATE, "")[1]),
+        (judge(PROMPTS, query, query), judge(PROMPTS, "", "")),
     ):
         assert request[:-1] == empty[:-1]
         content = request[-1]["content"]
         content.encode()
         assert "\n" not in content and not any(mark in content for mark in ("<|", "</", "<s", "<｜", "[INST", "[/"))
         found = json.loads(content)
-        assert found["query"] == found.get("passage", found["query"]) == joined
-        assert found == json.loads(empty[-1]["content"]) | {k: joined for k in ("query", "passage") if k in found}
+        assert found["query"] == found.get("passage", found["query"]) == query
+        assert found == json.loads(empty[-1]["content"]) | {k: query for k in ("query", "passage") if k in found}
         assert request[-1]["role"] == "user"
 
 
@@ -117,36 +121,41 @@ def test_nothing_in_a_query_leaves_its_place(query):
     check_that_query_is_data(query)
 
 
-@given(st.text(st.characters()) | st.lists(st.sampled_from(NASTY[1:4] + NASTY[5:])).map("".join))
-@example("\ud83d\ude00")
+@given(st.text() | st.lists(st.sampled_from(NASTY[1:4] + NASTY[5:])).map("".join))
 def test_no_query_whatever_leaves_its_place(query):
     check_that_query_is_data(query)
 
 
 def test_harmless_brackets_stay_readable():
-    assert PROMPTS.write("p < 0.05 and 3<4 [1]")[-1]["content"] == '{"query": "p < 0.05 and 3<4 [1]", "words": 92}'
+    assert (
+        write(PROMPTS, "p < 0.05 and 3<4 [1]")[None][-1]["content"] == '{"query": "p < 0.05 and 3<4 [1]", "words": 92}'
+    )
 
 
 def test_a_style_is_drawn_once_for_a_query_and_the_same_everywhere():
-    assert PROMPTS.draw_style(7) is None
-    assert VARIED.draw_style(7) == VARIED.draw_style(7)
-    assert VARIED.draw_style(query_key("1", "why")) == Style(
-        65, "an article of an encyclopedia", "a student of the subject"
-    )
+    why = Query("1", "why")
+    assert PROMPTS.draw_style(why) is None
+    assert VARIED.draw_style(why) == VARIED.draw_style(why)
+    assert VARIED.draw_style(why) == Style(65, "an article of an encyclopedia", "a student of the subject")
     other_seed = Prompts(GenSettings(variety=True, seed=1), TREC_DL)
-    drawn = [VARIED.draw_style(key) for key in range(300)]
-    assert drawn != [other_seed.draw_style(key) for key in range(300)]
+    queries = [Query(str(i), "why") for i in range(300)]
+    drawn = [VARIED.draw_style(query) for query in queries]
+    assert drawn != [other_seed.draw_style(query) for query in queries]
     for name, least in (("length_words", 60), ("genre", 12), ("level", 5)):
         assert len({getattr(style, name) for style in drawn}) >= least
-    content = VARIED.write("why", Style(44, "a poem", "a poet"), 3)[-1]["content"]
-    assert content == '{"query": "why", "words": 44, "genre": "a poem", "reader": "a poet", "grade": 3}'
+    assert write(VARIED, "why")[3][-1]["content"] == (
+        '{"query": "why", "words": 65, "genre": "an article of an encyclopedia", '
+        '"reader": "a student of the subject", "grade": 3}'
+    )
 
 
 @given(st.integers(1, 3000), st.integers(0, 3000), st.integers(0, 2**64 - 1))
 def test_lengths_asked_for_are_within_the_bounds(low, more, key):
     settings = GenSettings(variety=True, min_chars=low, max_chars=low + more)
     prompts = Prompts(settings, TREC_DL)
-    for words in (prompts.draw_style(key).length_words, json.loads(prompts.write("q")[-1]["content"])["words"]):
+    middle = Prompts(GenSettings(min_chars=low, max_chars=low + more), TREC_DL)
+    for chosen in (prompts, middle):
+        words = json.loads(write(chosen, "q", str(key))[None][-1]["content"])["words"]
         assert words >= 1
         assert low - 3 <= words * 6 <= max(6, low + more + 3)
         if more >= 6 and low >= 6:

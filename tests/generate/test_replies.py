@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradret.generate.prompts import TREC_DL
-from gradret.generate.replies import REASONS, Unusable, clean_text, make_form, parse_reply
+from gradret.generate.replies import Unusable, clean_text, make_form, parse_reply
 
 KEYS = ("grade_3", "grade_0")
 GOOD = '{"grade_3": "a b", "grade_0": "c"}'
@@ -55,7 +55,6 @@ def test_what_is_wrong_has_a_reason(reply, reason, detail):
     with pytest.raises(Unusable) as problem:
         parse_reply(reply, KEYS)
     assert (problem.value.reason, problem.value.detail[: len(detail)]) == (reason, detail)
-    assert reason in REASONS
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,6 @@ def test_whatever_comes_gives_clean_passages_or_a_reason(reply, end):
         try:
             passages = parse_reply(text, KEYS)
         except Unusable as problem:
-            assert problem.reason in REASONS
             problem.detail.encode()
         else:
             assert tuple(passages) == KEYS
@@ -166,13 +164,19 @@ def test_the_grammar_takes_the_form_and_nothing_else(vocabulary):
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [(1, 1), (1, 2), (5, 5), (100, 1000), (2000, 2001), (1, 2001), (1, 2002), (2100, 6500), (4001, 4001)],
+    [(1, 1), (1, 2), (5, 5), (100, 1000), (1999, 2000)],
 )
 def test_the_grammar_bounds_the_characters(vocabulary, low, high):
     grammar = make_form(KEYS, low, high).grammar
-    for count in {low - 1, low, min(low + 1, high), (low + high) // 2, high - 1, high, high + 1, high + 2000}:
+    for count in {low - 1, low, (low + high) // 2, high, high + 1, high + 2000}:
         text = json.dumps(dict.fromkeys(KEYS, ('x"é\\ 猫' * count)[:count]), ensure_ascii=False)
         assert takes(vocabulary, grammar, text) == (low <= count <= high), count
+
+
+def test_above_what_llama_cpp_can_count_the_grammar_leaves_the_length_to_the_checks(vocabulary):
+    grammar = make_form(KEYS, 2100, 6500).grammar
+    for count in (1, 6500):
+        assert takes(vocabulary, grammar, json.dumps(dict.fromkeys(KEYS, "x" * count)))
 
 
 @settings(max_examples=30, deadline=None)

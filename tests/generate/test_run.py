@@ -10,10 +10,10 @@ from gradret.console import GradretError
 from gradret.data.lists import read_lists
 from gradret.generate.engine import Reply
 from gradret.generate.journal import Journal
-from gradret.generate.prompts import TREC_DL, Prompts, Scale, read_examples
+from gradret.generate.prompts import TREC_DL, Prompts, Scale, draw_seed, read_examples
 from gradret.generate.queries import Query
 from gradret.generate.replies import Checks
-from gradret.generate.run import format_summary, generate, request_kinds, settings_record, stream_seed
+from gradret.generate.run import format_summary, generate, settings_record
 from gradret.settings import GenSettings
 
 SETTINGS = GenSettings(min_chars=10, max_chars=200)
@@ -66,10 +66,10 @@ def run(tmp_path):
     def run_once(engine, settings=SETTINGS, queries=QUERIES, scale=TREC_DL, **journal_options):
         examples = read_examples(None, scale, settings)
         prompts = Prompts(settings, scale, examples)
-        record = settings_record(settings, prompts, engine.identity)
-        with Journal(tmp_path / "lists.jsonl", None, record, **journal_options) as journal:
-            checks = Checks(settings, prompts.instructions(), examples)
-            return generate(queries, engine, prompts, checks, journal, settings, progress=False)
+        with Journal(tmp_path / "lists.jsonl") as journal:
+            journal.resume(settings_record(prompts, engine.identity), **journal_options)
+            checks = Checks(settings, prompts.instructions, examples)
+            return generate(queries, engine, prompts, checks, journal, progress=False)
 
     return run_once
 
@@ -110,8 +110,8 @@ def test_what_is_done_is_skipped(run, written):
 
 def test_a_failed_reply_is_asked_again_with_another_seed(run, written, rejects):
     def reply(request):
-        job, attempt, _ = request.key
-        if job.query.query_id == "q2" or (job.query.query_id == "q4" and attempt < 3):
+        query_id, attempt, _ = request.key
+        if query_id == "q2" or (query_id == "q4" and attempt < 3):
             return Reply(request, f"sorry, {attempt}", "stop", 3, 100)
         return write_well(request)
 
@@ -124,7 +124,7 @@ def test_a_failed_reply_is_asked_again_with_another_seed(run, written, rejects):
     assert reject["reason"] == "not JSON"
     assert reject["replies"] == ["sorry, 1", "sorry, 2", "sorry, 3"]
     assert (summary.rejected, summary.retries) == ({"not JSON": 1}, {"not JSON": 4})
-    seeds = [r.seed for r in engine.asked if r.key[0].query.query_id == "q2"]
+    seeds = [r.seed for r in engine.asked if r.key[0] == "q2"]
     assert len(set(seeds)) == 3
     # Final: not asked again, unless told to.
     engine = ScriptedEngine()
@@ -211,7 +211,7 @@ def test_what_a_list_still_needs_comes_before_the_next_query(run):
     """So that one sequence writes the same file whenever it was stopped."""
     engine = ScriptedEngine(room=1)
     run(engine, replace(SETTINGS, separate=True, judge=True), QUERIES[:3])
-    assert [r.key[0].query.query_id for r in engine.asked] == ["q0"] * 8 + ["q1"] * 8 + ["q2"] * 8
+    assert [r.key[0] for r in engine.asked] == ["q0"] * 8 + ["q1"] * 8 + ["q2"] * 8
 
 
 def test_judged_grades_are_expectations(run, written):
@@ -233,13 +233,12 @@ def test_judged_grades_are_expectations(run, written):
         (0, {"judged": 0.25}),
     ]
     # 2.5 is as near to 3 as to 2: the better one. Grade 1 is judged below grade 0: out of order.
-    assert summary.agreement.table() == [[6, 0, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6], [0, 0, 0, 6]]
-    assert (summary.agreement.lists, summary.agreement.agreed) == (6, 0)
+    assert summary.as_dict()["judged"]["confusion"] == [[6, 0, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6], [0, 0, 0, 6]]
+    assert (summary.lists, summary.agreed) == (6, 0)
     blind = [r for r in engine.asked if r.choices]
     assert len(blind) == 24
     assert all(set(json.loads(r.messages[-1]["content"])) == {"query", "passage"} for r in blind)
     document = {"out": "o", "rejects": "r", **summary.as_dict()}
-    assert document["judged"]["confusion"][2] == [0, 0, 0, 6]
     assert "agree in order in 0 of 6 lists" in format_summary(document)
 
 
@@ -261,7 +260,7 @@ def test_variety_is_one_style_a_list_whatever_the_order(run, written, tmp_path):
     assert len({json.dumps(s) for s in styles.values()}) > 3
     for request in engine.asked:
         asked = json.loads(request.messages[-1]["content"])
-        style = styles[request.key[0].query.query_id]
+        style = styles[request.key[0]]
         assert (asked["words"], asked["genre"], asked["reader"]) == tuple(style.values())
     (tmp_path / "lists.jsonl").unlink()
     run(ScriptedEngine(room=1), settings, QUERIES[::-1])
@@ -307,8 +306,8 @@ def test_streams_differ_in_all_they_should(run):
     base = (QUERIES[0], 0, "model", 1, None)
     changes = [(QUERIES[1], 0, "model", 1, None), (QUERIES[0], 1, "model", 1, None)]
     changes += [(QUERIES[0], 0, "other", 1, None), (QUERIES[0], 0, "model", 2, None), (QUERIES[0], 0, "model", 1, 3)]
-    assert len({stream_seed(*arguments) for arguments in [base, *changes]}) == 6
-    assert stream_seed(*base) == stream_seed(*base)
+    assert len({draw_seed(*arguments) for arguments in [base, *changes]}) == 6
+    assert draw_seed(*base) == draw_seed(*base)
 
 
 def test_kinds_are_those_submitted(run):
@@ -318,7 +317,7 @@ def test_kinds_are_those_submitted(run):
         engine = ScriptedEngine()
         run(engine, settings, [query], mix=True)
         prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
-        kinds = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, request_kinds(prompts, settings))}
+        kinds = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, prompts.kinds())}
         asked = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, engine.asked)}
         assert asked <= kinds
 
