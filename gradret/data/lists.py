@@ -145,7 +145,7 @@ def format_list(ranking_list: RankingList) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-# Every text file of a user is read through the next four: lists, corpora, queries, qrels, ids, scales, examples.
+# Every text of a user comes through the following: lists, corpora, queries, qrels, ids, scales, examples.
 
 
 class Line(NamedTuple):
@@ -175,8 +175,24 @@ def decode_text(line: bytes, where: str) -> str:
         raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
+def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
+    """Lines of bytes, as an open file gives them, decoded; those that hold only white space are left out.
+
+    Args:
+        place: where they come from, for messages.
+    Raises: GradretError when a line is not UTF-8.
+    """
+    offset = 0
+    for number, line in enumerate(lines, 1):
+        where = f"{place}:{number}"
+        text = decode_text(line, where)
+        if text.strip():
+            yield Line(where, number, offset, text)
+        offset += len(line)
+
+
 def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line]:
-    """The lines of a text file that hold more than white space, one at a time.
+    """The lines of a text file, see number_lines.
 
     Args:
         desc: of a progress bar that shows up where reading takes long; "" for none.
@@ -185,15 +201,10 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line
     with open_file(path) as file:
         bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
         with show_bar(shown=bool(desc), desc=desc, delay=PATIENCE_S, **bar_options) as bar:
-            offset = 0
             try:
-                for number, line in enumerate(file, 1):
-                    where = f"{path}:{number}"
-                    text = decode_text(line, where)
-                    if text.strip():
-                        yield Line(where, number, offset, text)
-                    offset += len(line)
-                    bar.update(len(line))
+                for line in number_lines(file, str(path)):
+                    yield line
+                    bar.update(line.offset - bar.n)
             except OSError as error:
                 raise GradretError(f"{path}: can not be read ({error.strerror})") from error
 

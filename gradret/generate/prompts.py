@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradret.console import GradretError
-from gradret.data.lists import GRADE_LIMIT, RankingList, decode_json, hash64, open_file, read_lists
+from gradret.data.lists import GRADE_LIMIT, RankingList, decode_json, decode_text, hash64, open_file, read_lists
 from gradret.data.sources import find_path
 from gradret.generate.engine import Request
 from gradret.generate.queries import Query
@@ -75,7 +75,7 @@ def read_scale(path: str | os.PathLike) -> Scale:
         than six digits, an empty definition, or fewer than 2 or more than 26 grades.
     """
     with open_file(path) as file:
-        content = file.read()
+        content = decode_text(file.read(), str(path))
     if not isinstance(decode_json(content, str(path)), dict):
         raise GradretError(f'{path}: expected a JSON object such as {{"1": "what it means", "0": "what it means"}}')
     levels: dict[float, str] = {}

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradret.console import GradretError
-from gradret.data.collections import load_dataset, reading, unpacking
-from gradret.data.lists import decode_json, open_file, query_key
+from gradret.data.collections import load_dataset, read_qrels, reading, unpacking
+from gradret.data.lists import Line, decode_json, number_lines, query_key, read_lines
 from gradret.data.sources import find_path, parse_source, query_selector
 
 STANDARD_INPUT = "-"
@@ -65,45 +65,32 @@ def read_queries(name: str) -> list[Query]:
 def _open(name: str) -> tuple[str, Iterator[tuple[int, Query]]]:
     """The name of the place in messages, and each query with the number of its line."""
     if name == STANDARD_INPUT:
-        return "standard input", _parse_lines(sys.stdin.buffer, "standard input", None)
+        return "standard input", _parse_lines(number_lines(sys.stdin.buffer, "standard input"), None)
     path = find_path(name)
     if path is None:
         return name, _read_ir_datasets(name)
     if path.is_dir():
         numbered = _read_file(path / "queries.jsonl")
         if path != Path(name):
-            judged = _read_judged(path / "qrels" / f"{name.rpartition(':')[2]}.tsv")
+            judged = read_qrels(path, name.rpartition(":")[2])
             numbered = ((number, query) for number, query in numbered if query.query_id in judged)
         return str(path / "queries.jsonl"), numbered
     return str(path), _read_file(path)
 
 
 def _read_file(path: Path) -> Iterator[tuple[int, Query]]:
-    with open_file(path) as file:
-        yield from _parse_lines(file, str(path), FORMS.get(path.suffix))
+    return _parse_lines(read_lines(path), FORMS.get(path.suffix))
 
 
-def _read_judged(path: Path) -> set[str]:
-    with open_file(path) as file:
-        return {line.split(b"\t")[0].decode("utf-8", "replace") for line in file}
-
-
-def _parse_lines(lines: Iterable[bytes], place: str, form: str | None) -> Iterator[tuple[int, Query]]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{place}:{number}"
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-        except UnicodeDecodeError as error:
-            raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-        form = form or ("json" if text.lstrip().startswith("{") else "tsv" if "\t" in text else "plain")
+def _parse_lines(lines: Iterable[Line], form: str | None) -> Iterator[tuple[int, Query]]:
+    for line in lines:
+        form = form or ("json" if line.text.lstrip().startswith("{") else "tsv" if "\t" in line.text else "plain")
         if form == "json":
-            yield number, _parse_record(decode_json(line, where), where)
+            yield line.number, _parse_record(decode_json(line.text, line.where), line.where)
         elif form == "tsv":
-            yield number, _parse_columns(text, where)
+            yield line.number, _parse_columns(line.text, line.where)
         else:
-            yield number, Query(str(number), text.strip())
+            yield line.number, Query(str(line.number), line.text.strip())
 
 
 def _parse_record(record: object, where: str) -> Query:

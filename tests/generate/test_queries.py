@@ -50,7 +50,7 @@ def test_sample_beir_directory_and_selection(beir_directory):
     assert len(read_queries("sample?queries=odd")) == 48
     assert [q.query_id for q in read_queries(str(beir_directory))] == ["q1", "q2", "q3"]
     assert read_queries(f"{beir_directory}:train") == [Query("q2", "bread")]
-    with pytest.raises(GradretError, match=r"qrels/dev\.tsv: no such file$"):
+    with pytest.raises(GradretError, match=r"qrels/dev\.tsv: no such file; splits with qrels here: test, train$"):
         read_queries(f"{beir_directory}:dev")
     with pytest.raises(GradretError, match="queries take no option but queries=even|odd|FILE"):
         read_queries("sample?grades=3")
