@@ -15,7 +15,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gradret.console import GradretError, say
-from gradret.data.lists import Line, ListFile, Passage, decode_json, hash64, open_file, read_lines
+from gradret.data.lists import DocumentNames, Line, ListFile, Passage, decode_json, hash64, open_file, read_lines
 
 LOCK_FILE = "gradret.lock"
 
@@ -283,7 +283,7 @@ class IrDatasetsCollection(Collection):
 class ListCollection(Collection):
     """A ranking-list file as a collection: its distinct passages are the documents, its grades the qrels.
 
-    A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document.
+    See DocumentNames for the documents' ids.
     """
 
     def __init__(self, path: Path):
@@ -291,16 +291,12 @@ class ListCollection(Collection):
         self.drop_self = False
         self.queries, self.qrels = {}, {}
         self._documents: dict[str, str] = {}
-        doc_ids: dict[str, str] = {}
+        names = DocumentNames()
         for ranking_list in ListFile(path):
-            grades = self.qrels.setdefault(ranking_list.query_id, {})
+            judged, new = names.name(ranking_list)
             self.queries[ranking_list.query_id] = ranking_list.query
-            for position, passage in enumerate(ranking_list.passages, 1):
-                own_id = passage.doc_id or f"{ranking_list.query_id}/{position}"
-                doc_id = doc_ids.setdefault(passage.content, own_id)
-                if self._documents.setdefault(doc_id, passage.content) != passage.content:
-                    raise GradretError(f"{ranking_list.where}: doc_id '{doc_id}' stands for two different texts")
-                grades.setdefault(doc_id, passage.grade)
+            self.qrels[ranking_list.query_id] = {doc_id: passage.grade for doc_id, passage in judged.items()}
+            self._documents.update((doc_id, judged[doc_id].content) for doc_id in new)
         self.document_count = len(self._documents)
 
     def documents(self, start: int = 0) -> Iterator[Document]:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.data.collections import BEIR_HEADER
-from gradret.data.lists import Passage, RankingList, format_list, hash64
+from gradret.data.lists import DocumentNames, Passage, RankingList, format_list
 from gradret.data.sources import Source, open_lists, parse_source
 
 FORMS = ("beir", "tevatron", "trove", "trec", "lists")
@@ -74,7 +74,7 @@ def _open(source: str) -> Sequence[RankingList]:
 
 
 def _write(lists: Sequence[RankingList], form: str, out: Path, positive_from: float | None) -> dict:
-    documents, judgements = _Documents(), 0
+    documents, judgements = DocumentNames(), 0
     files: dict[str, TextIO] = {}
     with ExitStack() as closing:
         for ranking_list in show_bar(lists, desc="exporting", unit="list", delay=PATIENCE_S):
@@ -128,7 +128,7 @@ def _format_tevatron(ranking_list: RankingList, judged: dict[str, Passage], posi
         # Tevatron draws from both, and breaks off in the middle of an epoch where there is nothing to draw from.
         if not group:
             raise GradretError(
-                f"{_place(ranking_list)} has no {name} passage when grades from {lowest:g} on are positive, "
+                f"{ranking_list.place} has no {name} passage when grades from {lowest:g} on are positive, "
                 "but Tevatron needs one; choose another lowest positive grade, or remove the list"
             )
     record = {"query_id": ranking_list.query_id, "query": ranking_list.query}
@@ -139,7 +139,7 @@ def _refuse_unfit(form: str, ranking_list: RankingList, doc_id: str, grade: floa
     unfit, whose, what = UNFIT[form]
     if grade != int(grade):
         raise GradretError(
-            f"{_place(ranking_list)} has the grade {grade:g}, but {whose} are whole numbers; "
+            f"{ranking_list.place} has the grade {grade:g}, but {whose} are whole numbers; "
             "round the grades in the lists, or export to trove, which takes real ones"
         )
     for identifier in (ranking_list.query_id, doc_id):
@@ -150,39 +150,9 @@ def _refuse_unfit(form: str, ranking_list: RankingList, doc_id: str, grade: floa
             )
 
 
-class _Documents:
-    """The ids of the distinct passages seen; of their texts only hashes are kept."""
-
-    def __init__(self):
-        self._id_of: dict[int, str] = {}
-        self._content_of: dict[str, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._content_of)
-
-    def name(self, ranking_list: RankingList) -> tuple[dict[str, Passage], list[str]]:
-        """The list's passages by document id, and which ids are new."""
-        judged, new = {}, []
-        for position, passage in enumerate(ranking_list.passages, 1):
-            content = hash64(passage.content)
-            doc_id = self._id_of.setdefault(content, passage.doc_id or f"{ranking_list.query_id}/{position}")
-            if doc_id not in self._content_of:
-                new.append(doc_id)
-            if self._content_of.setdefault(doc_id, content) != content:
-                raise GradretError(
-                    f"{_place(ranking_list)}: doc_id '{doc_id}' stands for two different texts; rename one"
-                )
-            judged.setdefault(doc_id, passage)
-        return judged, new
-
-
 def _describe(doc_id: str, passage: Passage, key: str) -> dict:
     return {key: doc_id, "title": passage.title or "", "text": passage.text}
 
 
 def _to_json(record: dict) -> str:
     return json.dumps(record, ensure_ascii=False)
-
-
-def _place(ranking_list: RankingList) -> str:
-    return f"{ranking_list.where}: list '{ranking_list.query_id}'"

@@ -50,6 +50,11 @@ class RankingList:
     extra: dict[str, Any] = field(default_factory=dict)
     where: str = field(default="", compare=False)
 
+    @property
+    def place(self) -> str:
+        """Opens messages about the whole list."""
+        return f"{self.where}: list '{self.query_id}'"
+
 
 def parse_list(record: object, where: str) -> RankingList:
     """A checked RankingList from one decoded JSON object.
@@ -265,6 +270,39 @@ def query_key(query_id: str, query: str) -> int:
 def query_words(query: str) -> str:
     """A query as compared between training and evaluation: without case and runs of space."""
     return " ".join(query.lower().split())
+
+
+class DocumentNames:
+    """The ids of the distinct passages of lists; of their texts only hashes are kept.
+
+    A passage without a doc_id is named QUERY_ID/POSITION; the same words twice are one document.
+    """
+
+    def __init__(self) -> None:
+        self._id_of: dict[int, str] = {}
+        self._content_of: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._content_of)
+
+    def name(self, ranking_list: RankingList) -> tuple[dict[str, Passage], list[str]]:
+        """The list's passages by document id, each with its first grade, and which ids are new.
+
+        Raises: GradretError when an id stands for two texts.
+        """
+        judged: dict[str, Passage] = {}
+        new = []
+        for position, passage in enumerate(ranking_list.passages, 1):
+            content = hash64(passage.content)
+            doc_id = self._id_of.setdefault(content, passage.doc_id or f"{ranking_list.query_id}/{position}")
+            if doc_id not in self._content_of:
+                new.append(doc_id)
+            if self._content_of.setdefault(doc_id, content) != content:
+                raise GradretError(
+                    f"{ranking_list.place}: doc_id '{doc_id}' stands for two different texts; rename one"
+                )
+            judged.setdefault(doc_id, passage)
+        return judged, new
 
 
 class ListFile(Sequence[RankingList]):

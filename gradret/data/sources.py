@@ -433,7 +433,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         low, high = min(grades), max(grades)
         if refuse_negative and low < 0:
             raise GradretError(
-                f"{ranking_list.where}: list '{ranking_list.query_id}' has the negative grade {low:g}, to which "
+                f"{ranking_list.place} has the negative grade {low:g}, to which "
                 f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
                 f"{SOFTMAX_ADVICE}"
             )
