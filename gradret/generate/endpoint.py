@@ -308,7 +308,7 @@ class Endpoint:
         """
         replies: list[Reply] = []
         while not replies:
-            if not any(future.done() for future in self._running):
+            if not any(future.done() for future in self._running):  # nothing that came is lost to the end of a run
                 self._check_end()
             if not self._running:
                 break
@@ -430,7 +430,7 @@ class Endpoint:
             if kind in self._proven:
                 if (cap, way) == (self._cap, self._ways[kind]):
                     return Reply(request, "", "refused", error=self._tell(answer))
-                cap, way = self._cap, self._ways[kind]  # which another request has found meanwhile
+                cap, way = self._cap, self._ways[kind]  # which a request that began beside this one has found
             elif "max_completion_tokens" in answer.message and cap == "max_tokens":
                 cap = "max_completion_tokens"
             elif way + 1 < len(ways):

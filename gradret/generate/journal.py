@@ -116,6 +116,7 @@ class Journal:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise GradretError(f"{path}: is not a regular file; lists are appended to one that later runs read")
         try:
+            # The lists themselves are locked: a lock file beside them would stay behind, and a kill frees this one.
             held = lock_descriptor(fd, blocking=False)
         except OSError:  # a network file system without locks
             return
@@ -163,6 +164,7 @@ class Journal:
         ):
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
+                # Only the last line can lack its newline. What is broken elsewhere somebody has edited: `note` tells.
                 if not line.endswith(b"\n") and not _is_whole(line):
                     os.ftruncate(fd, offset)
                     say(f"{where}: was cut off when a run was stopped; removed, its query is asked again")
@@ -200,6 +202,7 @@ class Journal:
         """Write at the end, all or nothing."""
         fd = self._fds[path]
         before = os.fstat(fd).st_size
+        # One write, without a buffer of Python's: a kill leaves at most the last line torn, and never a line in memory.
         try:
             written = os.write(fd, data)
             while written < len(data):  # the disk is full; writing on says why, or goes on if room was made

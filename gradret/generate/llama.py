@@ -353,6 +353,7 @@ class LlamaSampler:
         return token
 
     def _allows(self, token: int) -> bool:
+        # A grammar sets the logit of what it refuses to -inf and leaves the others.
         one = np.array([(token, 0, 0)], CANDIDATE)
         api.llama_sampler_apply(self._grammar, ctypes.byref(_as_candidates(one)))
         return one["logit"][0] == 0
@@ -549,6 +550,7 @@ class LlamaEngine:
         slot.prompt_tokens = len(head.before) + len(waiting)
         if not request.choices:
             slot.sampler = LlamaSampler(self.model, request, self._temperature, self._top_p)
+        # The shared part is not evaluated again: its cells of the KV cache are copied over the last request's.
         api.llama_memory_seq_rm(self._memory, slot.sequence, -1, -1)
         api.llama_memory_seq_cp(self._memory, head.sequence, slot.sequence, -1, -1)
 
@@ -560,6 +562,7 @@ class LlamaEngine:
         return done
 
     def _step(self) -> None:
+        """Decode one batch: the next token of every sequence that writes, and what fits of the prompts that wait."""
         rows: list[tuple[int, int, int, bool]] = []
         ready: list[tuple[int, Slot]] = []  # row of the logits, whose
         busy = [slot for slot in self._slots if slot.request]
@@ -582,7 +585,7 @@ class LlamaEngine:
                 self._finish(slot, "stop")
                 continue
             slot.tokens.append(token)
-            slot.waiting = [token]
+            slot.waiting = [token]  # to be evaluated with the next batch, which gives the token after it
             if len(slot.tokens) == slot.request.max_tokens:
                 self._finish(slot, "length")
 

@@ -89,6 +89,8 @@ def generate(
                         break
                     engine.submit(request)
                 replies: Sequence[Reply] = []
+                # A signal may cut the wait short: what is under way then is asked again by the next run. It never cuts
+                # `take` short, so that a list that is whole is written.
                 with stop.at_once():
                     replies = engine.collect() if stop.signal is None else []
                 summary.seconds = time.monotonic() - began
@@ -135,11 +137,12 @@ class Generation:
         self.summary = Summary(self._scale.grades, self._settings.judge)
 
     def next_request(self, queries: Iterator[Query]) -> Request | None:
-        """What to submit next: first what a begun list still needs."""
+        """What to submit next; None when nothing waits and no query is left."""
         while True:
+            # First what a begun list still needs: so one sequence writes the same file however often it is stopped.
             while self._waiting:
                 request = self._waiting.popleft()
-                if self._find_draft(request):
+                if self._find_draft(request):  # or its list was rejected, or begun again, while it waited
                     return request
             query = next(queries, None)
             if query is None:
@@ -188,7 +191,7 @@ class Generation:
         keys = self._scale.keys
         if len(draft.texts) < len(keys):
             return
-        draft.texts = {key: draft.texts[key] for key in keys}
+        draft.texts = {key: draft.texts[key] for key in keys}  # separate replies come in any order
         texts = list(draft.texts.values())
         self._checks.check(draft.query.text, texts)
         if self._settings.judge:
