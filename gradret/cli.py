@@ -366,7 +366,7 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
         settings = _choose_settings(given, named)  # what is wrong is told before the wait for imports
     with show_wait("loading PyTorch"):
         from gradret.distributed import join_processes
-        from gradret.train.loop import fit as train
+        from gradret.train.loop import train
 
     with join_processes(device) as (processes, device):
         if resume:  # settings come from the run, which the first process alone need have
@@ -376,7 +376,7 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
             # What was spelled out must agree with the run.
             given |= {k: v for k, v in stored.items() if k in given and k not in named}
             settings = _choose_settings(given, named)
-        result = train(settings, out, resume=resume, device=device, tensorboard=tensorboard)
+        result = train(settings, Path(out), processes, device, resume=resume, tensorboard=tensorboard)
     if not processes.is_first:
         return
     document = {

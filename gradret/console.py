@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,6 +33,13 @@ class ToldElsewhere(GradretError):
 
 class ProcessLost(GradretError):
     """Another of the processes that share the work has ended."""
+
+
+class GivenUp(BaseException):
+    """A signal to end has cut a stretch of work short, see StopRequest.give_up.
+
+    No Exception: it may come up anywhere, also where any error of a library is turned into a line of ours.
+    """
 
 
 def count_processes() -> int:
@@ -96,36 +104,65 @@ class StopRequest:
         signal: the signal's number, None while there was none.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
         self._at_once = self._deaf = False
         self._heard_s = 0.0
-        self._previous: dict = {}
+        self._patience_s: float | None = None  # of the stretch that may be given up; None outside of one
+        self._previous: dict[int, Any] = {}
 
     @property
     def waited_s(self) -> float:
         """Seconds since the first signal; 0 while there was none."""
         return 0.0 if self.signal is None else time.monotonic() - self._heard_s
 
-    def __enter__(self):
+    def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
             self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+            if hasattr(signal, "SIGALRM"):  # not on Windows
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self._give_up_in_time())
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _handle(self, number, frame):
+    def _handle(self, number: int, frame: Any) -> None:
         # Supervisors send one signal to a process and to its group: what comes at once is no second thought.
         again = self.signal is not None and time.monotonic() - self._heard_s > SECOND_THOUGHT_S
         self._heard_s = time.monotonic() if self.signal is None else self._heard_s
         self.signal = number
         if (self._at_once or again) and not self._deaf:
             raise KeyboardInterrupt
+        self._give_up_in_time()
+
+    def _give_up_in_time(self) -> None:
+        """End the stretch that may be given up if it has had its time; else have this called when it will have."""
+        if self._patience_s is None or self.signal is None:
+            return
+        left_s = self._patience_s - self.waited_s
+        if left_s <= 0:
+            raise GivenUp
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001))  # 0 would switch it off
 
     @contextmanager
-    def uninterrupted(self):
+    def give_up(self, patience_s: float) -> Iterator[None]:
+        """A stretch that ends so long after a signal, because nothing is lost but its own time.
+
+        Raises: GivenUp in it, between two lines of Python: a call into C++ ends first.
+        """
+        self._patience_s = patience_s
+        try:
+            self._give_up_in_time()  # for a signal that came before
+            yield
+        finally:
+            self._patience_s = None
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextmanager
+    def uninterrupted(self) -> Iterator[None]:
         """A stretch that no signal cuts short."""
         self._deaf = True
         try:
@@ -134,7 +171,7 @@ class StopRequest:
             self._deaf = False
 
     @contextmanager
-    def at_once(self):
+    def at_once(self) -> Iterator[None]:
         """A stretch that a signal cuts short, because nothing is lost but its own time; look at `signal` after it."""
         self._at_once = True
         try:

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from importlib import metadata
@@ -63,23 +62,6 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def read_steps(path: Path) -> list[dict]:
-    """The JSON lines of a file in which every line belongs to a step; [] when the file is not there.
-
-    A torn line ends them: a kill leaves one. Raises: GradretError when a line has no step.
-    """
-    records = []
-    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines() if path.is_file() else (), 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise GradretError(f"{path}:{number}: expected a JSON object with a step, got {line[:50]}; remove the line")
-        records.append(record)
-    return records
-
-
 def write_json(path: Path, content: object) -> None:
     """Write JSON, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -90,17 +72,6 @@ def replace_json(path: Path, content: object) -> None:
     part = path.with_suffix(".part")
     write_json(part, content)
     os.replace(part, path)
-
-
-def link_file(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, or a copy where the file system has no hard links, in one piece."""
-    part = target.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:
-        shutil.copyfile(source, part)
-    os.replace(part, target)
 
 
 def sync_file(path: Path) -> None:
@@ -135,16 +106,3 @@ def open_folder(out: str, *names: str) -> None:
         raise GradretError(f"{out}: can not be written ({error.strerror})") from error
     for name in names:
         check_writable(Path(out, name))
-
-
-def drop_after(path: Path, step: int) -> None:
-    """Rewrite a file of JSON lines without those of later steps and without a torn last line.
-
-    Raises: GradretError, see read_steps.
-    """
-    if not path.is_file():
-        return
-    kept = [json.dumps(record) + "\n" for record in read_steps(path) if record["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)

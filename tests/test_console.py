@@ -3,10 +3,12 @@
 import fcntl
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from click.testing import CliRunner
 
 from gradret import console
 from gradret.cli import main
-from gradret.console import PATIENCE_S, be_quiet, say, show_bar
+from gradret.console import PATIENCE_S, GivenUp, StopRequest, be_quiet, say, show_bar
 from gradret.evaluation.measures import evaluate
 
 
@@ -126,3 +128,26 @@ def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
     finally:
         be_quiet(False)
     assert not tqdm.tqdm(range(3), disable=False).disable
+
+
+@pytest.mark.parametrize("patience_s", [0.0, 0.05])
+@pytest.mark.parametrize("comes", ["before", "within"])
+def test_a_stretch_is_given_up_some_time_after_a_signal_and_nothing_else_is(comes, patience_s):
+    with StopRequest() as stop:
+        if comes == "before":
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(GivenUp), stop.give_up(patience_s):
+            if comes == "within":
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+        assert stop.signal == signal.SIGTERM and stop.waited_s >= patience_s
+        with stop.uninterrupted():
+            pass
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def test_a_stretch_that_ends_in_time_is_kept():
+    with StopRequest() as stop:
+        with stop.give_up(60.0):
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -44,8 +44,8 @@ from gradret.files import open_folder, versions, write_json
 from gradret.settings import PRECISIONS, FitSettings
 from gradret.train.batches import Batch, collate
 from gradret.train.gradients import Objective
-from gradret.train.loop import Job, Trainer
-from gradret.train.run import Run
+from gradret.train.loop import Inputs, Trainer
+from gradret.train.run import RunDirectory
 
 SAME_LOSS = 1e-4  # highest relative difference of both sides' losses, before anything is timed
 LOSS_REPEATS = 100
@@ -167,7 +167,7 @@ def compare_losses(encoder: Encoder, rival: Rival, chunk: int, folder: Path) -> 
     for lists in rival.batches:
         batch = collate(lists)
         queries, documents = (part.requires_grad_() for part in _embed(encoder, batch))
-        ours.append(objective.add_gradients(queries, documents, batch))
+        ours.append(objective.backward(queries, documents, batch))
     theirs = [*find_losses(rival, None, folder / "trainer"), next(find_losses(rival, chunk, folder / "trainer"))]
     worst = 0.0
     for a, b in zip([*ours, ours[0]], theirs, strict=True):
@@ -192,7 +192,7 @@ def time_losses(encoder: Encoder, lists: Sequence[RankingList], settings: FitSet
         for name, objective in objectives.items():
             synchronize(encoder.device)
             began = time.perf_counter()
-            objective.add_gradients(queries, documents, batch)
+            objective.backward(queries, documents, batch)
             synchronize(encoder.device)
             times[name].append(1e3 * (time.perf_counter() - began))
     return {name: find_percentiles(found[1:]) for name, found in times.items()}
@@ -245,10 +245,10 @@ def time_fit(settings: FitSettings, device: str) -> list[float]:
 
     # What every run says of its data would be said in every round.
     with tempfile.TemporaryDirectory(prefix="gradret-") as out, redirect_stderr(io.StringIO()):
-        job = Job(settings, ALONE, device)
-        run = Run(out, job.settings_json(), job.content, resume=False)
+        inputs = Inputs(settings, ALONE, device)
+        run = RunDirectory(out, settings, inputs.content, resume=False)
         try:
-            Clock(job, run, Path(out), progress=False).loop()
+            Clock(inputs, run, Path(out), progress=False).loop()
         finally:
             run.close()
     return [1e3 * (end - begin) for begin, end in pairwise(ends_s)]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,6 @@ def evaluate(
     precision: str = "float32",
     progress: bool = True,
     processes: Processes = ALONE,
-    check: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Embed, search exactly and measure; several processes share the embedding of the documents.
 
@@ -94,7 +93,6 @@ def evaluate(
         batch_size: texts at once, for a function all that are encoded together (at most 1,024).
         precision: "float32" or, for an Encoder, "bfloat16".
         processes: all of them must call.
-        check: called now and then; what it raises ends the work. By default whether the other processes are there.
     Raises: GradretError; ValueError for values out of range, for a cache or a precision with what is no Encoder, and
         see as_embedder.
     """
@@ -109,7 +107,7 @@ def evaluate(
     encoder = as_embedder(model, next(iter(collection.queries.values())))
     if isinstance(encoder, OutsideEmbedder) and (cache is not None or precision != "float32"):
         raise ValueError("cache and precision are for an Encoder; leave them out for a model that is not gradret's")
-    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "check": check or processes.check}
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
     folder = None if cache is None else Path(cache)
     corpus = embed_corpus(encoder, collection, folder, progress=progress, processes=processes, **options)
     result = None

@@ -159,7 +159,6 @@ def embed_corpus(
     precision: str = "float32",
     progress: bool = True,
     processes: Processes = ALONE,
-    check: Callable[[], None] | None = None,
 ) -> CorpusEmbeddings | None:
     """Embed every document, block by block, into a file.
 
@@ -168,15 +167,14 @@ def embed_corpus(
             on at the block it was in, with as many processes as it then has. None: a temporary file, which goes away
             with the result; neither the documents nor the encoder are digested for it.
         processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
-        check: called now and then; what it raises ends the work. By default whether the other processes are there.
     Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
-    store, check = None, check or processes.check
+    store = None
     doc_ids: list[np.ndarray] = []  # by blocks, of the first process
     with processes.agree():
         if processes.is_first and cache is not None:
-            store, doc_ids = find_store(encoder, collection, cache, precision, check, progress=progress)
+            store, doc_ids = find_store(encoder, collection, cache, precision, progress=progress)
         elif processes.is_first:
             store = CorpusStore(encoder.dimension)
     # With a cache all documents are known by now; without one they are counted as they are embedded.
@@ -190,7 +188,6 @@ def embed_corpus(
                 block = list(islice(documents, ENCODE_BLOCK * processes.size))
                 own = processes.split(len(block))
                 for start in range(own.start, own.stop, ENCODE_PART):
-                    check()
                     texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
                     vectors.append(embed_texts(encoder, texts, batch_size=batch_size, precision=precision))
                     bar.update(len(texts))
@@ -215,7 +212,6 @@ def find_store(
     collection: Collection,
     cache: Path,
     precision: str,
-    check: Callable[[], None] = lambda: None,
     *,
     progress: bool = True,
 ) -> tuple["CorpusStore", list[np.ndarray]]:
@@ -229,7 +225,6 @@ def find_store(
     with show_bar(shown=progress, desc="looking over documents", **options) as bar:
         documents = collection.documents()
         while block := list(islice(documents, ENCODE_BLOCK)):
-            check()
             for document in block:
                 digest.update(f"{document.doc_id}\0{document.content}\0".encode())
             doc_ids.append(np.array([document.doc_id.encode() for document in block]))
@@ -305,7 +300,6 @@ def top_k(
     *,
     device: str | torch.device = "cpu",
     block: int = SEARCH_BLOCK,
-    check: Callable[[], None] = lambda: None,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k documents of highest dot product for each query, exactly.
@@ -317,7 +311,6 @@ def top_k(
         queries: (B, D) float32.
         documents: (N, D) float32; may be memory-mapped.
         k: at most N are given.
-        check: called before each block of documents; what it raises ends the search.
         progress: whether a bar shows up where a block of queries takes long.
     Returns: scores (B, k) float32, descending, and positions (B, k) int64.
     """
@@ -328,7 +321,6 @@ def top_k(
         best, positions = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         blocks = range(0, len(documents), block)
         for first in show_bar(blocks, shown=progress, desc="searching", unit="block", delay=PATIENCE_S):
-            check()
             part = torch.from_numpy(np.array(documents[first : first + block])).to(device)
             # What is held so far stands to the left: earlier documents, so "leftmost first" is "earlier first".
             scores = torch.cat([best, rows @ part.T], 1)
@@ -362,28 +354,23 @@ def search(
     depth: int,
     batch_size: int = 32,
     precision: str = "float32",
-    check: Callable[[], None] = lambda: None,
     progress: bool = True,
 ) -> dict[str, list[tuple[str, float]]]:
     """Rank the corpus for every query: query id -> [(doc id, score)], best first, at most `depth`.
 
     Equal scores stand in descending order of doc id, as trec_eval reads them. With the collection's drop_self a
-    document whose id is the query's is left out. What `check` raises, called now and then, ends the search.
+    document whose id is the query's is left out.
     """
     query_ids, vectors = list(collection.queries), [np.zeros((0, encoder.dimension), np.float32)]
     with show_bar(shown=progress, total=len(query_ids), desc="embedding queries", unit="query") as bar:
         for start in range(0, len(query_ids), QUERY_BLOCK):
-            check()
             part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
             vectors.append(embed_texts(encoder, part, "query", batch_size=batch_size, precision=precision))
             bar.update(len(part))
     best = depth + collection.drop_self
-    scores, positions = top_k(
-        np.concatenate(vectors), corpus.vectors, best, device=encoder.device, check=check, progress=progress
-    )
+    scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, device=encoder.device, progress=progress)
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
-        check()
         ranking = zip((i.decode() for i in corpus.doc_ids[row]), row_scores, strict=True)
         run[query_id] = order_ranking(ranking, query_id if collection.drop_self else None)[:depth]
     return run

@@ -94,17 +94,14 @@ def draw_batches(
     batch_lists: int,
     accumulate: int,
     seed: int,
-    processes: Processes = ALONE,
 ) -> Iterator[Batch]:
     """The step's micro-batches of `batch_lists` lists each, read as they are asked for.
 
-    Each process reads its share of the lists; all get the whole batch.
+    Each of several processes reads all of them: that costs less than to tell the others what was read.
     """
     positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
     for start in range(0, len(positions), batch_lists):
-        batch = positions[start : start + batch_lists]
-        read = [lists[int(kept[batch[i]])] for i in processes.split(len(batch))]
-        yield collate([ranking_list for part in processes.gather_objects(read) for ranking_list in part])
+        yield collate([lists[int(kept[position])] for position in positions[start : start + batch_lists]])
 
 
 def tokenize_batch(batch: Batch, encoder: Encoder, processes: Processes = ALONE) -> list[np.ndarray]:

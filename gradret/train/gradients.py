@@ -8,7 +8,7 @@ batch, the seed and the step alone, so that neither the caching nor the number o
 Source: gradient caching, Gao et al., arXiv 2101.06983.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +39,7 @@ class Objective:
         self.settings, self.floor = settings, floor
         self._losses = settings.loss_weights.keys()
 
-    def add_gradients(
+    def backward(
         self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0
     ) -> float:
         """Add the gradient of `scale` times the loss to the embeddings' .grad, and return that value.
@@ -100,17 +100,16 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Contexts:
-    """How the batches of a run are computed.
+class BatchGradients:
+    """How the gradients of a run's batches are computed.
 
     Attributes:
         encoder: trained, on its device.
         objective: the loss.
         precision: "float32" or "bfloat16" (autocast).
-        chunk: texts encoded at once, see chunks.plan_chunks.
+        chunk: texts encoded at once, see encoder/model.plan_chunks.
         cached: whether chunks are encoded twice instead of keeping their activations.
         processes: who share each batch.
-        check: called before each chunk; what it raises ends the batch.
     """
 
     encoder: Encoder
@@ -119,9 +118,8 @@ class Contexts:
     chunk: int
     cached: bool
     processes: Processes = ALONE
-    check: Callable[[], None] = lambda: None
 
-    def add_gradients(self, batch: Batch, seed: str, scale: float = 1.0) -> float:
+    def accumulate(self, batch: Batch, seed: str, scale: float = 1.0) -> float:
         """Add this process's part of the gradient of `scale` times the batch's loss to the parameters, return the loss.
 
         The loss is the whole batch's; gradients are still to be summed over the processes.
@@ -130,42 +128,37 @@ class Contexts:
             batch: the same in all processes.
             seed: names the batch; dropout depends on it.
         """
-        tokens = tokenize_batch(batch, self.encoder, self.processes)
+        encoder = self.encoder
+        tokens = tokenize_batch(batch, encoder, self.processes)
         lengths = [len(text) for text in tokens]
         plan = plan_chunks(lengths, self.chunk)
         mine = deal_chunks(plan, lengths, self.processes.size)[self.processes.rank]
         cached = self.cached and len(mine) > 1  # the activations of one chunk fit
         kept: list[Tensor] = []
-        encoder = self.encoder
-        shape = len(tokens), encoder.dimension  # (B + N, D)
-        embeddings = torch.zeros(shape, dtype=encoder.dtype, device=encoder.device)
-        with self._autocast(), torch.set_grad_enabled(not cached):
+        embeddings = torch.zeros((len(tokens), encoder.dimension), dtype=encoder.dtype, device=encoder.device)
+        with autocast(encoder.device, self.precision), torch.set_grad_enabled(not cached):
             for number in mine:
-                self.check()
                 embedded = self._embed(tokens, plan[number], seed, number)
                 embeddings[plan[number]] = embedded.detach()
                 if not cached:
                     kept.append(embedded)
-        self.processes.add([embeddings])  # the others' rows were 0 here
+        self.processes.sum_tensors([embeddings])  # (B + N, D); the others' rows were 0 here
         gradients = torch.zeros_like(embeddings)
         sizes = [len(batch.queries), len(batch.documents)]
         queries, documents = (part.requires_grad_() for part in embeddings.split(sizes))
         queries.grad, documents.grad = gradients.split(sizes)
-        loss = self.objective.add_gradients(queries, documents, batch, self.processes, scale)
-        self.processes.add([gradients])
-        with self._autocast():
+        own = self.objective.backward(queries, documents, batch, self.processes, scale)
+        loss = torch.tensor(own, dtype=torch.float64)
+        self.processes.sum_tensors([gradients, loss])
+        with autocast(encoder.device, self.precision):
             for number in mine:
-                self.check()
                 embedded = self._embed(tokens, plan[number], seed, number) if cached else kept.pop(0)
-                with torch.autocast(self.encoder.device.type, enabled=False):
+                with torch.autocast(encoder.device.type, enabled=False):
                     embedded.backward(gradients[plan[number]])
                 del embedded
-        return self.processes.add_number(loss)
+        return loss.item()
 
     def _embed(self, tokens: Sequence[np.ndarray], rows: np.ndarray, seed: str, number: int) -> Tensor:
         """(n, D) embeddings of a chunk, with the dropout that belongs to it."""
         torch.manual_seed(hash64(seed, str(number)) >> 1)
         return self.encoder.search_vectors(self.encoder.embed_tokens([tokens[i] for i in rows]))
-
-    def _autocast(self):
-        return autocast(self.encoder.device, self.precision)

@@ -1,20 +1,26 @@
-"""Training a run from its settings to the saved encoder, alone or with the processes that torchrun started."""
+"""The whole life of a training run, from its settings to the saved encoder, alone or in torchrun's processes.
+
+`train` is the story in short: `Inputs` reads what the settings name, `RunDirectory` claims the directory, `Trainer`
+finds out what fits into memory, restores the last checkpoint and makes the steps. A run ends finished, or with one line
+that says what is saved and how to go on: after SIGINT or SIGTERM, out of memory, with a loss or gradient that is not
+finite, with a full disk, or when another of its processes has ended. Killed at any moment, it loses nothing that was
+done before its last checkpoint.
+"""
 
 import math
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from gradret.console import GradretError, Interrupted, ProcessLost, StopRequest, ToldElsewhere, say, show_bar
-from gradret.data.lists import query_words
+from gradret.console import GivenUp, GradretError, Interrupted, ProcessLost, StopRequest, ToldElsewhere, say, show_bar
+from gradret.data.lists import RankingList, query_words
 from gradret.data.sources import SOFTMAX_ADVICE, ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.distributed import Processes, join_processes
 from gradret.encoder.load import choose_precision, load_encoder
@@ -26,28 +32,116 @@ from gradret.settings import AUTO, FitSettings, count_steps, learning_rate_at
 from gradret.train.adapters import adapt, merge_adapters
 from gradret.train.batches import Batch, draw_batches
 from gradret.train.card import write_card
-from gradret.train.gradients import Contexts, Objective
+from gradret.train.gradients import BatchGradients, Objective
 from gradret.train.memory import check_chunk, is_out_of_memory, measure_capacity
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
-from gradret.train.run import (
-    Board,
-    Interpolation,
-    Run,
-    RunState,
-    check_board,
-    has_board,
-    named_tensors,
-    share_optimizer,
-    step_name,
-)
+from gradret.train.run import BOARD, DEV, METRICS, RunDirectory, RunState, check_board, share_restored, step_name
 
+# So long a signal to end waits for the end of a step: those who send one wait half a minute, torchrun and others.
+STEP_GRACE_S = 8.0
 PROBED_TEXTS = 256  # a batch of more is tried on a few texts first: where a CPU's memory ends, nothing says so
 SAMPLED_LISTS = 64  # whose lengths stand for all
-ADAM_BYTES = 8  # a parameter, that the optimizer takes in its first step
+ADAM_BYTES = 8  # per parameter, that the optimizer takes in its first step
+GROUPS = {"cpu": 8, "cuda": 64, "mps": 32}  # texts encoded at once where all activations are kept: enough to be fast
 
 
-class Job:
-    """A run as one process sees it; loading makes no exchange with the other processes.
+@dataclass(frozen=True)
+class FitResult:
+    """What fit() leaves: the encoder's directory, steps done, the last loss, the best dev value and its step.
+
+    was_finished: the run had already ended, and nothing was done.
+    """
+
+    out: Path
+    steps: int
+    loss: float | None
+    dev: float | None
+    dev_step: int | None
+    seconds: float
+    was_finished: bool = False
+
+
+def fit(
+    settings: FitSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> FitResult:
+    """Train an encoder on ranking lists and save it in `out` as a sentence-transformers directory.
+
+    Started by torchrun, the processes share every batch and do what one would do, to rounding.
+
+    Args:
+        settings: see FitSettings.
+        out: the run's directory, see train/run.
+        resume: continue the unfinished run in `out`, if there is one; the number of processes may be another.
+        device: None picks cuda (with several processes, that of the local rank), mps or cpu.
+        progress: show a bar on a terminal.
+        tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
+            folder goes on with it.
+    Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
+        when another of the processes has ended.
+    """
+    with join_processes(device) as (processes, device):
+        return train(settings, Path(out), processes, device, resume=resume, progress=progress, tensorboard=tensorboard)
+
+
+def train(
+    settings: FitSettings,
+    out: Path,
+    processes: Processes,
+    device: str | None,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> FitResult:
+    """What fit does, in processes that have joined already; see there."""
+    began = time.monotonic()
+    tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
+    if tensorboard:
+        check_board()
+    with processes.agree():
+        inputs = Inputs(settings, processes, device, resume=resume)
+    found = processes.gather_objects((inputs.content, inputs.precision))
+    directory = None
+    with processes.agree():
+        check_alike(found)
+        if processes.is_first:
+            directory = RunDirectory(out, settings, inputs.content, resume=resume, precision=inputs.precision)
+    try:
+        lines = directory.read_lines(METRICS) if directory is not None and directory.finished else None
+        lines = processes.broadcast(lines)
+        trainer = Trainer(inputs, directory, out, progress and processes.is_first) if lines is None else None
+        if directory is not None and tensorboard:
+            directory.open_board()  # of the steps that the trainer has kept
+        if trainer is None:
+            last: dict[str, Any] = lines[-1] if lines else {"step": 0, "loss": None}
+            return FitResult(out, last["step"], last["loss"], None, None, 0.0, was_finished=True)
+        trainer.loop()
+        return trainer.finish(began)
+    finally:
+        if directory is not None:
+            directory.close()
+
+
+def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:
+    """Whether all processes train the same: each one's fingerprints and precision. Raises: GradretError."""
+    contents, precisions = zip(*found, strict=True)
+    if any(content != contents[0] for content in contents):
+        raise GradretError("the processes found different data or encoders; give all of them the same files")
+    if len(set(precisions)) > 1:
+        raise GradretError(
+            f"--precision auto is {' and '.join(sorted(set(precisions)))} in different processes; "
+            "give --precision float32, or one that all their devices compute in"
+        )
+
+
+class Inputs:
+    """What a run is made from, as one process reads it, without an exchange with the others.
 
     Args:
         resume: whether the settings are those of a run that is gone on with.
@@ -97,7 +191,7 @@ class Job:
                 f"; {self.lists.colliding_ids} query ids stand for different queries in different sources: kept apart"
             )
         spared = 0 if self.miner is None else len(self.summary.kept) - len(self.miner.rows)
-        if spared:
+        if self.miner is not None and spared:
             grade = self.miner.mining.grade
             text += f"; {spared} lists get no mined passages: their best grade is no higher than {grade:g}"
         mining = None if self.miner is None else self.miner.mining
@@ -105,10 +199,6 @@ class Job:
             bare = int((self.summary.worst > 0).sum())
             text += f"; {bare} lists have no contrast: all their grades are above 0" if bare else ""
         return text
-
-    def settings_json(self) -> dict:
-        """The settings as they are stored."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.settings).items()}
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after so many steps."""
@@ -133,7 +223,7 @@ class Job:
         if found is not None:
             check_chunk(capacity, share, found or None)
             return found
-        if chunk == AUTO:
+        if isinstance(chunk, str):
             if capacity is None:
                 raise GradretError("--chunk auto: this system does not show its memory; give a number, as --chunk 32")
             check_chunk(capacity, 1, 1)
@@ -201,270 +291,128 @@ def _advise_on_sharing(batch_lists: int, size: int, resume: bool) -> str:
     return f"start {' or '.join(map(str, near))} of them" if near != [1] else "start one alone"
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone: biases and norm weights are vectors."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=0.0)
+class Trainer:
+    """One process of a run: from the last checkpoint, if there is one, to the saved encoder.
 
-
-# A signal to end waits so long for the end of a step: those who send one wait half a minute, torchrun and others.
-PATIENCE_S = 8.0
-
-
-class StepGivenUp(Exception):
-    """A signal to end has waited for the end of a step for too long."""
-
-
-class Endings:
-    """What a trainer saves and raises where it can not go on. See trainer.Trainer for the attributes."""
-
-    job: Job
-    run: Run | None
-    out: Path
-    state: RunState
-    stop: StopRequest
-    encoder: Encoder
-    processes: Processes
-
-    def check(self) -> None:
-        """Within a step, a search or mining: whether it is still worth while. Weights change at a step's end alone, so
-        nothing done before is lost."""
-        self.processes.check()
-        if self.stop.waited_s > PATIENCE_S:
-            raise StepGivenUp
-
-    def save(self) -> None:
-        if self.run is not None:
-            self.run.save_checkpoint(self.encoder, self.optimizer, self.state)
-
-    def not_finite(self, what: str, value: float, query_ids: list[str]) -> GradretError:
-        shown = ", ".join(query_ids[:64]) + (", ..." if len(query_ids) > 64 else "")
-        last = self.run.last_checkpoint if self.run is not None else None
-        return self.told_once(
-            f"step {self.state.step + 1}: {what} is {value}; lists: {shown}; last good checkpoint: "
-            f"{last or 'none'}; look at these lists, or lower --learning-rate"
-        )
-
-    def told_once(self, message: str, kind: type[GradretError] = GradretError) -> GradretError:
-        """What all processes raise at once, and only the first one tells."""
-        return kind(message) if self.processes.is_first else ToldElsewhere(message)
-
-    def interrupt(self, number: int) -> None:
-        """Checkpoint and end."""
-        with self.processes.agree():  # the others wait: once one has ended, torchrun gives the rest half a minute
-            self.save_step()
-        raise self.stopped(number)
-
-    def end_by_signal(self) -> None:
-        """Checkpoint and end without a word to the others, who may be anywhere."""
-        self.save_step()
-        if not self.processes.is_first:  # the first one may have heard nothing, and tell of a lost process alone
-            name, here = signal.Signals(self.stop.signal).name, self.processes
-            raise Interrupted(f"process {here.rank} of {here.size}: stopped by {name}")
-        raise self.stopped(self.stop.signal)
-
-    def stopped(self, number: int) -> GradretError:
-        return self.told_once(
-            f"stopped by {signal.Signals(number).name} after step {self.state.step} of {self.job.steps}, all saved; "
-            f"continue with: {self.resume_command()}",
-            Interrupted,
-        )
-
-    def end_without(self, error: ProcessLost) -> None:
-        """Another process has ended: save what all had done by then, if this is the process that can."""
-        if self.stop.waited_s > PATIENCE_S / 2:  # the other one heard the signal, too, and gave its step up
-            self.end_by_signal()
-        kept = "the last checkpoint, if there is one yet, holds what was saved"
-        if self.run is not None:
-            self.save_step()
-            kept = f"all saved after step {self.state.step} of {self.job.steps}"
-        raise GradretError(f"{error}; {kept}; continue with: {self.resume_command()}") from error
-
-    def save_step(self) -> None:
-        last = self.run.last_checkpoint if self.run is not None else None
-        if last is None or last.name != step_name(self.state.step):
-            self.save()
-
-    def resume_command(self) -> str:
-        return f"{self.processes.launcher} fit --out {self.out} --resume"
-
-
-# Texts encoded at once where all activations are kept: enough to be fast.
-GROUPS = {"cpu": 8, "cuda": 64, "mps": 32}
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What fit() leaves: the encoder's directory, steps done, the last loss, the best dev value and its step.
-
-    was_finished: the run had already ended, and nothing was done.
+    Args:
+        directory: the run's, in the first process; None in the others, which write nothing.
+        out: how the user named it.
+        progress: show a bar on a terminal.
+    Attributes:
+        state: how far the run is.
+        lists: by position, from which batches are drawn; with the mined passages, if there are any.
+    Raises: GradretError, see fit.
     """
 
-    out: Path
-    steps: int
-    loss: float | None
-    dev: float | None
-    dev_step: int | None
-    seconds: float
-    was_finished: bool = False
-
-
-class Trainer(Endings):
-    """One process of a run. `run` is the run's directory in the first process, None in the others.
-
-    Raises: GradretError, see train.fit.
-    """
-
-    def __init__(self, job: Job, run: Run | None, out: Path, progress: bool):
-        self.job, self.run, self.out, self.progress = job, run, out, progress
-        self.settings, self.encoder, self.processes = job.settings, job.encoder, job.processes
-        self.lists, self.mined_round = job.lists, None
+    def __init__(self, inputs: Inputs, directory: RunDirectory | None, out: Path, progress: bool):
+        self.inputs, self.directory, self.out, self.progress = inputs, directory, out, progress
+        self.settings, self.encoder, self.processes = inputs.settings, inputs.encoder, inputs.processes
+        self.lists: Sequence[RankingList] = inputs.lists
+        self.mined_round: int | None = None
         self.stop = StopRequest()
-        self.optimizer = make_optimizer(job.encoder, self.settings.weight_decay)
-        self.interpolation = Interpolation(job.encoder, self.settings.interpolate)
+        self.start_weights = copy_trained(self.encoder) if self.settings.interpolate < 1 else {}
+        self.optimizer = make_optimizer(self.encoder, self.settings.weight_decay)
         self.state = self.restore()
-        self.find_chunk()
-        self.contexts = self.make_contexts()
-        if run is not None:
+        self.state.chunk = self.find_chunk()
+        self.gradients = self.make_gradients()
+        if directory is not None:
             loss = self.settings.loss
-            if loss == "wasserstein":
+            if "wasserstein" in self.settings.loss_weights:
                 loss += f" on {describe_backend(self.encoder.device)}"
             chunk = f", {self.state.chunk} passages at once" if self.state.chunk else ""
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""
-            done = f"{self.state.step} of {job.steps} steps done"
-            say(f"data: {job.describe()}")
-            say(f"fit: {loss}, {done}, {job.batch_lists} lists a batch{chunk}{shared}, {out}")
+            done = f"{self.state.step} of {inputs.steps} steps done"
+            say(f"data: {inputs.describe()}")
+            say(f"fit: {loss}, {done}, {inputs.batch_lists} lists a batch{chunk}{shared}, {out}")
 
     def restore(self) -> RunState:
         """The last checkpoint, from the first process to all."""
-        state = None
+        found = None
         with self.processes.agree():
-            if self.run is not None:
-                state = self.run.restore(self.encoder, self.optimizer)
-        state = self.processes.broadcast(state)
+            if self.directory is not None:
+                found = self.directory.restore(self.encoder, self.optimizer)
+        state: RunState = self.processes.broadcast(found)
         if self.processes.size > 1 and state.step:
-            self.processes.share_tensors([tensor.data for _, tensor in named_tensors(self.encoder)])
-            share_optimizer(self.encoder, self.optimizer, self.processes)
+            share_restored(self.encoder, self.optimizer, self.processes)
         return state
 
-    def find_chunk(self) -> None:
-        """Settle how many texts are held at once."""
+    def find_chunk(self) -> int:
+        """How many texts are held at once, the same in all processes; 0 for all."""
         found = self.state.chunk if self.settings.chunk == AUTO else None
         with self.processes.agree():
-            chunk = self.job.find_chunk(found, has_optimizer=self.state.step > 0)
-        self.state.chunk = min(filter(None, self.processes.gather_objects(chunk)), default=0)
+            chunk = self.inputs.find_chunk(found, has_optimizer=self.state.step > 0)
+        return min(filter(None, self.processes.gather_objects(chunk)), default=0)
 
-    def make_contexts(self) -> Contexts:
-        s, job, chunk = self.settings, self.job, self.state.chunk
+    def make_gradients(self) -> BatchGradients:
+        """How the gradients of a batch are computed."""
+        s, inputs, chunk = self.settings, self.inputs, self.state.chunk
         floor = None
         if s.in_batch:
-            mined = job.miner.mining.grade if job.miner is not None else 0.0
-            floor = min(0.0, job.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
+            mined = inputs.miner.mining.grade if inputs.miner is not None else 0.0
+            floor = min(0.0, inputs.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
         group = chunk or GROUPS.get(self.encoder.device.type, GROUPS["cuda"])
-        objective = Objective(s, floor)
-        return Contexts(self.encoder, objective, job.precision, group, bool(chunk), self.processes, self.check)
+        return BatchGradients(self.encoder, Objective(s, floor), inputs.precision, group, bool(chunk), self.processes)
 
     def loop(self) -> None:
         """Steps until the end."""
-        state, steps = self.state, self.job.steps
-        with (
-            self.stop as stop,
-            show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar,
-        ):
+        state, steps = self.state, self.inputs.steps
+        with self.stop, show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar:
             try:
                 while True:
-                    if self.dev_due() and state.dev_step != state.step and stop.signal is None:
-                        self.measure_dev(stop)
-                    if self.processes.add_number(stop.signal or 0):
-                        with stop.uninterrupted():
-                            self.interrupt(stop.signal or signal.SIGTERM)
+                    # First of all, and summed: all processes must stop before the same exchange, whoever heard first.
+                    if self.processes.sum_number(self.stop.signal or 0):
+                        self.end_together()
+                    if self.is_dev_due() and state.dev_step != state.step:
+                        self.measure_dev()
                     if state.step == steps or self.is_patience_over():
                         return
-                    # Cut short in one of several processes, it would leave the others waiting.
-                    with stop.at_once() if self.processes.size == 1 else nullcontext():
-                        self.mine()
-                    if stop.signal is not None and self.processes.size == 1:
-                        continue
+                    self.mine()
                     self.train_step(bar)
-                    if state.step % self.settings.checkpoint_every == 0 and state.step < steps and not self.dev_due():
-                        self.save()
-            except StepGivenUp:
-                with stop.uninterrupted():
-                    self.end_by_signal()
-            except ProcessLost as error:
-                with stop.uninterrupted():
-                    self.end_without(error)
+                    due = state.step % self.settings.checkpoint_every == 0 and state.step < steps
+                    if due and not self.is_dev_due():  # which saves after it has measured
+                        self.save_step()
+            except (GivenUp, ProcessLost) as error:
+                self.end_alone(error)
 
-    def dev_due(self) -> bool:
+    def is_dev_due(self) -> bool:
+        """Whether this step's weights are measured on dev: every so many steps, and at the end."""
         step = self.state.step
-        return self.job.dev is not None and (step % self.settings.dev_every == 0 or step == self.job.steps)
+        return self.inputs.dev is not None and (step % self.settings.dev_every == 0 or step == self.inputs.steps)
 
     def is_patience_over(self) -> bool:
+        """Whether dev has been measured too often without a new best."""
         return self.settings.patience is not None and self.state.waited >= self.settings.patience
 
-    def mine(self) -> None:
-        """Mine hard negatives where it is time to."""
-        miner, state = self.job.miner, self.state
-        if miner is None:
-            return
-        number = miner.mining.count_rounds(self.job.epoch_at(state.step))
-        if number == self.mined_round:
-            return
-        name = f"mined-{number}.npy"
-        found = self.processes.broadcast(self.run.read_array(name) if self.run is not None else None)
-        if found is None:
-            self.check_mined_anew(miner.mining, number, name)
-            if self.processes.size > 1 and state.step:  # it may take long
-                self.save_step()
-            options = {"precision": self.job.precision, "processes": self.processes, "progress": self.progress}
-            found = miner.mine(self.encoder, check=self.check, **options)
-            if self.run is not None:
-                self.run.write_array(name, found)
-                mined = int((found >= 0).sum())
-                few = "" if mined else "; lower skip, or mine from more documents"
-                say(f"step {state.step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
-        self.lists = MinedLists(self.job.lists, miner.rows, miner.pool, found, miner.mining.grade)
-        self.mined_round = number
+    def train_step(self, bar: Any) -> None:
+        """Learning rate, batches, gradients, their sum over the processes, clipping, the optimizer, a line of metrics.
 
-    def check_mined_anew(self, mining: Mining, number: int, name: str) -> None:
-        """Refuse to mine in the middle of a round, after what was mined at its start has gone from the directory."""
-        step = self.state.step
-        if step and mining.by != BM25 and mining.count_rounds(self.job.epoch_at(step - 1)) == number:
-            raise self.told_once(
-                f"{self.out / name}: is missing or damaged, and the encoder that mined it has been trained since: put "
-                "it back from a copy, or start again in another --out"
-            )
-
-    def train_step(self, bar: tqdm) -> None:
-        s, state, job = self.settings, self.state, self.job
+        The weights change in optimizer.step() alone. Whatever ends a step before that leaves the run where it was.
+        """
+        s, state, inputs = self.settings, self.state, self.inputs
         began = time.perf_counter()
         self.encoder.train()
-        rate = learning_rate_at(state.step, job.steps, s)
+        rate = learning_rate_at(state.step, inputs.steps, s)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        total, passages, query_ids = 0.0, 0, []
-        batches = draw_batches(
-            self.lists,
-            job.summary.kept,
-            state.step,
-            batch_lists=job.batch_lists,
-            accumulate=s.accumulate,
-            seed=s.seed,
-            processes=self.processes,
-        )
-        for number, batch in enumerate(batches):
-            # Dropout depends on seed and step alone, so a resumed run repeats it without saved generator states.
-            total += self.add_gradients(batch, f"{s.seed}/{state.step}/{number}")
-            passages += len(batch.documents)
-            query_ids += batch.query_ids
-            if not math.isfinite(total):
-                raise self.not_finite("loss", total, batch.query_ids)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.processes.add_gradients(parameters)
+        loss, passages, query_ids = 0.0, 0, []
+        with self.stop.give_up(STEP_GRACE_S):
+            batches = draw_batches(
+                self.lists,
+                inputs.summary.kept,
+                state.step,
+                batch_lists=inputs.batch_lists,
+                accumulate=s.accumulate,
+                seed=s.seed,
+            )
+            for number, batch in enumerate(batches):
+                # Dropout depends on seed and step alone, so a resumed run repeats it without saved generator states.
+                loss += self.differentiate(batch, f"{s.seed}/{state.step}/{number}")
+                passages += len(batch.documents)
+                query_ids += batch.query_ids
+                if not math.isfinite(loss):
+                    raise self.not_finite("loss", loss, batch.query_ids)
+            self.processes.sum_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, s.clip or math.inf).item()
         if not math.isfinite(norm):
             raise self.not_finite("gradient norm", norm, query_ids)
@@ -472,18 +420,19 @@ class Trainer(Endings):
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         step_ms = (time.perf_counter() - began) * 1000
-        record = {"step": state.step, "epoch": round(job.epoch_at(state.step), 4), "loss": total, "learning_rate": rate}
-        record |= {"gradient_norm": norm, "passages": passages, "step_ms": round(step_ms, 1)}
-        if self.run is not None:
-            self.run.append("metrics.jsonl", record)
+        record = {"step": state.step, "epoch": round(inputs.epoch_at(state.step), 4), "loss": loss}
+        record |= {"learning_rate": rate, "gradient_norm": norm, "passages": passages, "step_ms": round(step_ms, 1)}
+        if self.directory is not None:
+            self.directory.append(METRICS, record)
         bar.set_postfix_str(
-            f"loss {total:.4f}, lr {rate:.1e}, {passages / step_ms * 1000:.0f} passages/s", refresh=False
+            f"loss {loss:.4f}, lr {rate:.1e}, {passages / step_ms * 1000:.0f} passages/s", refresh=False
         )
         bar.update()
 
-    def add_gradients(self, batch: Batch, seed: str) -> float:
+    def differentiate(self, batch: Batch, seed: str) -> float:
+        """Add a batch's gradient to the parameters and return its loss; out of memory, say which chunk to try."""
         try:
-            return self.contexts.add_gradients(batch, seed, 1 / self.settings.accumulate)
+            return self.gradients.accumulate(batch, seed, 1 / self.settings.accumulate)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -494,118 +443,203 @@ class Trainer(Endings):
                 f"{self.resume_command()} --chunk {max(1, held // 2)}"
             ) from error
 
-    def measure_dev(self, stop: StopRequest) -> None:
+    @property
+    def search_grace_s(self) -> float:
+        """So long a signal waits for the end of a search; one of several processes would leave the others waiting."""
+        return STEP_GRACE_S if self.processes.size > 1 else 0.0
+
+    def measure_dev(self) -> None:
         """Measure the dev collection, keep the model if it is the best, and checkpoint."""
-        s, state, result = self.settings, self.state, None
-        options = {
-            "measures": [s.dev_measure],
-            "precision": self.job.precision,
-            "progress": self.progress,
-            "check": self.check,
-        }
-        if self.processes.size > 1:  # cut short in one process, it would leave the others waiting: save what there is
-            self.save()
-        with self.interpolation.applied(self.encoder):
-            if self.processes.size > 1:
-                result = evaluate(self.encoder, self.job.dev, processes=self.processes, **options)
-            else:
-                with stop.at_once():
-                    result = evaluate(self.encoder, self.job.dev, **options)
-        if result is None:  # stopped: measured again when the run is resumed
-            return
+        s, state = self.settings, self.state
+        assert self.inputs.dev is not None
+        if self.processes.size > 1:  # it may take long, and torchrun kills those that do not end in time
+            self.save_step()
+        with interpolated(self.encoder, self.start_weights, s.interpolate), self.stop.give_up(self.search_grace_s):
+            result = evaluate(
+                self.encoder,
+                self.inputs.dev,
+                measures=[s.dev_measure],
+                precision=self.inputs.precision,
+                progress=self.progress,
+                processes=self.processes,
+            )
         (value,) = result.measures.values()  # under its canonical name, which may be another than the setting's
         state.dev_step, state.waited = state.step, state.waited + 1
         if state.best is None or value > state.best:
             state.best, state.best_step, state.waited = value, state.step, 0
         # The line first: without the checkpoint it is dropped and measured again, the other way round it is lost.
-        if self.run is not None:
-            self.run.append("dev.jsonl", {"step": state.step, s.dev_measure: value})
+        if self.directory is not None:
+            self.directory.append(DEV, {"step": state.step, s.dev_measure: value})
             say(f"step {state.step}: dev {s.dev_measure} {value:.4f}, best {state.best:.4f} at step {state.best_step}")
         self.save()
 
-    def finish(self, seconds: float) -> FitResult:
-        """Save the encoder; `seconds` is what the run has taken."""
-        s, state, job, run = self.settings, self.state, self.job, self.run
-        found: dict = {}
+    def mine(self) -> None:
+        """Mine hard negatives where it is time to."""
+        miner, step = self.inputs.miner, self.state.step
+        if miner is None:
+            return
+        number = miner.mining.count_rounds(self.inputs.epoch_at(step))
+        if number == self.mined_round:
+            return
+        name = f"mined-{number}.npy"
+        found = self.processes.broadcast(self.directory.read_array(name) if self.directory is not None else None)
+        if found is None:
+            if step and miner.mining.by != BM25:
+                if miner.mining.count_rounds(self.inputs.epoch_at(step - 1)) == number:  # not this round's first step
+                    raise self.told_once(
+                        f"{self.out / name}: is missing or damaged, and the encoder that mined it has been trained "
+                        "since: put it back from a copy, or start again in another --out"
+                    )
+            if self.processes.size > 1 and step:  # as before a search on dev
+                self.save_step()
+            with self.stop.give_up(self.search_grace_s):
+                found = miner.mine(
+                    self.encoder, precision=self.inputs.precision, processes=self.processes, progress=self.progress
+                )
+            if self.directory is not None:
+                self.directory.write_array(name, found)
+                mined = int((found >= 0).sum())
+                few = "" if mined else "; lower skip, or mine from more documents"
+                say(f"step {step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
+        self.lists = MinedLists(self.inputs.lists, miner.rows, miner.pool, found, miner.mining.grade)
+        self.mined_round = number
+
+    def save(self) -> None:
+        """Write a checkpoint, in the first process."""
+        if self.directory is not None:
+            self.directory.save_checkpoint(self.encoder, self.optimizer, self.state)
+
+    def save_step(self) -> None:
+        """Write a checkpoint if this step has none."""
+        last = self.directory.last_checkpoint if self.directory is not None else None
+        if last is None or last.name != step_name(self.state.step):
+            self.save()
+
+    def finish(self, began: float) -> FitResult:
+        """Save the encoder as it was best on dev, and its card; the run began at time.monotonic() = `began`."""
+        s, state, inputs, directory = self.settings, self.state, self.inputs, self.directory
+        loss = None
         with self.processes.agree():
-            if run is not None:
-                steps = run.read_lines("metrics.jsonl")
-                found["loss"] = steps[-1]["loss"] if steps else None
-                run.restore_best(self.encoder, state)
-                self.interpolation.apply(self.encoder)
+            if directory is not None:
+                lines = directory.read_lines(METRICS)
+                loss = lines[-1]["loss"] if lines else None
+                directory.restore_best(self.encoder, state)
+                interpolate(self.encoder, self.start_weights, s.interpolate)
                 merge_adapters(self.encoder)
-                facts = {"data": str(job.summary), "steps": state.step, "dev": run.read_lines("dev.jsonl")}
-                facts |= {"best_step": state.best_step, "encoder": self.encoder}
-                facts["seconds"] = sum(line["step_ms"] for line in steps) / 1000  # also of what ran before a resume
-                facts |= {"where": self.describe_place(), "versions": versions()}
-                run.finish(self.encoder, lambda directory: write_card(directory, settings=s, **facts))
-        loss = self.processes.broadcast(found.get("loss"))
-        return FitResult(self.out, state.step, loss, state.best, state.best_step, seconds)
+                where = f"{self.encoder.device.type}, {inputs.precision}"
+                facts = {
+                    "data": str(inputs.summary),
+                    "steps": state.step,
+                    "dev": directory.read_lines(DEV),
+                    "best_step": state.best_step,
+                    "encoder": self.encoder,
+                    "where": where if self.processes.size == 1 else f"{self.processes.size} processes, {where}",
+                    "seconds": sum(line["step_ms"] for line in lines) / 1000,  # also of what ran before a resume
+                    "versions": versions(),
+                }
+                directory.finish(self.encoder, lambda folder: write_card(folder, settings=s, **facts))
+        loss = self.processes.broadcast(loss)
+        return FitResult(self.out, state.step, loss, state.best, state.best_step, time.monotonic() - began)
 
-    def describe_place(self) -> str:
-        size, where = self.processes.size, f"{self.encoder.device.type}, {self.job.precision}"
-        return where if size == 1 else f"{size} processes, {where}"
+    # The ways to end before that: one of the processes tells, the others end with it
 
+    def resume_command(self) -> str:
+        """What continues this run."""
+        return f"{self.processes.launcher} fit --out {self.out} --resume"
 
-def fit(
-    settings: FitSettings,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    device: str | None = None,
-    progress: bool = True,
-    tensorboard: bool = False,
-) -> FitResult:
-    """Train an encoder on ranking lists and save it in `out` as a sentence-transformers directory.
+    def told_once(self, message: str, kind: type[GradretError] = GradretError) -> GradretError:
+        """What all processes raise at once, and only the first one tells."""
+        return kind(message) if self.processes.is_first else ToldElsewhere(message)
 
-    Started by torchrun, the processes share every batch and do what one would do, to rounding.
-
-    Args:
-        settings: see FitSettings.
-        out: the run's directory, see checkpoint.Run.
-        resume: continue the unfinished run in `out`, if there is one; the number of processes may be another.
-        device: None picks cuda (with several processes, that of the local rank), mps or cpu.
-        progress: show a bar on a terminal.
-        tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
-            folder goes on with it.
-    Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
-        when another of the processes has ended.
-    """
-    began = time.monotonic()
-    tensorboard = tensorboard or (resume and has_board(Path(out)))
-    if tensorboard:
-        check_board()
-    with join_processes(device) as (processes, device):
-        with processes.agree():
-            job = Job(settings, processes, device, resume=resume)
-        found = processes.gather_objects((job.content, job.precision))
-        run = None
-        with processes.agree():
-            check_alike(found)
-            if processes.is_first:
-                run = Run(out, job.settings_json(), job.content, resume=resume, precision=job.precision)
-        try:
-            done = processes.broadcast(run.read_lines("metrics.jsonl") if run is not None and run.finished else None)
-            trainer = None if done is not None else Trainer(job, run, Path(out), progress and processes.is_first)
-            if run is not None and tensorboard:
-                run.board = Board(run.directory)  # of the steps that are kept
-            if trainer is None:
-                last: dict[str, Any] = done[-1] if done else {"step": 0, "loss": None}
-                return FitResult(Path(out), last["step"], last["loss"], None, None, 0.0, was_finished=True)
-            trainer.loop()
-            return trainer.finish(time.monotonic() - began)
-        finally:
-            if run is not None:
-                run.close()
-
-
-def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:
-    """Whether all processes train the same: each one's fingerprints and precision. Raises: GradretError."""
-    contents, precisions = zip(*found, strict=True)
-    if any(content != contents[0] for content in contents):
-        raise GradretError("the processes found different data or encoders; give all of them the same files")
-    if len(set(precisions)) > 1:
-        raise GradretError(
-            f"--precision auto is {' and '.join(sorted(set(precisions)))} in different processes; "
-            "give --precision float32, or one that all their devices compute in"
+    def not_finite(self, what: str, value: float, query_ids: Sequence[str]) -> GradretError:
+        """For all processes, which have summed it and see the same."""
+        shown = ", ".join(query_ids[:64]) + (", ..." if len(query_ids) > 64 else "")
+        last = self.directory.last_checkpoint if self.directory is not None else None
+        return self.told_once(
+            f"step {self.state.step + 1}: {what} is {value}; lists: {shown}; last good checkpoint: "
+            f"{last or 'none'}; look at these lists, or lower --learning-rate"
         )
+
+    def stopped(self) -> GradretError:
+        """For all processes, once everything is saved; one that heard nothing stops with those that did."""
+        name = signal.Signals(self.stop.signal or signal.SIGTERM).name
+        return self.told_once(
+            f"stopped by {name} after step {self.state.step} of {self.inputs.steps}, all saved; "
+            f"continue with: {self.resume_command()}",
+            Interrupted,
+        )
+
+    def end_together(self) -> None:
+        """Checkpoint and end after a signal, between two steps."""
+        with self.stop.uninterrupted():
+            with self.processes.agree():  # the others wait: once one has ended, torchrun gives the rest half a minute
+                self.save_step()
+            raise self.stopped()
+
+    def end_alone(self, error: GivenUp | ProcessLost) -> None:
+        """Checkpoint and end without a word to the others, who may be anywhere, or gone.
+
+        In the first process that saves the last whole step: nothing of the one that was cut short is in the weights.
+        The others have nothing to save. A process that waits for another one hears no signal before that one has gone,
+        so after a signal to all of them some tell of the signal and some of a lost process.
+        """
+        here = self.processes
+        with self.stop.uninterrupted():
+            self.save_step()
+            if isinstance(error, ProcessLost):
+                kept = "the last checkpoint, if there is one yet, holds what was saved"
+                if here.is_first:
+                    kept = f"all saved after step {self.state.step} of {self.inputs.steps}"
+                raise GradretError(f"{error}; {kept}; continue with: {self.resume_command()}") from error
+            if here.is_first:
+                raise self.stopped() from error
+            # The first one may have heard nothing, and tell of a lost process alone: so this one speaks, too.
+            name = signal.Signals(self.stop.signal or signal.SIGTERM).name
+            raise Interrupted(f"process {here.rank} of {here.size}: stopped by {name}") from error
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices alone: biases and norm weights are vectors."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0)
+
+
+def copy_trained(encoder: Encoder) -> dict[str, Tensor]:
+    """The weights that are trained, on the CPU; of low-rank adapters B alone.
+
+    B A is what an adapter adds, and B starts at 0: taken back by a share, it takes the product back by that share.
+    """
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in encoder.named_parameters()
+        if parameter.requires_grad and ".lora_A." not in name
+    }
+
+
+def interpolate(encoder: Encoder, start: dict[str, Tensor], share: float) -> None:
+    """Take weights back from where they are to `share` of the way from `start`, in place; those not in it stay.
+
+    Source: Wortsman et al. (2022), Robust fine-tuning of zero-shot models, arXiv 2109.01903.
+    """
+    parameters = dict(encoder.named_parameters())
+    with torch.no_grad():
+        for name, tensor in start.items():
+            parameters[name].copy_(torch.lerp(tensor.to(parameters[name].device), parameters[name], share))
+
+
+@contextmanager
+def interpolated(encoder: Encoder, start: dict[str, Tensor], share: float) -> Iterator[None]:
+    """While the encoder has those weights; after that it has its own again, to the bit."""
+    own = copy_trained(encoder) if start else {}
+    try:
+        interpolate(encoder, start, share)
+        yield
+    finally:
+        parameters = dict(encoder.named_parameters())
+        with torch.no_grad():
+            for name, tensor in own.items():
+                parameters[name].copy_(tensor)

@@ -3,9 +3,7 @@
 import hashlib
 import math
 import re
-import shutil
 import sys
-import tempfile
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, h
 from gradret.data.sources import MixedLists, Source, find_path, parse_source
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
-from gradret.evaluation.search import default_cache, embed_corpus, top_k
+from gradret.evaluation.search import embed_corpus, top_k
 
 
 @contextmanager
@@ -66,7 +65,7 @@ class Mining:
     Attributes:
         k: passages added to a list.
         grade: theirs.
-        source: where the documents come from, see mining_pool.open_pool; None: the passages of the training lists.
+        source: where the documents come from, see open_pool; None: the passages of the training lists.
         by: "encoder" or "bm25", what ranks them.
         skip: how many of the best ranked are left out: they may be relevant and merely not labelled.
         every: epochs after which they are mined again with the encoder as it then is; None: once, before the first
@@ -116,15 +115,6 @@ def parse_mining(text: str) -> Mining:
     by = given.get("by", ENCODER)
     if by not in (ENCODER, BM25):
         raise GradretError(f"{here}: by '{by}' is not one of {ENCODER}, {BM25}")
-    every = None
-    if "every" in given:
-        if by == BM25:
-            raise GradretError(f"{here}: every is for by={ENCODER}; BM25 would rank as before: leave it out")
-        every = _parse_number(given["every"])
-        if every is None or every <= 0:
-            raise GradretError(f"{here}: every '{given['every']}' is not a number of epochs above 0")
-        if every < LEAST_EVERY:
-            raise GradretError(f"{here}: every '{given['every']}' is below {LEAST_EVERY} epochs; mine less often")
     grade = _parse_number(given["grade"])
     if grade is None or abs(grade) >= GRADE_LIMIT:
         raise GradretError(f"{here}: grade '{given['grade']}' is not a finite number below {GRADE_LIMIT}")
@@ -133,6 +123,15 @@ def parse_mining(text: str) -> Mining:
         raise GradretError(f"{here}: k '{given['k']}' is not a whole number above 0")
     if skip is None:
         raise GradretError(f"{here}: skip '{given['skip']}' is not a whole number of 0 or above")
+    every = None
+    if "every" in given:
+        every = _parse_number(given["every"])
+        if by == BM25:
+            raise GradretError(f"{here}: every is for by={ENCODER}; BM25 would rank as before: leave it out")
+        if every is None or every <= 0:
+            raise GradretError(f"{here}: every '{given['every']}' is not a number of epochs above 0")
+        if every < LEAST_EVERY:
+            raise GradretError(f"{here}: every '{given['every']}' is below {LEAST_EVERY} epochs; mine less often")
     return Mining(k, grade, given.get("from"), by, skip, every)
 
 
@@ -148,11 +147,13 @@ def _parse_count(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
 
 
-# A function of B queries and a depth: for each the positions of its best documents and, descending, their scores.
+# A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`.
+Ranker = Callable[[list[str], int], Sequence[np.ndarray]]
+# Likewise with their scores beside the positions.
 ScoredRanker = Callable[[list[str], int], Sequence[tuple[np.ndarray, np.ndarray]]]
 
 
-def import_bm25s(what: str):
+def import_bm25s(what: str) -> Any:
     """The package bm25s. Raises: GradretError when it is not installed, saying what needs it."""
     try:
         with without("jax"):
@@ -164,7 +165,7 @@ def import_bm25s(what: str):
     return bm25s
 
 
-def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], None] = lambda: None) -> ScoredRanker:
+def index_bm25(collection: Collection, what: str = "BM25") -> ScoredRanker:
     """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
     stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
 
@@ -173,18 +174,12 @@ def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], N
     Args:
         collection: its documents are ranked.
         what: needs it, for the message where bm25s is not installed.
-        check: called for each document and each query; what it raises ends the work.
     """
     bm25s = import_bm25s(what)
     tokenizer = bm25s.tokenization.Tokenizer()
-
-    def read_contents() -> Iterator[str]:
-        documents, total = collection.documents(), collection.document_count
-        for document in show_bar(documents, total=total, desc="indexing for BM25", unit="doc", delay=PATIENCE_S):
-            check()
-            yield document.content
-
-    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(read_contents(), allow_empty=False)]
+    bar: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
+    contents = (document.content for document in show_bar(collection.documents(), desc="indexing for BM25", **bar))
+    tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(contents, allow_empty=False)]
     vocabulary = tokenizer.get_vocab_dict()
     index = bm25s.BM25(backend="numpy")
     if vocabulary:
@@ -194,7 +189,6 @@ def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], N
         rankings = []
         tokenized = tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False)
         for words in show_bar(tokenized, total=len(queries), desc="ranking by BM25", unit="query", delay=PATIENCE_S):
-            check()
             scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
             found = np.flatnonzero(scores)
             if len(found) > depth:  # those that are as good as the last of the best, too: the earlier ones win
@@ -209,7 +203,7 @@ def index_bm25(collection: Collection, what: str = "BM25", check: Callable[[], N
 def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[str, float]]]:
     """Rank the documents for every query: query id -> [(doc id, score)], best first, at most `depth`.
 
-    Ties, and documents with the query's id, are treated as retrieve.search does.
+    Ties, and documents with the query's id, are treated as evaluation/search.search does.
     """
     rank = index_bm25(collection)
     doc_ids = [document.doc_id for document in collection.documents()]
@@ -227,7 +221,6 @@ def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[s
 
 CORPUS_KEYS = ("_id", "text")
 PLACE_BITS = 24  # of a place in ranking lists, for the passage's number in its list
-ID_BLOCK = 65536  # ids turned into one array at a time
 
 
 def content_key(text: str) -> int:
@@ -341,16 +334,14 @@ class IrDatasetsPool(Pool):
         self._dataset = load_dataset(dataset_id)
         if not self._dataset.has_docs():
             raise GradretError(f"{dataset_id}: this ir_datasets id has no documents; name one that has")
-        self._store, self._id_blocks = None, [[]]
+        self._store: Any = None
+        self._ids, self._ends = bytearray(), array("q", [0])  # end to end: a list of strings takes six times as much
         super().__init__(dataset_id, drop_self=drop_self)
-        self._ids = np.concatenate([np.array(block, "S") for block in self._id_blocks])[self._places]
-        del self._id_blocks
 
     def _scan(self) -> Iterator[tuple[int, str, str]]:
         for number, document in enumerate(iterate_documents(self._dataset)):
-            if len(self._id_blocks[-1]) == ID_BLOCK:
-                self._id_blocks[-1:] = [np.array(self._id_blocks[-1], "S"), []]
-            self._id_blocks[-1].append(document.doc_id.encode())
+            self._ids += document.doc_id.encode()
+            self._ends.append(len(self._ids))
             yield number, document.doc_id, document.default_text()
 
     def documents(self, start: int = 0) -> Iterator[Document]:
@@ -363,7 +354,8 @@ class IrDatasetsPool(Pool):
     def read(self, position: int) -> Passage:
         if self._store is None:
             self._store = open_store(self._dataset)
-        doc_id = self._ids[position].decode()
+        place = int(self._places[position])
+        doc_id = self._ids[self._ends[place] : self._ends[place + 1]].decode()
         with reading(self._dataset):
             return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
 
@@ -398,16 +390,13 @@ def _make_passage(record: dict) -> Passage:
 QUERY_BLOCK = 1024  # lists read, encoded and searched at once
 BM25_SPELLING = f"mine by={BM25}"  # in messages
 
-# A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`.
-Ranker = Callable[[list[str], int], Sequence[np.ndarray]]
-
 
 class Miner:
     """Ranks a pool of documents for the query of every list and picks k that the list does not have.
 
     Left out are: the list's own passages, also those that its sources' options (grades=, sample=) keep from training;
     the passages of other lists with the same query; the query itself; with drop_self the document with the query's
-    id. Passages are one when their words are, see mining_pool.content_key, whatever their ids.
+    id. Passages are one when their words are, see content_key, whatever their ids.
 
     Of the collections to be measured nothing enters but what a user names as from=SOURCE, and of that only documents,
     never queries or qrels. Lists that `fit --exclude` leaves out are not in `kept`: nothing is mined for their
@@ -443,7 +432,6 @@ class Miner:
         batch_size: int = 32,
         processes: Processes = ALONE,
         progress: bool = True,
-        check: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Positions in the pool of the passages mined for each of the lists, best first.
 
@@ -456,40 +444,32 @@ class Miner:
             batch_size: texts encoded at once.
             processes: all of them must call.
             progress: show bars on a terminal.
-            check: called now and then; what it raises ends the work. By default whether the other processes are there.
         Returns: (lists mined for, k) int64, -1 where there are fewer; k is at most the number of documents.
         Raises: GradretError.
         """
-        check = check or processes.check
-        if self.mining.by == BM25:
-            return self._choose_for_all(processes, lambda: rank_by_bm25(self.pool, check), progress, check)
-        with _working_folder(processes) as folder:
-            options = {"batch_size": batch_size, "precision": precision}
-            shared = {"progress": progress, "processes": processes, "check": check}
-            corpus = embed_corpus(encoder, self.pool, folder, **shared, **options)
+        options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
+        corpus = None
+        if self.mining.by == ENCODER:  # these embeddings serve no one else: the encoder is still in training
+            corpus = embed_corpus(encoder, self.pool, None, progress=progress, processes=processes, **options)
 
-            def rank(queries: list[str], depth: int) -> np.ndarray:
-                vectors = encoder.encode(queries, "query", **options)
-                vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()  # (B, D)
-                return top_k(vectors, corpus.vectors, depth, device=encoder.device, check=check)[1]
+        def rank_by_encoder(queries: list[str], depth: int) -> np.ndarray:
+            assert corpus is not None
+            vectors = encoder.encode(queries, "query", **options)
+            vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()  # (B, D)
+            return top_k(vectors, corpus.vectors, depth, device=encoder.device)[1]
 
-            return self._choose_for_all(processes, lambda: rank, progress, check)
-
-    def _choose_for_all(
-        self, processes: Processes, make_ranker: Callable[[], Ranker], progress: bool, check: Callable[[], None]
-    ) -> np.ndarray:
         found = None
         with processes.agree():
             if processes.is_first:
-                found = self._choose(make_ranker(), progress, check)
+                rank = rank_by_encoder if self.mining.by == ENCODER else rank_by_bm25(self.pool)
+                found = self._choose(rank, progress)
         return processes.broadcast(found)
 
-    def _choose(self, rank: Ranker, progress: bool, check: Callable[[], None]) -> np.ndarray:
+    def _choose(self, rank: Ranker, progress: bool) -> np.ndarray:
         mining, twins = self.mining, self._find_twins()
         result = np.full((len(self.rows), min(mining.k, self.pool.document_count)), -1, np.int64)
         with show_bar(shown=progress, total=len(result), desc="mining", unit="list") as bar:
             for start in range(0, len(result), QUERY_BLOCK):
-                check()
                 rows = self.rows[start : start + QUERY_BLOCK].tolist()
                 known = [self._find_known(row, twins.get(row, [row])) for row in rows]
                 # The pool holds every content once: no more than the known ones are passed over.
@@ -561,33 +541,7 @@ def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
     return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
 
 
-def rank_by_bm25(pool: Pool, check: Callable[[], None] = lambda: None) -> Ranker:
-    """A ranker by BM25, see bm25.index_bm25: documents that share no word with the query are not ranked."""
-    rank = index_bm25(pool, BM25_SPELLING, check)
+def rank_by_bm25(pool: Pool) -> Ranker:
+    """A ranker by BM25, see index_bm25: documents that share no word with the query are not ranked."""
+    rank = index_bm25(pool, BM25_SPELLING)
     return lambda queries, depth: [positions for positions, _ in rank(queries, depth)]
-
-
-@contextmanager
-def _working_folder(processes: Processes):
-    """A folder on the cache's disk for the time being, in the first process, which alone writes; "." in the others."""
-    folder = None
-    with processes.agree():
-        if processes.is_first:
-            folder = _make_folder()
-    try:
-        yield Path(folder or ".")
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make_folder() -> str:
-    # Beside the cache, not in /tmp, which may be memory. The embeddings of an encoder in training serve no one else.
-    cache = default_cache()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix="mining-", dir=cache)
-    except OSError as error:
-        raise GradretError(
-            f"{cache}: can not be written ({error.strerror}); set GRADRET_CACHE to a folder that can"
-        ) from None

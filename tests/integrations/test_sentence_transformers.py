@@ -20,7 +20,7 @@ from gradret.encoder.load import load_encoder
 from gradret.integrations.sentence_transformers import WassersteinLoss
 from gradret.settings import FitSettings
 from gradret.train.batches import collate
-from gradret.train.gradients import Contexts, Objective
+from gradret.train.gradients import BatchGradients, Objective
 
 OPTIONS = {
     "defaults": {},
@@ -76,7 +76,7 @@ def test_gradients_are_those_of_fit(options, in_batch, model_directory, lists, t
     loss.backward()
     encoder = load_encoder(str(model_directory))
     objective = Objective(FitSettings(in_batch=in_batch, **options), 0.0 if in_batch else None)
-    expected = Contexts(encoder, objective, "float32", 4, False).add_gradients(collate(lists), "0")
+    expected = BatchGradients(encoder, objective, "float32", 4, False).accumulate(collate(lists), "0")
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     found = {name.removeprefix("0.model."): p.grad for name, p in model.named_parameters()}
     theirs = {name.removeprefix("transformer."): p.grad for name, p in encoder.named_parameters()}

@@ -1,10 +1,10 @@
-"""Run by torchrun, see test_processes.py: the gradients of one batch, and a collection's embeddings, shared."""
+"""Run by torchrun, see test_distributed.py: the gradients of one batch, and a collection's embeddings, shared."""
 
 import sys
 from pathlib import Path
 
 import torch
-from test_contexts import LOSSES, PLAIN, make_batch
+from test_gradients import LOSSES, PLAIN, make_batch
 
 from gradret.data.sources import open_collection, parse_source
 from gradret.distributed import Processes, end_process, join_processes
@@ -13,19 +13,23 @@ from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import evaluate
 from gradret.settings import DEFAULT_ENCODER, FitSettings
 from gradret.train.batches import Batch
-from gradret.train.gradients import Contexts, Objective
+from gradret.train.gradients import BatchGradients, Objective
+
+# One loss for each way to compute it: fused, by blocks of lists, and one value for the whole batch.
+SHARED = ("fused", "infonce", "gaussian")
 
 
 def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> dict[str, torch.Tensor]:
-    """Loss and gradients of each loss, with dropout, as `loss/floor/type/parameter`."""
+    """Loss and gradients of the losses in SHARED, with dropout, as `loss/floor/type/parameter`."""
     found = {}
-    for name, options in LOSSES.items():
+    for name in SHARED:
+        options = LOSSES[name]
         for floor in (0.0, None):
             encoder.train().zero_grad(set_to_none=True)
             settings = FitSettings(**PLAIN | options)
-            contexts = Contexts(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
-            loss = contexts.add_gradients(batch, "0/0/0")
-            processes.add_gradients(list(encoder.parameters()))
+            gradients = BatchGradients(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
+            loss = gradients.accumulate(batch, "0/0/0")
+            processes.sum_gradients(list(encoder.parameters()))
             here = f"{name}/{floor}/{encoder.dtype}".replace("torch.", "")
             found[f"{here}/loss"] = torch.tensor(loss, dtype=torch.float64)
             found |= {f"{here}/{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None}

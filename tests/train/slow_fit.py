@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from gradret.cli import main
-from gradret.evaluation import search as retrieve
-from gradret.train import mining
-from gradret.train.gradients import Contexts
+from gradret.evaluation import search
+from gradret.train import loop, mining
+from gradret.train.gradients import BatchGradients
 
 PAUSE_S = 2.0
 BLOCK = 8  # documents
@@ -28,15 +28,16 @@ def delay(function):
 
 
 def search_slowly(*arguments, **options):
-    retrieve._leftmost_top = delay(leftmost_top)
+    search._leftmost_top = delay(leftmost_top)
     return top_k(*arguments, block=BLOCK, **options)
 
 
-leftmost_top, top_k = retrieve._leftmost_top, retrieve.top_k
+loop.STEP_GRACE_S = 1.0  # for a signal to wait
+leftmost_top, top_k = search._leftmost_top, search.top_k
 if slow == "steps":
-    Contexts._embed = delay(Contexts._embed)
+    BatchGradients._embed = delay(BatchGradients._embed)
 elif slow == "search":
-    retrieve.top_k = search_slowly
+    search.top_k = search_slowly
 else:
     mining.top_k = search_slowly
 main()

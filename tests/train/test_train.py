@@ -20,8 +20,8 @@ from gradret.settings import DEFAULT_LOSS, FitSettings, count_steps, learning_ra
 from gradret.train import gradients as objective
 from gradret.train import loop as trainer
 from gradret.train.batches import collate, draw_batches, draw_lists
-from gradret.train.gradients import Contexts
-from gradret.train.loop import Job, fit, make_optimizer
+from gradret.train.gradients import BatchGradients
+from gradret.train.loop import Inputs, fit, make_optimizer
 
 
 def test_every_list_comes_once_an_epoch_and_steps_are_full():
@@ -112,7 +112,12 @@ def _ids(directory, lists) -> str:
     return str(directory / "ids")
 
 
-@pytest.mark.parametrize("loss", [DEFAULT_LOSS, "infonce"])
+RARE_LOSSES = [
+    pytest.param(loss, marks=pytest.mark.nightly) for loss in ("wasserstein", "gaussian", "kl", "contrast", "ranknet")
+]
+
+
+@pytest.mark.parametrize("loss", [DEFAULT_LOSS, "infonce", *RARE_LOSSES])
 def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     model = make_tiny_encoder(tmp_path / "model", dropout=0.0)
     lists = list(read_lists(SAMPLE_FILE))[:6]
@@ -124,9 +129,12 @@ def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     result = fit(settings, tmp_path / "out", progress=False)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert result.loss < 0.05 * first
-    measure = "RR(rel=3)@10" if loss == "infonce" else "nDCG@10"  # infonce sees the highest grade alone
-    collection = open_collection(Source(str(tmp_path / "six.jsonl")))
-    assert evaluate(load_encoder(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
+    # infonce does not say how grades below the highest rank, contrast not how those above 0 do. SyCL's Gaussian does
+    # not change when the rows of the scores alone are permuted: its minimum need not rank, and here does not.
+    measure = {"infonce": "RR(rel=3)@10", "contrast": "AP@10", "gaussian": None}.get(loss, "nDCG@10")
+    if measure is not None:
+        collection = open_collection(Source(str(tmp_path / "six.jsonl")))
+        assert evaluate(load_encoder(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
 
 
 def test_the_best_model_on_dev_is_kept(tiny_encoder, tmp_path, monkeypatch):
@@ -384,7 +392,7 @@ def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_pa
     assert "; 3 lists get no mined passages: their best grade is no higher than 1" in said
     # "b", "d" and "e" keep their own; of all 9 passages "a" and "c" get the 7 that are not theirs.
     assert "step 0: 14 passages mined, as grade 1" in said
-    job = Job(settings, ALONE, "cpu")
+    job = Inputs(settings, ALONE, "cpu")
     assert job.miner.rows.tolist() == [0, 2]
 
 
@@ -398,7 +406,7 @@ def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_pa
 )
 def test_advice_where_processes_can_not_share_a_batch(size, resume, advice):
     with pytest.raises(GradretError) as error:
-        Job(FitSettings(batch_lists=6), Processes(0, size), "cpu", resume=resume)
+        Inputs(FitSettings(batch_lists=6), Processes(0, size), "cpu", resume=resume)
     assert str(error.value) == f"--batch-lists 6 is not a multiple of the {size} processes that share it; {advice}"
 
 
@@ -422,7 +430,7 @@ def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkey
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Contexts, "add_gradients", fail)
+        patch.setattr(BatchGradients, "accumulate", fail)
         with pytest.raises(GradretError) as error:
             fit(small(tiny_encoder), out)
         assert str(error.value) == (
@@ -431,7 +439,7 @@ def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkey
         with pytest.raises(GradretError, match="step 1: out of memory with 10 passages at once; .* --chunk 5$"):
             fit(small(tiny_encoder, chunk=10), out, resume=True)
         assert json.loads((out / "gradret.json").read_text())["settings"]["chunk"] == 10
-        patch.setattr(Contexts, "add_gradients", lambda *a: 1 / 0)
+        patch.setattr(BatchGradients, "accumulate", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):  # other errors stay what they are
             fit(small(tiny_encoder, chunk=10), out, resume=True)
     assert fit(small(tiny_encoder, chunk=5), out, resume=True).steps == 1

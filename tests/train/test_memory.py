@@ -84,7 +84,7 @@ def test_auto_takes_what_fits_and_no_caching_where_all_does(free, chunk, tmp_pat
     settings = FitSettings(
         data=(str(SAMPLE_FILE),), model=str(make_tiny_encoder(tmp_path)), chunk="auto", batch_lists=96,
     )  # fmt: skip
-    found = job.Job(settings, ALONE, "cpu")
+    found = job.Inputs(settings, ALONE, "cpu")
     assert found.find_chunk() == chunk
     longest = max((p.content for entry in found.lists for p in entry.passages), key=len)
     assert asked[0][0] == len(found.encoder.tokenize([longest], "document")[0])

@@ -11,7 +11,7 @@ from gradret.loss.functions import mix_losses, wasserstein_loss
 from gradret.settings import FitSettings
 from gradret.train import gradients as objective
 from gradret.train.batches import Batch, collate
-from gradret.train.gradients import Contexts, Objective
+from gradret.train.gradients import BatchGradients, Objective
 
 LOSSES = {
     "wasserstein": {},
@@ -45,8 +45,8 @@ def find_gradients(
     """Loss and the gradient of each parameter, in training mode."""
     settings = FitSettings(**PLAIN | options)
     encoder.train().zero_grad(set_to_none=True)
-    contexts = Contexts(encoder, Objective(settings, floor), "float32", chunk, cached)
-    loss = contexts.add_gradients(batch, "0/0/0")
+    gradients = BatchGradients(encoder, Objective(settings, floor), "float32", chunk, cached)
+    loss = gradients.accumulate(batch, "0/0/0")
     return loss, {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
 
@@ -136,7 +136,7 @@ def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):
     lists = list(read_lists(SAMPLE_FILE))[:64]
     batch = collate(lists)
     assert len(batch.documents) == 256
-    Objective(FitSettings(loss="infonce"), 0.0).add_gradients(queries, documents, batch)
+    Objective(FitSettings(loss="infonce"), 0.0).backward(queries, documents, batch)
     assert sum(seen) == 64 * 256
     assert max(seen) == 1024
 

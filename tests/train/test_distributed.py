@@ -1,19 +1,23 @@
 """Several gloo processes on this machine do what one does."""
 
-import math
 import os
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_contexts import LOSSES
+from click.testing import CliRunner
+from share_batch import SHARED
 
+from gradret import distributed
+from gradret.cli import main
 from gradret.console import GradretError, ProcessLost
-from gradret.distributed import Processes, join_processes
+from gradret.distributed import ALONE, Processes, join_processes
+from gradret.train import loop
 
 SCRIPT = Path(__file__).with_name("share_batch.py")
 # One thread a process: two that share a core wait for each other. No GPU: two can not share one.
@@ -27,8 +31,10 @@ def torchrun(processes: int) -> list[str]:
 def share_batch(model: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
     out.mkdir()
     launcher = torchrun(processes) if processes > 1 else [sys.executable]
+    paths = [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]  # conftest.py lies one folder up
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
-        [*launcher, str(SCRIPT), str(model), str(out)], capture_output=True, text=True, env=ENVIRONMENT, check=False
+        [*launcher, str(SCRIPT), str(model), str(out)], capture_output=True, text=True, env=environment, check=False
     )
     assert done.returncode == 0, done.stderr
     return torch.load(out / "found.pt")
@@ -49,7 +55,7 @@ def shared(request, tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
 @pytest.mark.parametrize("floor", [0.0, None])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", SHARED)
 def test_gradients_are_those_of_one_process(alone, shared, loss, floor, dtype, tolerance):
     here = f"{loss}/{floor}/{dtype}/"
     expected, found = ({k: v for k, v in part.items() if k.startswith(here)} for part in (alone[0], shared[0]))
@@ -79,13 +85,12 @@ def test_shares_are_contiguous_and_whole():
 def test_one_gpu_is_not_shared(monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(GradretError, match="^--device cuda:1 is one GPU, which several processes can not share; give"):
+    with pytest.raises(GradretError, match="^--device cuda:1 is one GPU, which several processes cannot share; give"):
         with join_processes("cuda:1"):
             pass
     for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(Processes, "watch", lambda self: None)
     with join_processes("cuda:1") as (processes, device):  # as fit joins the group that its command has made
         assert (processes.rank, processes.size, device) == (1, 2, "cuda:1")
 
@@ -95,7 +100,7 @@ def test_one_gpu_is_not_shared(monkeypatch):
     ("Timed out waiting 6000ms for recv", "the others did not answer in time (Timed out waiting 6000ms for recv)"),
 ])  # fmt: skip
 def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError(reason)
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", fail)
@@ -105,11 +110,11 @@ def test_a_lost_process_and_a_slow_one_are_told_apart(monkeypatch, reason, told)
 
 
 class CudaExchange:
-    """Stands for a tensor on a GPU and for its exchange, which is done after so many looks, or never."""
+    """Stands for a tensor on a GPU and for its exchange, which is done after so many looks."""
 
     is_cuda = True
 
-    def __init__(self, looks: float):
+    def __init__(self, looks: int):
         self.looks, self.is_waited_for = looks, False
 
     def is_completed(self) -> bool:
@@ -117,34 +122,73 @@ class CudaExchange:
         return self.looks <= 0
 
     def wait(self) -> None:
-        assert self.looks <= 0, "would block"
+        assert self.looks <= 0, "would block where no signal is heard"
         self.is_waited_for = True
 
 
 @pytest.mark.parametrize("name", ["all_reduce", "broadcast"])
-def test_in_an_exchange_on_gpus_a_lost_process_is_noticed(monkeypatch, name):
+def test_while_an_exchange_on_gpus_lasts_signals_are_heard(monkeypatch, name):
     monkeypatch.setattr(torch.distributed, name, lambda tensor, **_: tensor)
-    processes, looked = Processes(0, 2), []
-    monkeypatch.setattr(processes, "check", lambda: looked.append(1))
-    exchange = processes.add if name == "all_reduce" else processes.share_tensors
+    processes = Processes(0, 2)
+    exchange = processes.sum_tensors if name == "all_reduce" else processes.share_tensors
     short, long = CudaExchange(1), CudaExchange(3)
     exchange([short, long])
     assert short.is_waited_for and long.is_waited_for
-    assert len(looked) == 2
 
-    def find_one_gone():
-        raise ProcessLost("gone")
 
-    monkeypatch.setattr(processes, "check", find_one_gone)
-    with pytest.raises(ProcessLost, match="^gone$"):
-        exchange([CudaExchange(math.inf)])
+class Done:
+    """Stands for an exchange."""
+
+    def wait(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("elements", "exchanges"), [(1 << 23, 1), (6, 3), (1, 4)])
+def test_gradients_are_summed_in_few_exchanges(monkeypatch, elements, exchanges):
+    """With another process that has the same, but for the second parameter, of which it has none."""
+    sent = []
+
+    def sum_with_another(tensor, **_):
+        sent.append(tensor)
+        tensor *= 2
+        return Done()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", sum_with_another)
+    monkeypatch.setattr(distributed, "BUCKET_ELEMENTS", elements)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 2), (3,), (5,), (1,))]
+    given = [None if p.numel() == 5 else torch.arange(p.numel(), dtype=p.dtype).view_as(p) + 1 for p in parameters]
+    for parameter, gradient in zip(parameters, given, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+    Processes(0, 2).sum_gradients(parameters)
+    assert len(sent) == exchanges
+    for parameter, gradient in zip(parameters, given, strict=True):
+        if gradient is None:  # and not zeros: the optimizer would take these for a gradient
+            assert parameter.grad is None
+        else:
+            assert torch.equal(parameter.grad, 2 * gradient)
+
+
+def test_the_command_joins_the_processes_once(tiny_encoder, tmp_path, monkeypatch):
+    joined = []
+
+    @contextmanager
+    def join(device):
+        joined.append(device)
+        yield ALONE, device
+
+    for module in (distributed, loop):
+        monkeypatch.setattr(module, "join_processes", join)
+    command = f"fit --model {tiny_encoder} --out {tmp_path / 'out'} --max-steps 1 --batch-lists 2 --device cpu"
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 0, result.output
+    assert joined == ["cpu"]
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_process_that_never_comes_is_not_waited_for_long(rank):
     code = (
-        "from datetime import timedelta; from gradret import processes; from gradret.cli import main\n"
-        "processes.JOIN_TIMEOUT = timedelta(seconds=2)\n"
+        "from datetime import timedelta; from gradret import distributed; from gradret.cli import main\n"
+        "distributed.JOIN_TIMEOUT = timedelta(seconds=2)\n"
         "main(['fit', '--device', 'cpu'], prog_name='gradret')"
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -161,12 +205,12 @@ def test_a_process_that_never_comes_is_not_waited_for_long(rank):
 def test_once_joined_others_are_waited_for_longer_than_that(tmp_path):
     script = tmp_path / "late.py"
     script.write_text(
-        "import time; from datetime import timedelta; from gradret import processes\n"
-        "processes.JOIN_TIMEOUT = timedelta(seconds=3)\n"
-        "with processes.join_processes('cpu') as (these, _):\n"
+        "import time; from datetime import timedelta; from gradret import distributed\n"
+        "distributed.JOIN_TIMEOUT = timedelta(seconds=3)\n"
+        "with distributed.join_processes('cpu') as (these, _):\n"
         "    time.sleep(0 if these.is_first else 6)\n"
-        "    assert these.add_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
-        "processes.end_process(0)\n"
+        "    assert these.sum_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
+        "distributed.end_process(0)\n"
     )
     done = subprocess.run([*torchrun(2), str(script)], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert done.returncode == 0, done.stderr
