@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from gradret.encoder.model import Encoder
 from gradret.settings import SAMPLE, FitSettings
@@ -33,6 +34,7 @@ SHOWN = (
 # Told elsewhere in the card, or without a say in the outcome.
 UNSHOWN = ("data", "exclude", "model", "dev", "dev_measure", "pooling", "normalize", "similarity", "checkpoint_every")
 UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max_length")
+TEMPLATE = Path(__file__).with_name("card.md")  # what the card says; filled in by jinja2
 POOLINGS = {"mean": "mean of the tokens", "cls": "first token", "last": "last token"}
 
 
@@ -42,12 +44,12 @@ def write_card(
     settings: FitSettings,
     data: str,
     steps: int,
-    dev: Sequence[dict],
+    dev: Sequence[dict[str, Any]],
     best_step: int | None,
     encoder: Encoder,
     where: str,
     seconds: float,
-    versions: dict,
+    versions: dict[str, Any],
 ) -> None:
     """Write README.md, the model card, into a saved encoder's directory. Local paths are shown without their folders.
 
@@ -61,107 +63,69 @@ def write_card(
         encoder: the one saved.
         where: what it was trained on, as "cpu, 1 process".
         seconds: that training took.
-        versions: versions.versions(), or any names and values; None is left out.
+        versions: files.versions(), or any names and values; None is left out.
     Raises: OSError.
     """
-    title = " ".join(Path(directory).resolve().name.split()) or "model"
-    parts = [
-        _describe(title, settings, encoder),
-        _tell_use(title, encoder),
-        _tell_data(settings, data),
-        _tell_training(settings, steps, best_step, where, seconds),
-        _tell_measures(settings, dev, best_step),
-        "## Versions\n\n" + _tabulate(["", "version"], [[k, _code(v)] for k, v in versions.items() if v is not None]),
-        "## Citation\n\nTraining on lists with several grades of relevance follows SyCL: Esfandiarpoor, Zerveas, "
-        "Zhang, Mgonzo, Eickhoff, Bach, *Beyond Contrastive Learning: Synthetic Data Enables List-wise Training with "
-        "Multiple Levels of Relevance*, [arXiv 2503.23239](https://arxiv.org/abs/2503.23239).",
-        "## Licence\n\nNone is stated here: name one that the base model's and the training data's allow.",
-    ]
-    text = f"---\n{_front_matter(settings)}\n---\n\n" + "\n\n".join(parts) + "\n"
-    (Path(directory) / "README.md").write_text(text, encoding="utf-8", newline="\n")
-
-
-def _front_matter(settings: FitSettings) -> str:
-    base = settings.model if HUB_NAME.fullmatch(settings.model) and not os.path.exists(settings.model) else None
-    card = ModelCardData(
-        base_model=base, library_name="sentence-transformers", pipeline_tag="sentence-similarity", tags=TAGS
+    is_on_hub = HUB_NAME.fullmatch(settings.model) and not os.path.exists(settings.model)
+    card = ModelCard.from_template(
+        ModelCardData(
+            base_model=settings.model if is_on_hub else None,
+            library_name="sentence-transformers",
+            pipeline_tag="sentence-similarity",
+            tags=TAGS,
+        ),
+        template_path=str(TEMPLATE),
+        title=" ".join(Path(directory).resolve().name.split()) or "model",
+        settings=settings,
+        encoder=encoder.config,
+        data=data,
+        measured=[*settings.exclude, *filter(None, [settings.dev])],
+        encoder_table=_tabulate(["", ""], _list_encoder(encoder)),
+        training_table=_tabulate(["", "value"], _list_training(settings, steps, best_step, where, seconds)),
+        dev_table=_tabulate_dev(dev, best_step) if dev else "",
+        versions_table=_tabulate(["", "version"], [[k, _code(v)] for k, v in versions.items() if v is not None]),
+        code=_code,
+        escape=_escape,
+        quote=_quote,
+        shell_quote=shlex.quote,
+        hide_folder=_hide_folder,
+        hide_folders=_hide_folders,
     )
-    return card.to_yaml()
+    card.save(Path(directory, "README.md"))
 
 
-def _describe(title: str, settings: FitSettings, encoder: Encoder) -> str:
+def _list_encoder(encoder: Encoder) -> list[list[object]]:
     config = encoder.config
-    rows = [
+    prompts = {"query prompt": config.query_prefix, "document prompt": config.document_prefix}
+    return [
         ["dimension", encoder.dimension],
         ["pooling", POOLINGS[config.pooling]],
         ["normalized to length 1", "yes" if config.normalize else "no"],
         ["similarity", config.similarity],
         ["query, maximum length", f"{config.query_max_length} tokens"],
         ["document, maximum length", f"{config.document_max_length} tokens"],
+        *([name, _code(prompt)] for name, prompt in prompts.items() if prompt),
     ]
-    rows += [
-        [f"{kind} prompt", _code(prompt)]
-        for kind, prompt in (("query", config.query_prefix), ("document", config.document_prefix))
-        if prompt
-    ]
-    return (
-        f"# {_escape(title)}\n\nA dense retriever: it turns queries and documents into vectors, and the similarity of "
-        "two vectors ranks documents for a query. "
-        f"Trained with gradret from {_code(_hide_folder(settings.model))} on graded ranking lists.\n\n"
-        + _tabulate(["", ""], rows)
-    )
 
 
-def _tell_use(title: str, encoder: Encoder) -> str:
-    config, name = encoder.config, _quote(title)
-    text = f"""## Use
-
-With [sentence-transformers](https://sbert.net); the name is that of this directory, put its path or its name on a hub:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer({name})
-queries = model.encode_query(["a query"])
-documents = model.encode_document(["a document", "another document"])
-scores = model.similarity(queries, documents)
-```"""
-    if config.query_prefix or config.document_prefix:
-        text += "\n\n`encode_query` and `encode_document` put the prompts above before each text; `encode` does not."
-    if config.query_max_length != config.document_max_length:
-        text += "\n\nQueries and documents differ in maximum length: that needs sentence-transformers 6.2 or later."
-    command = f"gradret bench eval --model {shlex.quote(title)} --dataset beir/scifact/test"
-    return f"{text}\n\nWith gradret, to measure it on a collection:\n\n```sh\n{command}\n```"
-
-
-def _tell_data(settings: FitSettings, data: str) -> str:
-    text = f"## Training data\n\n{_escape(data)}, from:\n\n" + _list_sources(settings.data)
-    if settings.exclude or settings.dev:
-        measured = [*settings.exclude, *([settings.dev] if settings.dev else [])]
-        text += "\n\nLists whose query is one of these collections' were left out:\n\n" + _list_sources(measured)
-    return text
-
-
-def _tell_training(settings: FitSettings, steps: int, best_step: int | None, where: str, seconds: float) -> str:
-    rows = [["steps", steps]]
+def _list_training(
+    settings: FitSettings, steps: int, best_step: int | None, where: str, seconds: float
+) -> list[list[object]]:
+    rows: list[list[object]] = [["steps", steps]]
     if best_step is not None:
         rows.append(["step saved, the best on dev", best_step])
     rows += [["trained on", _escape(where)], ["time", _show_time(seconds)]]
     defaults = FitSettings()
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
-    for name in options:
-        if settings.takes(name):
-            rows.append([f"`--{name.replace('_', '-')}`", _show_value(getattr(settings, name))])
-    return (
-        "## Training\n\nThe options are those of `gradret fit`; what is not named had its default value.\n\n"
-        + _tabulate(["", "value"], rows)
-    )
+    return rows + [
+        [f"`--{name.replace('_', '-')}`", _show_value(getattr(settings, name))]
+        for name in options
+        if settings.takes(name)
+    ]
 
 
-def _tell_measures(settings: FitSettings, dev: Sequence[dict], best_step: int | None) -> str:
-    if not dev:
-        return "## Measures\n\nNothing was measured while training: there was no `--dev` collection."
+def _tabulate_dev(dev: Sequence[dict[str, Any]], best_step: int | None) -> str:
     names = list(dict.fromkeys(key for line in dev for key in line if key != "step"))
     rows = []
     for line in dev:
@@ -169,18 +133,13 @@ def _tell_measures(settings: FitSettings, dev: Sequence[dict], best_step: int | 
         cells = [f"{line['step']} (best, saved)" if best else line["step"]]
         cells += [f"{line[name]:.4f}" if name in line else "" for name in names]
         rows.append([f"**{cell}**" for cell in cells] if best else cells)
-    source = f" on {_code(_hide_folders(settings.dev))}" if settings.dev else ""
-    return f"## Measures\n\nWhile training{source}:\n\n" + _tabulate(["step", *names], rows)
+    return _tabulate(["step", *names], rows)
 
 
 def _tabulate(header: Sequence[str], rows: Sequence[Sequence]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     # A bar ends a cell even inside code, unless a backslash stands before it.
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
-
-
-def _list_sources(sources: Sequence[str]) -> str:
-    return "\n".join(f"- {_code(_hide_folders(source))}" for source in sources)
 
 
 def _show_value(value: object) -> str:
