@@ -108,7 +108,7 @@ class StopRequest:
         self.signal: int | None = None
         self._at_once = self._deaf = False
         self._heard_s = 0.0
-        self._patience_s: float | None = None  # of the stretch that may be given up; None outside of one
+        self._grace_s: float | None = None  # of the stretch that may be given up; None outside of one
         self._previous: dict[int, Any] = {}
 
     @property
@@ -119,8 +119,6 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
             self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-            if hasattr(signal, "SIGALRM"):  # not on Windows
-                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self._give_up_in_time())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,27 +136,29 @@ class StopRequest:
 
     def _give_up_in_time(self) -> None:
         """End the stretch that may be given up if it has had its time; else have this called when it will have."""
-        if self._patience_s is None or self.signal is None:
+        if self._grace_s is None or self.signal is None:
             return
-        left_s = self._patience_s - self.waited_s
+        left_s = self._grace_s - self.waited_s
         if left_s <= 0:
             raise GivenUp
-        if hasattr(signal, "setitimer"):
+        if hasattr(signal, "SIGALRM"):  # not on Windows
+            if signal.SIGALRM not in self._previous:  # only now: without a signal to end, alarms are left to others
+                self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, lambda *_: self._give_up_in_time())
             signal.setitimer(signal.ITIMER_REAL, max(left_s, 0.001))  # 0 would switch it off
 
     @contextmanager
-    def give_up(self, patience_s: float) -> Iterator[None]:
+    def give_up(self, grace_s: float) -> Iterator[None]:
         """A stretch that ends so long after a signal, because nothing is lost but its own time.
 
         Raises: GivenUp in it, between two lines of Python: a call into C++ ends first.
         """
-        self._patience_s = patience_s
+        self._grace_s = grace_s
         try:
             self._give_up_in_time()  # for a signal that came before
             yield
         finally:
-            self._patience_s = None
-            if hasattr(signal, "setitimer"):
+            self._grace_s = None
+            if hasattr(signal, "SIGALRM") and signal.SIGALRM in self._previous:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
     @contextmanager

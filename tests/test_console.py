@@ -130,17 +130,17 @@ def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
     assert not tqdm.tqdm(range(3), disable=False).disable
 
 
-@pytest.mark.parametrize("patience_s", [0.0, 0.05])
+@pytest.mark.parametrize("grace_s", [0.0, 0.05])
 @pytest.mark.parametrize("comes", ["before", "within"])
-def test_a_stretch_is_given_up_some_time_after_a_signal_and_nothing_else_is(comes, patience_s):
+def test_a_stretch_is_given_up_some_time_after_a_signal_and_nothing_else_is(comes, grace_s):
     with StopRequest() as stop:
         if comes == "before":
             signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(GivenUp), stop.give_up(patience_s):
+        with pytest.raises(GivenUp), stop.give_up(grace_s):
             if comes == "within":
                 signal.raise_signal(signal.SIGTERM)
             time.sleep(60)
-        assert stop.signal == signal.SIGTERM and stop.waited_s >= patience_s
+        assert stop.signal == signal.SIGTERM and stop.waited_s >= grace_s
         with stop.uninterrupted():
             pass
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

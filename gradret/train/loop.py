@@ -102,9 +102,9 @@ def train(
     """What fit does, in processes that have joined already; see there."""
     began = time.monotonic()
     tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
-    if tensorboard:
-        check_board()
     with processes.agree():
+        if tensorboard:
+            check_board()
         inputs = Inputs(settings, processes, device, resume=resume)
     found = processes.gather_objects((inputs.content, inputs.precision))
     directory = None
