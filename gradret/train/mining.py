@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.data.collections import (
@@ -31,7 +30,7 @@ from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, h
 from gradret.data.sources import MixedLists, Source, find_path, parse_source
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
-from gradret.evaluation.search import embed_corpus, top_k
+from gradret.evaluation.search import embed_corpus, embed_texts, order_ranking, top_k
 
 
 @contextmanager
@@ -147,10 +146,9 @@ def _parse_count(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
 
 
-# A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`.
-Ranker = Callable[[list[str], int], Sequence[np.ndarray]]
-# Likewise with their scores beside the positions.
-ScoredRanker = Callable[[list[str], int], Sequence[tuple[np.ndarray, np.ndarray]]]
+# A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`, and
+# their scores.
+Ranker = Callable[[list[str], int], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
 def import_bm25s(what: str) -> Any:
@@ -165,7 +163,7 @@ def import_bm25s(what: str) -> Any:
     return bm25s
 
 
-def index_bm25(collection: Collection, what: str = "BM25") -> ScoredRanker:
+def index_bm25(collection: Collection, what: str = "BM25") -> Ranker:
     """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
     stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
 
@@ -210,12 +208,8 @@ def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[s
     rankings = rank(list(collection.queries.values()), depth + collection.drop_self)
     run = {}
     for query_id, (positions, scores) in zip(collection.queries, rankings, strict=True):
-        pairs = list(zip((doc_ids[p] for p in positions), scores.tolist(), strict=True))
-        if collection.drop_self:
-            pairs = [(doc_id, score) for doc_id, score in pairs if doc_id != query_id]
-        pairs.sort(key=lambda pair: pair[0], reverse=True)
-        pairs.sort(key=lambda pair: -pair[1])
-        run[query_id] = pairs[:depth]
+        ranking = zip((doc_ids[p] for p in positions), scores.tolist(), strict=True)
+        run[query_id] = order_ranking(ranking, query_id if collection.drop_self else None)[:depth]
     return run
 
 
@@ -231,7 +225,7 @@ def content_key(text: str) -> int:
 class Pool(Collection):
     """Documents to mine from, as a collection without queries whose document ids are positions.
 
-    Of equal contents only the first is there, and none without words. In memory stand 16 bytes a document, no text.
+    Of equal contents only the first is there, and none without words. In memory stand 16 bytes per document, no text.
 
     Attributes:
         keys: (documents,) uint64, content_key of each.
@@ -260,8 +254,7 @@ class Pool(Collection):
         self.keys, self._places = all_keys[first], np.frombuffer(places, np.int64)[first]
         self.document_count = len(first)
         # Of a document that is another's double, too: its content is what must be left out.
-        order = np.argsort(np.array(ids, np.uint64), kind="stable")
-        self._id_hashes, self._id_keys = np.array(ids, np.uint64)[order], all_keys[order]
+        self._own_keys = dict(zip(ids, keys, strict=True)) if drop_self else {}
 
     @abstractmethod
     def _scan(self) -> Iterator[tuple[int, str, str]]:
@@ -280,9 +273,8 @@ class Pool(Collection):
 
     def find_own_keys(self, query_id: str) -> set[int]:
         """With drop_self, the key of the document that has the query's id; else none."""
-        found = np.uint64(hash64(query_id))
-        at = np.searchsorted(self._id_hashes, found)
-        return {int(self._id_keys[at])} if at < len(self._id_hashes) and self._id_hashes[at] == found else set()
+        found = self._own_keys.get(hash64(query_id))
+        return set() if found is None else {found}
 
 
 class ListPool(Pool):
@@ -411,7 +403,7 @@ class Miner:
         rows: as above.
         pool: the documents, see Pool; by default the passages of the kept lists.
         fingerprint: of the pool's content: positions mined from another one mean nothing.
-    Raises: GradretError when the source can not be read, or bm25s is asked for and not installed.
+    Raises: GradretError when the source cannot be read, or bm25s is asked for and not installed.
     """
 
     def __init__(self, mining: Mining, lists: Sequence[RankingList], kept: np.ndarray, rows: np.ndarray | None = None):
@@ -429,7 +421,6 @@ class Miner:
         encoder: Encoder,
         *,
         precision: str = "float32",
-        batch_size: int = 32,
         processes: Processes = ALONE,
         progress: bool = True,
     ) -> np.ndarray:
@@ -441,27 +432,25 @@ class Miner:
         Args:
             encoder: as it is now; of no use to BM25.
             precision: "float32" or "bfloat16" (autocast).
-            batch_size: texts encoded at once.
             processes: all of them must call.
             progress: show bars on a terminal.
         Returns: (lists mined for, k) int64, -1 where there are fewer; k is at most the number of documents.
         Raises: GradretError.
         """
-        options: dict[str, Any] = {"batch_size": batch_size, "precision": precision}
         corpus = None
         if self.mining.by == ENCODER:  # these embeddings serve no one else: the encoder is still in training
-            corpus = embed_corpus(encoder, self.pool, None, progress=progress, processes=processes, **options)
+            corpus = embed_corpus(encoder, self.pool, None, precision=precision, progress=progress, processes=processes)
 
-        def rank_by_encoder(queries: list[str], depth: int) -> np.ndarray:
+        def rank_by_encoder(queries: list[str], depth: int) -> Iterable[tuple[np.ndarray, np.ndarray]]:
             assert corpus is not None
-            vectors = encoder.encode(queries, "query", **options)
-            vectors = encoder.search_vectors(torch.from_numpy(vectors)).numpy()  # (B, D)
-            return top_k(vectors, corpus.vectors, depth, device=encoder.device)[1]
+            vectors = embed_texts(encoder, queries, "query", precision=precision)  # (B, D)
+            scores, positions = top_k(vectors, corpus.vectors, depth, device=encoder.device)
+            return zip(positions, scores, strict=True)
 
         found = None
         with processes.agree():
             if processes.is_first:
-                rank = rank_by_encoder if self.mining.by == ENCODER else rank_by_bm25(self.pool)
+                rank = rank_by_encoder if self.mining.by == ENCODER else index_bm25(self.pool, BM25_SPELLING)
                 found = self._choose(rank, progress)
         return processes.broadcast(found)
 
@@ -475,7 +464,7 @@ class Miner:
                 # The pool holds every content once: no more than the known ones are passed over.
                 depth = min(mining.k + mining.skip + max(map(len, known)), self.pool.document_count)
                 rankings = rank([self._lists[row].query for row in rows], depth)
-                for place, (ranking, left_out) in enumerate(zip(rankings, known, strict=True), start):
+                for place, ((ranking, _), left_out) in enumerate(zip(rankings, known, strict=True), start):
                     keys = self.pool.keys[ranking].tolist()
                     unknown = [p for p, key in zip(ranking, keys, strict=True) if key not in left_out]
                     chosen = unknown[mining.skip : mining.skip + mining.k]
@@ -539,9 +528,3 @@ def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
     A positive that `sample=` did not draw must not come back as a negative.
     """
     return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
-
-
-def rank_by_bm25(pool: Pool) -> Ranker:
-    """A ranker by BM25, see index_bm25: documents that share no word with the query are not ranked."""
-    rank = index_bm25(pool, BM25_SPELLING)
-    return lambda queries, depth: [positions for positions, _ in rank(queries, depth)]

@@ -13,7 +13,7 @@ from gradret.encoder.load import load_encoder
 from gradret.evaluation.search import embed_corpus
 from gradret.train import mining as mining_module
 from gradret.train.batches import collate
-from gradret.train.mining import ListPool, MinedLists, Miner, Mining, content_key, open_pool, parse_mining, rank_by_bm25
+from gradret.train.mining import ListPool, MinedLists, Miner, Mining, content_key, index_bm25, open_pool, parse_mining
 
 WORDS = ("tide", "bread", "moon", "yeast")
 
@@ -324,8 +324,8 @@ def test_bm25_ranks_rare_words_above_common_ones(write_corpus):
 
 def test_bm25_cuts_ties_at_the_earlier_document(write_corpus):
     pytest.importorskip("bm25s")
-    rank = rank_by_bm25(open_pool(write_corpus(*(f"moon word{i}" for i in range(9)), "moon moon moon")))
-    assert [r.tolist() for r in rank(["moon", "word7"], 3)] == [[9, 0, 1], [7]]
+    rank = index_bm25(open_pool(write_corpus(*(f"moon word{i}" for i in range(9)), "moon moon moon")))
+    assert [r.tolist() for r, _ in rank(["moon", "word7"], 3)] == [[9, 0, 1], [7]]
 
 
 def test_bm25_of_documents_without_searchable_words_finds_nothing(write_corpus):
