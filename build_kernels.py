@@ -164,14 +164,13 @@ def write_rules(compiler: str, build: Path, target: Path, nvcc: Path | None, pyb
         runtime = next(iter(toolkit.glob("**/libcudart_static.a")), None)
         if runtime is None:
             raise BuildFailed(f"{toolkit} holds no libcudart_static.a")
-        include = next(iter(toolkit.glob("**/cuda_runtime_api.h"))).parent
         command = f"{quote(nvcc)} $flags -MD -MF $out.d -c $in -o $out"
         lines.append(f"rule nvcc\n  command = {command}\n  depfile = $out.d\n  deps = gcc")
         # nvcc takes no launcher and no flags with its host compiler; then it finds one itself.
         host = f"-ccbin {compiler}" if len(shlex.split(compiler)) == 1 else ""
         options = f"-std=c++17 -O3 --threads 2 {host} -Xcompiler -fPIC,-fvisibility=hidden"
         add("nvcc", "launch.cu", "launch", f"{options} {' '.join(codes)}")
-        bind += f" -DGRADRET_CUDA='\"{';'.join(architectures)}\"' -isystem {quote(include)}"
+        bind += f" -DGRADRET_CUDA='\"{';'.join(architectures)}\"'"
         link += f" -L{quote(runtime.parent)} -lcudart_static -ldl -lrt -lpthread"
     add("cxx", "bind.cpp", "bind", bind)
     lines.append(f"build {escape(target)}: link {' '.join(objects)}\n  flags = {link}")

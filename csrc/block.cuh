@@ -1,5 +1,5 @@
-// What the kernels are made of: scalars, reductions and scans of a warp and of a block. All sums are float32 and made
-// in an order that depends on the launch alone, so that a kernel gives the same bits every time.
+// What the kernels are made of: lists with their types, reductions and scans of a warp and of a block. All sums are
+// float32 and made in an order that depends on the launch alone, so that a kernel gives the same bits every time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+
+#include "kernels.h"
 
 namespace gradret::cuda {
 
@@ -34,6 +36,38 @@ template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16(x);
 }
+
+// Lists, as kernels take them.
+template <typename Scalar>
+struct TypedLists {
+  const Scalar* scores;
+  const void* index;
+  const float* values;
+  const float* mass;
+  const std::int32_t* counts;
+  float* loss;
+  Scalar* gradient;  // or null
+  std::int64_t rows, columns, stride;
+  int width, order;
+  float exponent;  // log2(e) / temperature
+  float scale;     // scale / temperature
+  bool vectors;    // 16-byte accesses are aligned in every row, and no pack reaches beyond a row
+
+  __device__ const Scalar* scores_of(std::int64_t row) const { return scores + row * stride; }
+  __device__ Scalar* gradient_of(std::int64_t row) const { return gradient + row * columns; }
+  __device__ const std::uint8_t* levels_of(std::int64_t row) const {
+    return static_cast<const std::uint8_t*>(index) + row * columns;
+  }
+  __device__ const std::int32_t* positions_of(std::int64_t row) const {
+    return static_cast<const std::int32_t*>(index) + row * columns;
+  }
+};
+
+template <typename Scalar>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / sizeof(Scalar);
+  Scalar item[kSize];
+};
 
 // exp((score - top) / temperature), `exponent` being log2(e) / temperature. The difference comes first: it is exact
 // where it matters. A maximum over nothing, -inf, must not meet a score of -inf: their difference is NaN.

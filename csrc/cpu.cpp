@@ -1,15 +1,14 @@
-// The CPU side: picks the instruction set, shares rows among threads, prepares grades.
-
-#include "cpu.h"
+// The CPU side: picks the instruction set, shares rows among threads, sorts grades.
 
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
+
+#include "kernels.h"
 
 namespace gradret::cpu {
 namespace {
@@ -57,11 +56,11 @@ void each_row(std::int64_t count, int threads, Body body) {
 }
 
 template <typename T>
-void sort_row(const Grades& all, std::int64_t row, std::int32_t* index) {
+void sort_row(const Grades& all, std::int64_t row) {
   const std::int64_t n = all.columns;
   const T* y = static_cast<const T*>(all.grades) + row * n;
   const std::uint8_t* mask = all.mask ? all.mask + row * n : nullptr;
-  std::int32_t* order = index + row * n;
+  std::int32_t* order = static_cast<std::int32_t*>(all.index) + row * n;
   std::iota(order, order + n, 0);
   std::int32_t* end =
       mask ? std::stable_partition(order, order + n, [&](std::int32_t i) { return mask[i]; }) : order + n;
@@ -112,17 +111,17 @@ void finish_mass(Targets targets, std::int64_t count, const double* v, double* m
   for (std::int64_t l = 0; l < count; l++) mass[l] = total == 0 ? 0 : mass[l] / total;
 }
 
-bool transport(const Lists& lists, double reduced, int threads) {
+void transport(const Lists& lists, double reduced, int threads) {
   const std::int64_t n = lists.columns;
   const bool wide = lists.scalar == Scalar::kFloat64;
   threads = choose_threads(lists.rows, n, threads);
   // Float32 gradients are their own scratch.
   const bool in_place = !lists.sorted && lists.gradient && lists.scalar == Scalar::kFloat32;
-  const std::int64_t padded = n + 16;  // no two threads on one cache line
-  const std::int64_t doubles = (in_place ? 0 : padded) + (lists.sorted ? 4 * padded : 0);
-  std::unique_ptr<double[]> scratch(new (std::nothrow) double[doubles * threads + (reduced != 0 ? lists.rows : 0)]);
-  if (!scratch) return false;
-  double* losses = scratch.get() + doubles * threads;
+  const std::int64_t padding = 16;  // no two threads on one cache line
+  const std::int64_t work = in_place ? 0 : n + padding;
+  const std::int64_t own = work + (lists.sorted || wide ? 4 * std::max<std::int64_t>(n, kMaxLevels) + padding : 0);
+  const std::unique_ptr<double[]> scratch(new double[own * threads + (reduced != 0 ? lists.rows : 0)]);
+  double* losses = scratch.get() + own * threads;
   const auto put = [&](std::int64_t row, double loss) {
     if (wide) {
       static_cast<double*>(lists.loss)[row] = loss;
@@ -131,10 +130,9 @@ bool transport(const Lists& lists, double reduced, int threads) {
     }
   };
   each_row(lists.rows, threads, [&](std::int64_t row, int thread) {
-    double* own = scratch.get() + thread * doubles;
-    void* work = in_place ? static_cast<float*>(lists.gradient) + row * n : static_cast<void*>(own);
-    const double loss =
-        lists.sorted ? rows().sorted_row(lists, row, own, own + padded) : rows().level_row(lists, row, work);
+    double* mine = scratch.get() + thread * own;
+    void* to = in_place ? static_cast<float*>(lists.gradient) + row * n : static_cast<void*>(mine);
+    const double loss = rows().transport(lists, row, to, mine + work);
     if (reduced != 0) {
       losses[row] = loss;
     } else {
@@ -143,44 +141,43 @@ bool transport(const Lists& lists, double reduced, int threads) {
   });
   // In the order of the rows, whatever the number of threads.
   if (reduced != 0) put(0, reduced * std::accumulate(losses, losses + lists.rows, 0.0));
-  return true;
 }
 
-bool prepare_levels(const Grades& grades, std::uint8_t* levels, int threads) {
+bool prepare_levels(const Grades& grades, int threads) {
   if (grades.rows == 0) return true;
   threads = choose_threads(grades.rows, grades.columns, threads);
   std::vector<LevelTable> tables(threads);
   // Real grades show in the first list already; the others need not be looked at.
-  if (!rows().prepare_row(grades, 0, levels, tables[0])) return false;
+  if (!rows().prepare_levels(grades, 0, tables[0])) return false;
   std::atomic<bool> few{true};
   each_row(grades.rows, threads, [&](std::int64_t row, int thread) {
-    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_row(grades, row, levels, tables[thread]))
+    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_levels(grades, row, tables[thread]))
       few = false;
   });
   return few;
 }
 
-void prepare_sorted(const Grades& grades, std::int32_t* index, int threads) {
+void prepare_sorted(const Grades& grades, int threads) {
   each_row(grades.rows, choose_threads(grades.rows, grades.columns, threads), [&](std::int64_t row, int) {
     switch (grades.grade) {
       case Grade::kFloat32:
-        return sort_row<float>(grades, row, index);
+        return sort_row<float>(grades, row);
       case Grade::kFloat64:
-        return sort_row<double>(grades, row, index);
+        return sort_row<double>(grades, row);
       default:
-        return sort_row<std::int64_t>(grades, row, index);
+        return sort_row<std::int64_t>(grades, row);
     }
   });
 }
 
 void fold_tile(const Tile& tile, int threads) {
   each_row(tile.rows, choose_threads(tile.rows, tile.columns, threads),
-           [&](std::int64_t row, int) { rows().fold_row(tile, row); });
+           [&](std::int64_t row, int) { rows().fold(tile, row); });
 }
 
 void unfold_tile(const Tile& tile, int threads) {
   each_row(tile.rows, choose_threads(tile.rows, tile.columns, threads),
-           [&](std::int64_t row, int) { rows().unfold_row(tile, row); });
+           [&](std::int64_t row, int) { rows().unfold(tile, row); });
 }
 
 }  // namespace gradret::cpu

@@ -1,32 +1,72 @@
-// Loss and gradient of lists with real-valued grades: prefix sums along the list in the order of its grades.
+// Lists with real-valued grades: sorting them by grade, and their loss and gradient from prefix sums along the list in
+// that order.
 #pragma once
 
+#include <cub/block/block_radix_sort.cuh>
+
 #include "block.cuh"
-#include "core.h"
 
 namespace gradret::cuda {
 
 constexpr int kRun = 4;  // consecutive positions a thread takes of a tile
 constexpr int kSortedThreads = 512;
 constexpr std::int64_t kSortedThreadsAtOnce = 1 << 17;  // about what a large GPU runs at once; bounds the scratch
-constexpr int kScratchArrays = 4;
+constexpr int kScratchArrays = 4;  // of the columns of a list, for each block
 
-// Lists, as the sorted kernel takes it.
-template <typename Scalar>
-struct SortedLists {
-  const Scalar* scores;
-  const std::int32_t* index;
-  const float* values;
-  const float* mass;
-  const std::int32_t* counts;
-  float* scratch;  // kScratchArrays arrays of columns a block
-  float* loss;
-  Scalar* gradient;  // or null
-  std::int64_t rows, columns, stride;
-  int order;
-  float exponent;  // log2(e) / temperature
-  float scale;     // scale / temperature
-};
+constexpr std::uint32_t kAbsentKey = 0xffffffffu;
+
+// An unsigned number that orders as the grade does: 0 and -0 are one, NaN comes last but for absent documents.
+__device__ inline std::uint32_t grade_key(float grade) {
+  const std::uint32_t bits = __float_as_uint(grade == 0 ? 0.0f : grade);
+  const std::uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
+  return grade != grade ? kAbsentKey - 1 : key;
+}
+
+__device__ inline float key_grade(std::uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key); }
+
+// One block sorts one list of up to kThreads * kPerThread documents. Reads grades and mask once, writes index, values
+// and count. Radix sort keeps the order of equals, and what fills up the block comes after all documents, so that it
+// stays behind the absent ones.
+template <int kThreads, int kPerThread>
+__global__ void __launch_bounds__(kThreads) sort_by_grade(const float* grades, const std::uint8_t* mask, int columns,
+                                                          std::int32_t* index, float* values, std::int32_t* counts) {
+  using Sort = cub::BlockRadixSort<std::uint32_t, kThreads, kPerThread, std::int32_t>;
+  __shared__ typename Sort::TempStorage storage;
+  __shared__ float highest;
+  const std::int64_t row = blockIdx.x, offset = row * columns;
+  const int thread = threadIdx.x;
+
+  std::uint32_t keys[kPerThread];
+  std::int32_t positions[kPerThread];
+#pragma unroll
+  for (int item = 0; item < kPerThread; ++item) {
+    const int position = thread * kPerThread + item;
+    const bool present = position < columns && (mask == nullptr || mask[offset + position] != 0);
+    keys[item] = present ? grade_key(grades[offset + position]) : kAbsentKey;
+    positions[item] = position;
+  }
+  Sort(storage).SortBlockedToStriped(keys, positions);
+
+  int count = 0;
+#pragma unroll
+  for (int item = 0; item < kPerThread; ++item) count += __syncthreads_count(keys[item] != kAbsentKey);
+#pragma unroll
+  for (int item = 0; item < kPerThread; ++item) {
+    if (item * kThreads + thread == count - 1) highest = key_grade(keys[item]);
+  }
+  if (thread == 0) {
+    counts[row] = count;
+    if (count == 0) highest = 0;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int item = 0; item < kPerThread; ++item) {
+    const int position = item * kThreads + thread;
+    if (position >= columns) break;
+    index[offset + position] = positions[item];
+    values[offset + position] = position < count ? key_grade(keys[item]) : highest;
+  }
+}
 
 // A CDF kept as sums that still lack their common factor; it ends at 1 and never decreases.
 struct Cdf {
@@ -87,27 +127,27 @@ __device__ inline float integrate_quantiles(const Cdf& F, const Cdf& G, const fl
   return sum;
 }
 
-// One block a list, and the next list when it is done. Four passes: gather the scores in the order of the grades and
+// One block per list, and the next list when it is done. Four passes: gather the scores in the order of the grades and
 // find their maximum; prefix sums F and G; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F
 // and the gradient, scattered to the documents' places. Between passes a list lies in the block's scratch; a barrier,
 // its own or a scan's, stands wherever a thread reads there what another wrote.
 template <typename Scalar>
-__global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const SortedLists<Scalar> lists) {
+__global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const TypedLists<Scalar> lists, float* scratch) {
   __shared__ BlockExchange exchange;
   Block block(exchange);
   const int thread = threadIdx.x, threads = blockDim.x, tile = threads * kRun;
-  float* const sorted = lists.scratch + blockIdx.x * kScratchArrays * lists.columns;
+  float* const sorted = scratch + blockIdx.x * kScratchArrays * lists.columns;
   float* const F_sums = sorted + lists.columns;
   float* const G_sums = F_sums + lists.columns;
   float* const above = G_sums + lists.columns;
 
   for (std::int64_t row = blockIdx.x; row < lists.rows; row += gridDim.x) {
     const int n = lists.counts[row];
-    const Scalar* scores = lists.scores + row * lists.stride;
-    const std::int32_t* index = lists.index + row * lists.columns;
+    const Scalar* scores = lists.scores_of(row);
+    const std::int32_t* index = lists.positions_of(row);
     const float* v = lists.values + row * lists.columns;
     const float* q = lists.mass + row * lists.columns;
-    Scalar* gradient = lists.gradient == nullptr ? nullptr : lists.gradient + row * lists.columns;
+    Scalar* gradient = lists.gradient == nullptr ? nullptr : lists.gradient_of(row);
 
     float top = -INFINITY;
     for (int i = thread; i < n; i += threads) {

@@ -1,44 +1,12 @@
-// Passes over dense matrices: scaling a gradient, and folding tiles of scores into one log-sum-exp a row.
+// Folding tiles of scores into one log-sum-exp per row, and unfolding its gradient.
 #pragma once
 
 #include "block.cuh"
-#include "lists.h"
 
 namespace gradret::cuda {
 
-constexpr int kScaleThreads = 256;
-constexpr int kScaleItems = 16;  // a thread
 constexpr int kFoldThreads = 256;
 constexpr int kBatch = 4;  // loads in flight before the first is used
-
-// One block multiplies kScaleThreads * kScaleItems entries of one row by *factor, or by factor[row]; where that is 1 it
-// reads nothing else. `pack` entries of an aligned row make 16 bytes; 1 where rows are not aligned.
-template <typename Scalar, int kPack>
-__global__ void __launch_bounds__(kScaleThreads)
-    scale_rows(Scalar* gradient, std::int64_t columns, std::int64_t blocks_per_row, const float* factor, bool by_row) {
-  struct alignas(kPack * sizeof(Scalar)) Entries {
-    Scalar item[kPack];
-  };
-  const std::int64_t row = blockIdx.x / blocks_per_row, part = blockIdx.x % blocks_per_row;
-  const float by = factor[by_row ? row : 0];
-  if (by == 1) return;
-  gradient += row * columns;
-  constexpr int kSteps = kScaleItems / kPack;
-  const std::int64_t start = part * kScaleItems * kScaleThreads + threadIdx.x * kPack;
-  Entries entries[kSteps];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const std::int64_t first = start + step * kScaleThreads * kPack;
-    if (first < columns) entries[step] = *reinterpret_cast<const Entries*>(gradient + first);
-  }
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const std::int64_t first = start + step * kScaleThreads * kPack;
-#pragma unroll
-    for (int k = 0; k < kPack; ++k) entries[step].item[k] = from_float<Scalar>(to_float(entries[step].item[k]) * by);
-    if (first < columns) *reinterpret_cast<Entries*>(gradient + first) = entries[step];
-  }
-}
 
 // Calls body(score, value) for each pair of the row that lies in the tile; the block's threads share them.
 template <typename Body>

@@ -12,7 +12,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "lists.h"
+#include "kernels.h"
 
 namespace gradret::cpu {
 namespace {

@@ -14,8 +14,18 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.loss.grades import FLOATS, PreparedGrades, check_grades, check_temperature, place_targets, weigh_grades
-from gradret.loss.reference import accumulation_dtype, masked_softmax, normalize_mass, result_dtype
+from gradret.loss.grades import (
+    FLOATS,
+    PreparedGrades,
+    accumulation_dtype,
+    check_grades,
+    check_temperature,
+    normalize_mass,
+    place_targets,
+    result_dtype,
+    weigh_grades,
+)
+from gradret.loss.reference import masked_softmax
 from gradret.loss.transport import Transport, check_options
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, LOSSES, parse_loss
 

@@ -4,13 +4,15 @@ A list of at most 32 distinct grades needs no sort: each document names its leve
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from itertools import chain
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from gradret.loss.kernels import backend, compiled, current_stream
+from gradret.loss.kernels import address, backend, compiled, current_stream
 from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS, GROUNDS, TARGETS
 
 MAX_LEVELS = 32
@@ -21,7 +23,7 @@ _TARGET_CODES = {"gain": 0, "softmax": 1, None: 2}
 
 
 class Tables(NamedTuple):
-    """Grades in the form that kernels read; see csrc/lists.h for the two forms.
+    """Grades in the form that kernels read; see csrc/kernels.h for the two forms.
 
     index: (B, N) uint8 levels, or int32 positions in ascending order of grade.
     values: (B, L) grades, ascending. mass: (B, L) target mass, 1 in all or 0 everywhere. counts: (B,) int32.
@@ -31,19 +33,6 @@ class Tables(NamedTuple):
     values: Tensor
     mass: Tensor
     counts: Tensor
-
-    @property
-    def pointers(self) -> tuple[int | bool, ...]:
-        """As the kernels' arguments."""
-        index, values, mass, counts = self
-        return (
-            index.data_ptr(),
-            index.dtype != torch.uint8,
-            values.data_ptr(),
-            mass.data_ptr(),
-            counts.data_ptr(),
-            values.shape[1],
-        )
 
 
 @dataclass(frozen=True)
@@ -175,6 +164,22 @@ def table_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
+def accumulation_dtype(device: torch.device) -> torch.dtype:
+    """Of sums in PyTorch: float64, but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def result_dtype(scores: Tensor) -> torch.dtype:
+    """What a loss of these scores comes in: float64 for float64, else float32."""
+    return torch.float64 if scores.dtype == torch.float64 else torch.float32
+
+
+def normalize_mass(mass: Tensor) -> Tensor:
+    """mass / its sum over the row, (B, N); a row without mass stays zero."""
+    total = mass.sum(-1, keepdim=True)
+    return mass / torch.where(total != 0, total, 1)  # NaN shows
+
+
 def make_tables(
     grades: Tensor,
     mask: Tensor | None,
@@ -208,27 +213,26 @@ def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor |
     grades = grades.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
     weights = None if weights is None else weights.detach().to(torch.float64).contiguous()
-    head = (
-        torch.get_num_threads(),
-        grades.data_ptr(),
-        _GRADE_CODES[grades.dtype],
-        0 if mask is None else mask.data_ptr(),
-        0 if weights is None else weights.data_ptr(),
-        _TARGET_CODES[targets],
-        rows,
-        columns,
-    )
     here = grades.device  # not the default one, which may be a GPU
-    counts = torch.empty(rows, dtype=torch.int32, device=here)
-    for index_dtype, width, prepare in (
-        (torch.uint8, MAX_LEVELS, compiled.prepare_levels),
-        (torch.int32, columns, compiled.prepare_sorted),
-    ):
+
+    def fill(prepare: Callable[[Any, int], bool | None], index_dtype: torch.dtype, width: int) -> Tables | None:
         index = torch.empty((rows, columns), dtype=index_dtype, device=here)
         values, mass = torch.empty((2, rows, width), dtype=torch.float64, device=here)
-        if prepare(*head, values.data_ptr(), mass.data_ptr(), counts.data_ptr(), index.data_ptr()) is not False:
-            break
-    return Tables(index, values, mass, counts)
+        tables = Tables(index, values, mass, torch.empty(rows, dtype=torch.int32, device=here))
+        arguments = compiled.Grades(
+            address(grades),
+            _GRADE_CODES[grades.dtype],
+            address(mask),
+            address(weights),
+            _TARGET_CODES[targets],
+            rows,
+            columns,
+            *map(address, tables),
+        )
+        return None if prepare(arguments, torch.get_num_threads()) is False else tables
+
+    levels = fill(compiled.prepare_levels, torch.uint8, MAX_LEVELS)
+    return levels or cast(Tables, fill(compiled.prepare_sorted, torch.int32, columns))
 
 
 def _sort_grades(
@@ -239,40 +243,25 @@ def _sort_grades(
     if backend(device) == "cuda" and dtype == torch.float32 and columns <= compiled.MAX_SORT_COLUMNS:
         real, mask_bytes = real.contiguous(), None if mask is None else mask.contiguous()
         index = torch.empty((rows, columns), dtype=torch.int32, device=device)
-        values = torch.empty((rows, columns), dtype=dtype, device=device)
-        counts = torch.empty(rows, dtype=torch.int32, device=device)
-        compiled.sort_grades(
-            device.index,
-            current_stream(device),
-            real.data_ptr(),
-            0 if mask_bytes is None else mask_bytes.data_ptr(),
-            rows,
-            columns,
-            index.data_ptr(),
-            values.data_ptr(),
-            counts.data_ptr(),
-        )
-        long_index = index.long()
+        values, counts = torch.empty_like(real), torch.empty(rows, dtype=torch.int32, device=device)
+        arguments = map(address, (real, mask_bytes)), (rows, columns), map(address, (index, values, counts))
+        compiled.sort_grades(*chain(*arguments), device.index, current_stream(device))
     else:
+        real = real if mask is None else real.masked_fill(~mask, 0)
+        index = real.argsort(dim=-1, stable=True)
         if mask is None:
             counts = torch.full((rows,), columns, dtype=torch.int32, device=device)
-            values, long_index = real.sort(dim=-1, stable=True)
-        else:
-            # By grade, then by presence, both stable: absent documents end up last.
-            long_index = real.masked_fill(~mask, 0).argsort(dim=-1, stable=True)
-            long_index = long_index.gather(-1, (~mask).gather(-1, long_index).byte().argsort(dim=-1, stable=True))
+        else:  # by grade, then by presence, both stable: absent documents end up last
+            index = index.gather(-1, (~mask).gather(-1, index).byte().argsort(dim=-1, stable=True))
             counts = mask.sum(-1, dtype=torch.int32)
-            last = (counts.long() - 1).clamp_min(0)[:, None]
-            position = torch.arange(columns, device=device).expand(rows, columns).minimum(last)
-            values = real.masked_fill(~mask, 0).gather(-1, long_index.gather(-1, position)) if columns else real
-        index = long_index.int()
+        last = (counts.long() - 1).clamp_min(0)[:, None]  # absent documents repeat the highest grade
+        values = real.gather(-1, index.gather(-1, torch.arange(columns, device=device).minimum(last)))
     present = torch.arange(columns, device=device) < counts[:, None]
     if weights is None:
-        top = values[:, -1:]
-        mass = target_weights(values, cast(str, targets), top)
+        mass = target_weights(values, cast(str, targets), values[:, -1:])
     else:
-        mass = weights.detach().to(dtype).gather(-1, long_index)
-    return Tables(index, values, _normalize(mass.masked_fill(~present, 0)), counts)
+        mass = weights.detach().to(dtype).gather(-1, index.long())
+    return Tables(index.int(), values, normalize_mass(mass.masked_fill(~present, 0)), counts)
 
 
 def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables | None:
@@ -284,8 +273,7 @@ def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, ta
         return None  # an infinite grade would be an infinite gap in all lists
     levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
     levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
-    dtype = torch.float64 if device.type != "mps" else torch.float32
-    mass = torch.zeros((rows, len(distinct) + 1), dtype=dtype, device=device)
+    mass = torch.zeros((rows, len(distinct) + 1), dtype=accumulation_dtype(device), device=device)
     mass = mass.scatter_add(-1, levels, (torch.ones_like(real) if weights is None else weights).to(mass))
     mass = mass[:, :-1]
     if weights is None:
@@ -296,9 +284,4 @@ def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, ta
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
     values = distinct.expand(rows, -1).contiguous()
     counts = torch.full((rows,), len(distinct), dtype=torch.int32, device=device)
-    return Tables(index.contiguous(), values, _normalize(mass).to(values.dtype), counts)
-
-
-def _normalize(mass: Tensor) -> Tensor:
-    total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total != 0, total, 1)
+    return Tables(index.contiguous(), values, normalize_mass(mass).to(values.dtype), counts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch  # before the module, so that both use the same OpenMP threads
 
-INTERFACE = 2
+INTERFACE = 3
 
 compiled: Any = None  # the module, where it was built and loads
 missing: str | None = None  # why it is not there
@@ -59,3 +59,8 @@ def describe_backend(device: torch.device | str) -> str:
 def current_stream(device: torch.device) -> int:
     """The address of the stream that PyTorch would launch on."""
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Of the first element, for a kernel; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -6,8 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradret.loss.grades import PreparedGrades, Tables, check_targets, prepare_grades, target_weights
-from gradret.loss.reference import accumulation_dtype, normalize_mass
+from gradret.loss.grades import (
+    PreparedGrades,
+    Tables,
+    accumulation_dtype,
+    check_targets,
+    normalize_mass,
+    prepare_grades,
+    target_weights,
+)
 from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
 
 

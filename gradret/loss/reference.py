@@ -6,7 +6,7 @@ Sums are made in float64 where the device has it.
 import torch
 from torch import Tensor
 
-from gradret.loss.grades import ABSENT, Tables
+from gradret.loss.grades import ABSENT, Tables, accumulation_dtype, normalize_mass, result_dtype
 
 
 def transport(
@@ -81,16 +81,6 @@ def _solve(P: Tensor, Q: Tensor, v: Tensor, order: int, tolerance: float) -> tup
     return loss, c
 
 
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """float64, but on MPS, which has none."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def result_dtype(scores: Tensor) -> torch.dtype:
-    """What a loss of these scores comes in: float64 for float64, else float32."""
-    return torch.float64 if scores.dtype == torch.float64 else torch.float32
-
-
 def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:
     """v at the first position where cdf >= u (> u if right), never above the last position that has mass."""
     last = (cdf < cdf[:, -1:]).sum(-1, keepdim=True)
@@ -111,9 +101,3 @@ def masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     top = logits.detach().amax(-1, keepdim=True)
     mass = (logits - torch.where(top == -torch.inf, 0, top)).exp()
     return normalize_mass(mass)
-
-
-def normalize_mass(mass: Tensor) -> Tensor:
-    """mass / its sum over the row, (B, N); a row without mass stays zero."""
-    total = mass.sum(-1, keepdim=True)
-    return mass / torch.where(total != 0, total, 1)  # NaN shows

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from gradret.loss.grades import FLOATS, check_temperature
-from gradret.loss.kernels import backend, compiled, current_stream
+from gradret.loss.grades import FLOATS, accumulation_dtype, check_temperature, result_dtype
+from gradret.loss.kernels import address, backend, compiled, current_stream
 from gradret.loss.pairs import PreparedPairs, ShortLists, prepare_pairs
-from gradret.loss.reference import accumulation_dtype, masked_softmax, result_dtype
+from gradret.loss.reference import masked_softmax
 from gradret.loss.transport import check_options, first_derivatives_only, transport
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, parse_loss
 
@@ -85,21 +85,21 @@ def _call_kernel(name, tile, first_row, first_column, pairs, folded, temperature
     path = backend(tile.device)
     if path == "torch" or tile.dtype != torch.float32:
         return False
-    where = (tile.device.index, current_stream(tile.device)) if path == "cuda" else (torch.get_num_threads(),)
-    getattr(compiled, f"{name}_{path}")(
-        *where,
-        tile.data_ptr(),
+    arguments = compiled.Tile(
+        address(tile),
         *tile.shape,
         tile.stride(0),
         first_column,
-        pairs.offsets[first_row:].data_ptr(),
-        pairs.columns.data_ptr(),
-        pairs.values.data_ptr(),
+        address(pairs.offsets[first_row:]),
+        address(pairs.columns),
+        address(pairs.values),
         temperature,
-        folded.top[first_row:].data_ptr(),
-        folded.sum[first_row:].data_ptr(),
-        0 if weight is None else weight[first_row:].data_ptr(),
+        address(folded.top[first_row:]),
+        address(folded.sum[first_row:]),
+        address(None if weight is None else weight[first_row:]),
     )
+    where = (tile.device.index, current_stream(tile.device)) if path == "cuda" else (torch.get_num_threads(),)
+    getattr(compiled, f"{name}_{path}")(arguments, *where)
     return True
 
 

@@ -6,14 +6,11 @@ import torch
 from torch import Tensor
 
 from gradret.loss import reference
-from gradret.loss.grades import PreparedGrades, Tables, make_tables
-from gradret.loss.kernels import backend, compiled, current_stream
-from gradret.loss.reference import result_dtype
+from gradret.loss.grades import PreparedGrades, Tables, make_tables, result_dtype
+from gradret.loss.kernels import address, backend, compiled, current_stream
 
 _SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-# Whether backward() was called with retain_graph=True; where PyTorch does not say, assume that it was.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-TWICE = "wasserstein_loss gives first derivatives only: its gradient can not be differentiated again"
+TWICE = "wasserstein_loss gives first derivatives only: its gradient cannot be differentiated again"
 
 
 def check_options(order: int, reduction: str) -> None:
@@ -45,57 +42,35 @@ def transport(
     in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
     loss = torch.empty(() if in_kernel else rows, dtype=result_dtype(scores), device=device)
     gradient = torch.empty((rows, columns), dtype=dtype, device=device) if needs_gradient else None
-    arguments = (
-        scores.data_ptr(),
+    index, values, mass, counts = tables
+    lists = compiled.Lists(
+        address(scores),
         _SCALAR_CODES[dtype],
         rows,
         columns,
         scores.stride(0),
-        *tables.pointers,
+        address(index),
+        index.dtype != torch.uint8,
+        address(values),
+        address(mass),
+        address(counts),
+        values.shape[1],
         order,
         temperature,
         scale,
-        loss.data_ptr(),
-        0 if gradient is None else gradient.data_ptr(),
+        address(loss),
+        address(gradient),
     )
     if path == "cpu":
-        compiled.transport_cpu(torch.get_num_threads(), scale if in_kernel else 0.0, *arguments)
+        compiled.transport_cpu(lists, scale if in_kernel else 0.0, torch.get_num_threads())
     else:
-        scratch = torch.empty(compiled.transport_scratch_bytes(*arguments), dtype=torch.uint8, device=device)
-        compiled.transport_cuda(device.index, current_stream(device), scratch.data_ptr(), *arguments)
+        scratch = torch.empty(compiled.transport_scratch_bytes(lists), dtype=torch.uint8, device=device)
+        compiled.transport_cuda(lists, address(scratch), device.index, current_stream(device))
     return loss if in_kernel else _reduce(loss, reduction), gradient
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _scale_gradient(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient (B, N) times factor, () or (B,); the tensor itself where that is 1 and the graph is not kept.
-
-    On CUDA, where the host does not know the factor, then also in place: what saved_tensors_hooks have packed without a
-    copy changes with it.
-    """
-    path = backend(gradient.device)
-    if _graph_is_kept() or path == "torch" or gradient.dtype == torch.float64:
-        return _multiply(gradient, factor)
-    if path == "cuda":
-        factor = factor.float().contiguous()
-        compiled.scale_gradient(
-            gradient.device.index,
-            current_stream(gradient.device),
-            gradient.data_ptr(),
-            _SCALAR_CODES[gradient.dtype],
-            *gradient.shape,
-            factor.data_ptr(),
-            factor.dim() == 1,
-        )
-        return gradient
-    return gradient if not factor.dim() and factor.item() == 1 else _multiply(gradient, factor)
-
-
-def _multiply(gradient: Tensor, factor: Tensor) -> Tensor:
-    return (gradient * (factor[:, None] if factor.dim() else factor)).to(gradient.dtype)
 
 
 @torch.library.custom_op("gradret::transport", mutates_args=())
@@ -172,7 +147,7 @@ def first_derivatives_only(backward):
             return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        return tuple(None if g is None else _Once.apply(g.requires_grad_()) for g in results)
+        return tuple(None if g is None else _Once.apply(g.detach().requires_grad_()) for g in results)
 
     return checked
 
@@ -203,8 +178,9 @@ class Transport(torch.autograd.Function):
     @first_derivatives_only
     def backward(ctx, grad_loss):
         (gradient,) = ctx.saved_tensors
-        if torch.compiler.is_compiling():
-            gradient = _multiply(gradient, grad_loss)
-        else:
-            gradient = _scale_gradient(gradient, grad_loss)
+        # On the CPU a factor of 1, as backward() gives it, costs no pass over the matrix. The host does not know what
+        # it is on another device, nor while it is compiled.
+        known = not torch.compiler.is_compiling() and grad_loss.dim() == 0 and grad_loss.device.type == "cpu"
+        if not known or grad_loss.item() != 1:
+            gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)
         return gradient.to(ctx.dtype), *(None,) * 7

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not 
 
 
 class Tile(ctypes.Structure):
-    """gradret::Tile of csrc/lists.h."""
+    """gradret::Tile of csrc/kernels.h."""
 
     _fields_ = [
         ("scores", ctypes.c_void_p),
@@ -43,7 +43,7 @@ class Tile(ctypes.Structure):
 
 
 class Lists(ctypes.Structure):
-    """gradret::Lists of csrc/lists.h."""
+    """gradret::Lists of csrc/kernels.h."""
 
     _fields_ = [
         ("scores", ctypes.c_void_p),
@@ -182,7 +182,7 @@ def run_transport(library, scores, index, values, mass, counts, *, order, temper
 
 
 def level_form(grades, mass, present):
-    """index, values, mass, counts of csrc/lists.h; documents of one grade give their mass to it."""
+    """index, values, mass, counts of csrc/kernels.h; documents of one grade give their mass to it."""
     rows, columns = grades.shape
     distinct = [np.unique(grades[row, present[row]]) for row in range(rows)]
     width = max(1, max(map(len, distinct)))
@@ -236,7 +236,7 @@ SORTED_SHAPES = [(5, 1), (6, 7), (3, 131), (2, 1030), (1, 5000), (1, 9001)]
 
 
 def sorted_form(library, grades, mass, present):
-    """index, values, mass, counts of csrc/lists.h, the order by the kernel where it takes the list."""
+    """index, values, mass, counts of csrc/kernels.h, the order by the kernel where it takes the list."""
     rows, columns = grades.shape
     values, index = np.full((rows, columns), np.nan, np.float32), np.full((rows, columns), -1, np.int32)
     counts = np.full(rows, -1, np.int32)
@@ -416,26 +416,6 @@ def test_sort_grades(library, columns):
     assert too_long != 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, columns", [(3, 17), (2, 4104), (1, 4096)])
-def test_scale_gradient(library, rows, columns, dtype):
-    generator = torch.Generator().manual_seed(columns)
-    gradient = torch.randn(rows, columns, generator=generator).to(dtype)
-    by_row = torch.tensor([1.0, -0.3, 2.5])[:rows]
-    for factor, is_row in ((by_row, True), (torch.tensor([0.7]), False), (torch.tensor([1.0]), False)):
-        scaled = gradient.clone()
-        code = SCALARS[str(dtype).removeprefix("torch.")]
-        done = library.shim_scale_gradient(
-            *pointers(scaled), ctypes.c_int(code), *sizes(rows, columns), *pointers(factor), ctypes.c_bool(is_row)
-        )
-        assert done == 0
-        wanted = (gradient.float() * (factor[:, None] if is_row else factor)).to(dtype)
-        assert torch.equal(scaled, wanted)
-    one = torch.tensor([1.0])
-    untouched = library.shim_scale_gradient(None, ctypes.c_int(code), *sizes(rows, columns), *pointers(one), False)
-    assert untouched == 0
-
-
 @pytest.mark.parametrize("widths", [(5,), (700, 300), (5000, 1, 64)])
 def test_tiles_fold_into_one_log_sum_exp(library, widths):
     """Tiles of one matrix one after another, pairs left out; then back into the gradient of each score."""
@@ -517,7 +497,7 @@ BARRIERS = [
 
 def test_barriers_are_found():
     files = {name.split(":")[0] for name in BARRIERS}
-    assert files == {"block.cuh", "levels.cuh", "sort.cuh", "sorted.cuh", "tiles.cuh"}
+    assert files == {"block.cuh", "levels.cuh", "sorted.cuh", "tiles.cuh"}
 
 
 @pytest.mark.parametrize("barrier", BARRIERS)
@@ -548,7 +528,7 @@ def test_kernels_compile_without_spills(tmp_path, architecture):
     for part in done.stderr.split("Compiling entry function '")[1:]:
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         usage[part.split("'")[0]] = [int(size) for size in memory.groups()]
-    for kernel in ("transport_levels", "stream_levels", "transport_sorted", "sort_by_grade", "scale_rows", "fold_rows"):
+    for kernel in ("transport_levels", "stream_levels", "transport_sorted", "sort_by_grade", "fold_rows"):
         assert any(kernel in name for name in usage), kernel
     assert {name: used for name, used in usage.items() if any(used)} == {}
     ptx = next(tmp_path.glob("*.ptx")).read_text()

@@ -268,7 +268,19 @@ def test_backward_twice_and_what_callers_own():
     assert all(torch.equal(a, b) for a, b in zip(tables, prepared.tables, strict=True))
 
 
-def test_a_gradient_asked_for_with_create_graph_can_not_be_used_again():
+def test_a_gradient_changed_between_two_backward_passes_is_noticed():
+    """For a factor of 1 the CPU hands out the stored gradient itself."""
+    scores = torch.randn(2, 3, requires_grad=True)
+    loss = wasserstein_loss(scores, torch.tensor([[2, 1, 0]] * 2))
+    (first,) = torch.autograd.grad(loss, scores, retain_graph=True)
+    loss.backward(retain_graph=True)
+    assert scores.grad.data_ptr() != first.data_ptr()  # what accumulates is a copy
+    first.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_gradient_asked_for_with_create_graph_cannot_be_used_again():
     scores = torch.randn(2, 3, requires_grad=True)
     loss = wasserstein_loss(scores, torch.tensor([[2, 1, 0]] * 2))
     (gradient,) = torch.autograd.grad(loss, scores, create_graph=True)

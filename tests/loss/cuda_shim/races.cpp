@@ -4,9 +4,8 @@
 #include <cstdio>
 #include <vector>
 
-#include "sort.cuh"
+#include "levels.cuh"
 #include "sorted.cuh"
-#include "stream.cuh"
 #include "tiles.cuh"
 
 using namespace gradret;
@@ -45,7 +44,7 @@ bool run_levels() {
   bool same = true;
   for (const int order : {1, 2}) {
     std::vector<float> loss[3], gradient[3];
-    LevelLists<float> lists[3];
+    TypedLists<float> lists[3];
     for (const int way : {0, 1, 2}) {
       loss[way].assign(kRows, NAN);
       gradient[way].assign(kRows * kColumns, NAN);
@@ -93,21 +92,22 @@ bool run_sorted() {
     for (const int run : {0, 1}) {
       loss[run].resize(kRows);
       gradient[run].resize(kRows * kColumns);
-      const SortedLists<float> lists = {scores.data(),
-                                        index.data(),
-                                        values.data(),
-                                        mass.data(),
-                                        counts.data(),
-                                        scratch.data(),
-                                        loss[run].data(),
-                                        gradient[run].data(),
-                                        kRows,
-                                        kColumns,
-                                        kColumns,
-                                        order,
-                                        1.4f,
-                                        1.0f};
-      shim::run(run == 0 ? 1 : kRows, 64, [&] { transport_sorted<float>(lists); });
+      const TypedLists<float> lists = {scores.data(),
+                                       index.data(),
+                                       values.data(),
+                                       mass.data(),
+                                       counts.data(),
+                                       loss[run].data(),
+                                       gradient[run].data(),
+                                       kRows,
+                                       kColumns,
+                                       kColumns,
+                                       kColumns,
+                                       order,
+                                       1.4f,
+                                       1.0f,
+                                       false};
+      shim::run(run == 0 ? 1 : kRows, 64, [&] { transport_sorted<float>(lists, scratch.data()); });
     }
     same = same && loss[0] == loss[1] && gradient[0] == gradient[1];
   }
