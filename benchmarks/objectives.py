@@ -50,8 +50,7 @@ from gradret.evaluation.search import default_cache, embed_corpus, top_k
 from gradret.files import versions
 from gradret.loss import functions as losses
 from gradret.loss.functions import infonce_loss, kl_loss, wasserstein_loss
-from gradret.loss.grades import place_grades, weigh_grades
-from gradret.loss.reference import normalize_mass
+from gradret.loss.grades import normalize_mass, place_grades, weigh_grades
 from gradret.settings import FitSettings, count_steps, learning_rate_at
 from gradret.train.batches import collate, draw_lists
 

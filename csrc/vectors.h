@@ -8,8 +8,6 @@
 #include <cstdint>
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__SSE2__)
-#include <emmintrin.h>
 #endif
 
 #include "kernels.h"
@@ -61,7 +59,8 @@ inline V bits(W w) {
 
 inline Floats fill(float x) { return x - Floats{}; }
 
-// Bytes and halves to 32 bits and back. The compiler's own conversion takes such vectors apart lane by lane.
+// Bytes and halves to 32 bits and back. The compiler's own conversion takes such vectors apart lane by lane: right on
+// every machine, but slow.
 #if defined(__AVX512F__)
 inline Ints widen(Bytes v) { return bits<Ints>(_mm512_cvtepu8_epi32(bits<__m128i>(v))); }
 inline Words widen(Halves v) { return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
@@ -90,19 +89,6 @@ inline Halves narrow(Words v) {  // below 2^16
   const __m256i pairs = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
   return bits<Halves>(_mm_unpacklo_epi64(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
 }
-#elif defined(__SSE2__)
-inline Ints widen(Bytes v) {
-  std::int32_t four;
-  memcpy(&four, &v, sizeof four);
-  const __m128i zero = _mm_setzero_si128();
-  return bits<Ints>(_mm_unpacklo_epi16(_mm_unpacklo_epi8(_mm_cvtsi32_si128(four), zero), zero));
-}
-inline Words widen(Halves v) {
-  std::int64_t four;
-  memcpy(&four, &v, sizeof four);
-  return bits<Words>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(four), _mm_setzero_si128()));
-}
-inline Halves narrow(Words v) { return __builtin_convertvector(v, Halves); }
 #else
 inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
 inline Words widen(Halves v) { return __builtin_convertvector(v, Words); }
