@@ -5,8 +5,8 @@ from torch import Tensor
 
 from gradret import settings
 from gradret.loss import functions
-from gradret.loss.grades import check_grades, weigh_grades
-from gradret.loss.reference import masked_softmax, normalize_mass
+from gradret.loss.grades import check_grades, normalize_mass, weigh_grades
+from gradret.loss.reference import masked_softmax
 
 
 def sorted_loss(

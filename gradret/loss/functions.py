@@ -26,7 +26,7 @@ from gradret.loss.grades import (
     weigh_grades,
 )
 from gradret.loss.reference import masked_softmax
-from gradret.loss.transport import Transport, check_options
+from gradret.loss.transport import Transport, check_options, check_reduction, reduce_lists
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, LOSSES, parse_loss
 
 
@@ -150,19 +150,21 @@ def kl_loss(
     temperature: float = DEFAULT_TEMPERATURE,
     targets: str | Tensor = DEFAULT_TARGETS,
     mask: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Mean KL(q || p), p = softmax(scores / temperature): the listwise cross-entropy less the entropy of q.
 
     Args, Returns, Raises: as wasserstein_loss, without order. A row whose scores are all -inf counts as 0, as there.
     Source: ListNet, Cao et al. (ICML 2007).
     """
+    check_reduction(reduction)
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
     predicted = (mask & (logits != -torch.inf)).any(-1, keepdim=True)  # there is no p without a finite score
     logits = logits.masked_fill(~predicted, 0)
     q = normalize_mass(weights.to(logits.dtype)) * predicted
     cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # a score of -inf without target mass costs nothing
-    return (torch.xlogy(q, q) - cross).sum(-1).mean()
+    return reduce_lists((torch.xlogy(q, q) - cross).sum(-1), reduction)
 
 
 def contrast_loss(
@@ -172,6 +174,7 @@ def contrast_loss(
     temperature: float = DEFAULT_TEMPERATURE,
     targets: str | Tensor = DEFAULT_TARGETS,
     mask: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents without target mass), e as in infonce_loss.
 
@@ -183,10 +186,11 @@ def contrast_loss(
         as 0.
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
     """
+    check_reduction(reduction)
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
     q = normalize_mass(weights.to(logits.dtype))
-    return (q * _oppose(logits, q > 0, mask)).sum(-1).mean()
+    return reduce_lists((q * _oppose(logits, q > 0, mask)).sum(-1), reduction)
 
 
 def ranknet_loss(

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from gradret.loss.grades import (
     PreparedGrades,
-    Tables,
     accumulation_dtype,
     check_targets,
     normalize_mass,
@@ -23,22 +22,14 @@ class ShortLists(NamedTuple):
 
     rows: (R,) which queries. members: (m,) which pairs. slots: (m,) their places in the lists (R, K + 1), flat; the
     last place of a list is that of all other documents. targets: (R, K + 1) float64, the target mass of each place.
-    Then Tables of the lists.
+    grades: the lists' grades.
     """
 
     rows: Tensor
     members: Tensor
     slots: Tensor
     targets: Tensor
-    index: Tensor  # type: ignore[assignment]  # not the method of tuples
-    values: Tensor
-    mass: Tensor
-    counts: Tensor
-
-    @property
-    def tables(self) -> Tables:
-        """The last fields."""
-        return Tables(*self[4:])
+    grades: PreparedGrades
 
 
 @dataclass(frozen=True)
@@ -64,9 +55,9 @@ class PreparedPairs:
 
         lists = []
         for part in self.lists:
-            tables = PreparedGrades(part.tables).to(device, non_blocking=non_blocking).tables
             targets = move(part.targets.to(accumulation_dtype(torch.device(device))))
-            lists.append(ShortLists(move(part.rows), move(part.members), move(part.slots), targets, *tables))
+            grades = part.grades.to(device, non_blocking=non_blocking)
+            lists.append(ShortLists(move(part.rows), move(part.members), move(part.slots), targets, grades))
         where = move(self.offsets), move(self.columns)
         return PreparedPairs(self.shape, *where, tuple(lists), self.others_weigh)
 
@@ -164,4 +155,4 @@ def _make_lists(
         weights[:, -1] *= others
     weights = weights.masked_fill(~present, 0)
     prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)
-    return ShortLists(chosen, members, slots, normalize_mass(weights), *prepared.tables)
+    return ShortLists(chosen, members, slots, normalize_mass(weights), prepared)

@@ -1,110 +1,26 @@
 """The Wasserstein list loss from embeddings, without the matrix of scores between all queries and documents.
 
 Every document that has no grade of its own for a query has the default grade, so the loss depends on their scores
-through one log-sum-exp a query. Scores are made a tile at a time, folded into it, and forgotten; backward makes each
-tile again. What is left for the loss is a short list a query: its graded documents, and one for all others.
+through one log-sum-exp per query. Scores are made a tile at a time, folded into it, and forgotten; backward makes each
+tile again. What is left for the loss is a short list per query: its graded documents, and one for all others.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
+from gradret.loss.functions import LOSS_FUNCTIONS, wasserstein_loss
 from gradret.loss.grades import FLOATS, accumulation_dtype, check_temperature, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
 from gradret.loss.pairs import PreparedPairs, ShortLists, prepare_pairs
-from gradret.loss.reference import masked_softmax
-from gradret.loss.transport import check_options, first_derivatives_only, transport
+from gradret.loss.transport import check_options, first_derivatives_only, reduce_lists
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, parse_loss
-
-
-class Pairs(NamedTuple):
-    """M graded pairs by row. offsets: (B + 1,) int64. columns: (M,) int32, ascending in a row. values: (M,) float."""
-
-    offsets: Tensor
-    columns: Tensor
-    values: Tensor
-
-
-class Folded(NamedTuple):
-    """The log-sum-exp of each row so far: top, (B,), the highest score; sum, (B,), of exp((s - top) / temperature).
-
-    The sum is float64 where the device has it."""
-
-    top: Tensor
-    sum: Tensor
-
-
-def fold_tile(tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float):
-    """Take a tile (R, C) into rows first_row to first_row + R of `folded`, and its pairs' scores into pairs.values.
-
-    The tile is overwritten.
-    """
-    rows = slice(first_row, first_row + len(tile))
-    if _call_kernel("fold_tile", tile, first_row, first_column, pairs, folded, temperature, None):
-        return
-    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
-    pairs.values[index] = tile[row, column]
-    tile[row, column] = -torch.inf
-    top = torch.maximum(folded.top[rows], tile.amax(-1))
-    base = torch.where(top == -torch.inf, 0, top)
-    before = folded.sum[rows] * ((folded.top[rows] - base) / temperature).exp()
-    folded.sum[rows] = before + ((tile - base[:, None]) / temperature).exp_().sum(-1, dtype=folded.sum.dtype)
-    folded.top[rows] = top
-
-
-def unfold_tile(
-    tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float, weight: Tensor
-):
-    """Overwrite a tile of scores (R, C) with gradients: pairs.values for pairs, else weight (B,) times the softmax."""
-    rows = slice(first_row, first_row + len(tile))
-    if _call_kernel("unfold_tile", tile, first_row, first_column, pairs, folded, temperature, weight):
-        return
-    share = weight[rows] / torch.where(folded.sum[rows] == 0, 1, folded.sum[rows])
-    base = torch.where(folded.top[rows] == -torch.inf, 0, folded.top[rows])
-    tile.sub_(base[:, None]).div_(temperature).clamp_max_(0).exp_().mul_(share[:, None].to(tile.dtype))
-    tile[share == 0] = 0
-    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
-    tile[row, column] = pairs.values[index]
-
-
-def _find_pairs(tile: Tensor, first_row: int, first_column: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-    """Which pairs lie in the tile, and where in it."""
-    begin, end = pairs.offsets[first_row].item(), pairs.offsets[first_row + len(tile)].item()
-    column = pairs.columns[begin:end].long() - first_column
-    index = ((column >= 0) & (column < tile.shape[1])).nonzero()[:, 0]
-    column = column[index]
-    index += begin
-    row = torch.searchsorted(pairs.offsets, index, right=True) - 1 - first_row
-    return index, row, column
-
-
-def _call_kernel(name, tile, first_row, first_column, pairs, folded, temperature, weight) -> bool:
-    path = backend(tile.device)
-    if path == "torch" or tile.dtype != torch.float32:
-        return False
-    arguments = compiled.Tile(
-        address(tile),
-        *tile.shape,
-        tile.stride(0),
-        first_column,
-        address(pairs.offsets[first_row:]),
-        address(pairs.columns),
-        address(pairs.values),
-        temperature,
-        address(folded.top[first_row:]),
-        address(folded.sum[first_row:]),
-        address(None if weight is None else weight[first_row:]),
-    )
-    where = (tile.device.index, current_stream(tile.device)) if path == "cuda" else (torch.get_num_threads(),)
-    getattr(compiled, f"{name}_{path}")(arguments, *where)
-    return True
-
 
 TILE_ROWS = 2048
 TILE_ELEMENTS = 1 << 20  # of a tile of scores: 4 MiB in float32
+FUSED = ("wasserstein", "kl", "contrast")  # the losses that see other documents through their log-sum-exp alone
 
 
 def wasserstein_retrieval_loss(
@@ -150,7 +66,7 @@ def wasserstein_retrieval_loss(
     check_options(order, reduction)
     check_temperature(temperature)
     weights = parse_loss(loss)
-    if not weights.keys() <= FUSED.keys():
+    if not weights.keys() <= set(FUSED):
         raise ValueError(f"loss '{loss}': only wasserstein, kl and contrast are computed from embeddings")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
@@ -166,10 +82,129 @@ def wasserstein_retrieval_loss(
             f"loss '{loss}': kl and contrast need targets that give documents of the default grade no mass, as gain "
             "and sqrt give those of grade 0"
         )
-    mixture = [weights.get(name, 0.0) for name in FUSED]
-    options = (mixture, int(order), float(temperature), reduction)
-    value: Tensor = _RetrievalTransport.apply(queries, documents, grades, *options)  # type: ignore[no-untyped-call]
-    return value
+    of_pairs, others = _ScorePairs.apply(  # type: ignore[no-untyped-call]
+        queries, documents, grades.offsets, grades.columns, float(temperature)
+    )
+    each = others  # of no lists, as the loss
+    if grades.lists:
+        options = {"order": int(order), "temperature": float(temperature)}
+        values = [_compute_lists(group, of_pairs, others, weights, **options) for group in grades.lists]
+        each = torch.zeros_like(others).index_copy(0, torch.cat([g.rows for g in grades.lists]), torch.cat(values))
+    return reduce_lists(each, reduction)
+
+
+def _compute_lists(
+    group: ShortLists, of_pairs: Tensor, others: Tensor, weights: dict[str, float], *, order: int, temperature: float
+) -> Tensor:
+    """The losses (R,) of short lists, from the scores of all pairs (M,) and of all rows' other documents (B,)."""
+    rows, width = group.targets.shape
+    short = of_pairs.new_full((rows * width,), -torch.inf)  # stands for no document
+    short = short.index_copy(0, group.slots, of_pairs.index_select(0, group.members)).view(rows, width)
+    short = torch.cat([short[:, :-1], others.index_select(0, group.rows)[:, None]], 1)  # (R, K + 1)
+    total = torch.zeros_like(short[:, 0])
+    for name, weight in weights.items():
+        if name == "wasserstein":
+            value = wasserstein_loss(short, group.grades, order=order, temperature=temperature, reduction="none")
+        else:  # the weights say all that these need of grades
+            options: dict[str, Any] = {"targets": group.targets, "temperature": temperature, "reduction": "none"}
+            value = LOSS_FUNCTIONS[name](short, group.targets, **options)
+        total = total + weight * value
+    return total
+
+
+class Pairs(NamedTuple):
+    """M graded pairs by row. offsets: (B + 1,) int64. columns: (M,) int32, ascending in a row. values: (M,) float."""
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+
+
+class Folded(NamedTuple):
+    """The log-sum-exp of each row so far: top, (B,), the highest score; sum, (B,), of exp((s - top) / temperature).
+
+    The sum is float64 where the device has it."""
+
+    top: Tensor
+    sum: Tensor
+
+
+def fold_tile(
+    tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float
+) -> None:
+    """Take a tile (R, C) into rows first_row to first_row + R of `folded`, and its pairs' scores into pairs.values.
+
+    The tile is overwritten.
+    """
+    rows = slice(first_row, first_row + len(tile))
+    if _call_kernel("fold_tile", tile, first_row, first_column, pairs, folded, temperature, None):
+        return
+    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
+    pairs.values[index] = tile[row, column]
+    tile[row, column] = -torch.inf
+    top = torch.maximum(folded.top[rows], tile.amax(-1))
+    base = torch.where(top == -torch.inf, 0, top)
+    before = folded.sum[rows] * ((folded.top[rows] - base) / temperature).exp()
+    folded.sum[rows] = before + ((tile - base[:, None]) / temperature).exp_().sum(-1, dtype=folded.sum.dtype)
+    folded.top[rows] = top
+
+
+def unfold_tile(
+    tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float, weight: Tensor
+) -> None:
+    """Overwrite a tile of scores (R, C) with gradients: pairs.values for pairs, else weight (B,) times the softmax."""
+    rows = slice(first_row, first_row + len(tile))
+    if _call_kernel("unfold_tile", tile, first_row, first_column, pairs, folded, temperature, weight):
+        return
+    share = weight[rows] / torch.where(folded.sum[rows] == 0, 1, folded.sum[rows])
+    base = torch.where(folded.top[rows] == -torch.inf, 0, folded.top[rows])
+    tile.sub_(base[:, None]).div_(temperature).clamp_max_(0).exp_().mul_(share[:, None].to(tile.dtype))
+    tile[share == 0] = 0
+    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
+    tile[row, column] = pairs.values[index]
+
+
+def _find_pairs(tile: Tensor, first_row: int, first_column: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pairs lie in the tile, and where in it."""
+    begin, end = pairs.offsets[first_row].item(), pairs.offsets[first_row + len(tile)].item()
+    column = pairs.columns[begin:end].long() - first_column
+    index = ((column >= 0) & (column < tile.shape[1])).nonzero()[:, 0]
+    column = column[index]
+    index += begin
+    row = torch.searchsorted(pairs.offsets, index, right=True) - 1 - first_row
+    return index, row, column
+
+
+def _call_kernel(
+    name: str,
+    tile: Tensor,
+    first_row: int,
+    first_column: int,
+    pairs: Pairs,
+    folded: Folded,
+    temperature: float,
+    weight: Tensor | None,
+) -> bool:
+    """Whether a kernel serves the tile; then it has done its work."""
+    path = backend(tile.device)
+    if path == "torch" or tile.dtype != torch.float32:
+        return False
+    arguments = compiled.Tile(
+        address(tile),
+        *tile.shape,
+        tile.stride(0),
+        first_column,
+        address(pairs.offsets[first_row:]),
+        address(pairs.columns),
+        address(pairs.values),
+        temperature,
+        address(folded.top[first_row:]),
+        address(folded.sum[first_row:]),
+        address(None if weight is None else weight[first_row:]),
+    )
+    where = (tile.device.index, current_stream(tile.device)) if path == "cuda" else (torch.get_num_threads(),)
+    getattr(compiled, f"{name}_{path}")(arguments, *where)
+    return True
 
 
 def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -186,21 +221,10 @@ def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Iter
             yield r, c, torch.mm(queries[r].to(dtype), documents[c].to(dtype).T, out=tile)
 
 
-def _transport(
-    queries: Tensor,
-    documents: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    lists: Sequence[Tensor],
-    mixture: Sequence[float],
-    order: int,
-    temperature: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The reduced loss; its gradients in the scores of pairs (M,) and in the log-sum-exp of others (B,); top and sum.
-
-    `lists` are the tensors of all ShortLists, one after the other; `mixture` holds the weight of each of FUSED.
-    """
+def _score_pairs(
+    queries: Tensor, documents: Tensor, offsets: Tensor, columns: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores of the pairs (M,), and of all other documents of a row as one (B,); the Folded behind the latter."""
     rows = len(queries)
     new: dict[str, Any] = {"dtype": result_dtype(queries), "device": queries.device}
     folded = Folded(
@@ -212,84 +236,25 @@ def _transport(
         for r, c, tile in _score_tiles(queries, documents, new["dtype"]):
             fold_tile(tile, r.start, c.start, pairs, folded, temperature)
     others = (folded.top + temperature * folded.sum.log()).to(new["dtype"])
-    loss, of_pairs, of_others = torch.zeros(rows, **new), torch.zeros_like(pairs.values), torch.zeros(rows, **new)
-    for group in _regroup(lists):
-        short = torch.full(group.targets.shape, -torch.inf, **new)  # (R, K + 1)
-        short.view(-1)[group.slots] = pairs.values[group.members]
-        short[:, -1] = others[group.rows]
-        value, gradient = torch.zeros(len(short), **new), torch.zeros_like(short)
-        for weight, term in zip(mixture, FUSED.values(), strict=True):
-            if weight:
-                more, slope = term(short, group, order, temperature)
-                value, gradient = value.add(more, alpha=weight), gradient.add(slope, alpha=weight)
-        loss[group.rows] = value
-        of_pairs[group.members] = gradient.view(-1)[group.slots]
-        of_others[group.rows] = gradient[:, -1]
-    if reduction == "mean":
-        return loss.mean(), of_pairs / max(rows, 1), of_others / max(rows, 1), *folded
-    return loss if reduction == "none" else loss.sum(), of_pairs, of_others, *folded
+    return pairs.values, others, *folded
 
 
-# The terms of a loss, of lists in scores (R, K + 1) where -inf stands for no document: each list's value, (R,), and its
-# gradient in the scores.
-
-
-def _move_mass(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """wasserstein_loss."""
-    value, gradient = transport(scores, group.tables, order, temperature, "none", True)
-    return value, cast(Tensor, gradient)
-
-
-def _diverge(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """kl_loss."""
-    logits = scores.to(group.targets.dtype) / temperature
-    there = logits != -torch.inf
-    q = group.targets * there.any(-1, keepdim=True)
-    log_p = torch.where(q > 0, logits - logits.logsumexp(-1, keepdim=True), 0)
-    value = (torch.xlogy(q, q) - q * log_p).sum(-1)
-    slope = (masked_softmax(logits, there) - q) * (q.sum(-1, keepdim=True) > 0) / temperature
-    return value.to(scores.dtype), slope.to(scores.dtype)
-
-
-def _contrast(scores: Tensor, group: ShortLists, order: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """contrast_loss."""
-    q = group.targets
-    logits, positive = scores.to(q.dtype) / temperature, q > 0
-    negatives = logits.masked_fill(positive, -torch.inf)
-    there = negatives != -torch.inf
-    gaps = negatives.logsumexp(-1, keepdim=True) - logits.masked_fill(~positive, 0)
-    pull = q * torch.sigmoid(gaps)  # on each document with target mass, and 0 on the others
-    slope = masked_softmax(negatives, there) * pull.sum(-1, keepdim=True) - pull
-    return (q * -nnf.logsigmoid(-gaps)).sum(-1).to(scores.dtype), (slope / temperature).to(scores.dtype)
-
-
-FUSED = {"wasserstein": _move_mass, "kl": _diverge, "contrast": _contrast}  # the losses that are computed here
-
-
-def _regroup(lists: Sequence[Tensor]) -> list[ShortLists]:
-    size = len(ShortLists._fields)
-    return [ShortLists(*lists[i : i + size]) for i in range(0, len(lists), size)]
-
-
-def _transport_backward(
+def _score_pairs_backward(
     queries: Tensor,
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    of_pairs: Tensor,
-    of_others: Tensor,
     top: Tensor,
     total: Tensor,
-    grad_loss: Tensor,
+    of_pairs: Tensor,
+    of_others: Tensor,
     temperature: float,
     needs_queries: bool = True,
     needs_documents: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients (B, D) and (N, D); None for what is not needed."""
+    """Gradients (B, D) and (N, D) from those in the scores of _score_pairs; None for what is not needed."""
     dtype = of_others.dtype
-    weight = of_others * grad_loss
-    by_pair = grad_loss.repeat_interleave(offsets.diff(), output_size=len(columns)) if grad_loss.dim() else grad_loss
-    pairs = Pairs(offsets, columns, of_pairs * by_pair)
+    pairs, weight = Pairs(offsets, columns, of_pairs.contiguous()), of_others.contiguous()
     # Sums over tiles are made in `dtype`, also for embeddings of half precision.
     of_queries = torch.zeros(queries.shape, dtype=dtype, device=queries.device) if needs_queries else None
     of_documents = torch.zeros(documents.shape, dtype=dtype, device=queries.device) if needs_documents else None
@@ -306,71 +271,61 @@ def _transport_backward(
     )
 
 
-@torch.library.custom_op("gradret::retrieval_transport", mutates_args=())
-def retrieval_transport_op(
+@torch.library.custom_op("gradret::score_pairs", mutates_args=())
+def score_pairs_op(
+    queries: Tensor, documents: Tensor, offsets: Tensor, columns: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _score_pairs(queries, documents, offsets, columns, temperature)
+
+
+@score_pairs_op.register_fake
+def _(
+    queries: Tensor, documents: Tensor, offsets: Tensor, columns: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, dtype = queries.shape[0], result_dtype(queries)
+    of_pairs, others, top = (queries.new_empty(size, dtype=dtype) for size in (columns.shape[0], rows, rows))
+    return of_pairs, others, top, queries.new_empty(rows, dtype=accumulation_dtype(queries.device))
+
+
+@torch.library.custom_op("gradret::score_pairs_backward", mutates_args=())
+def score_pairs_backward_op(
     queries: Tensor,
     documents: Tensor,
     offsets: Tensor,
     columns: Tensor,
-    lists: Sequence[Tensor],
-    mixture: Sequence[float],
-    order: int,
-    temperature: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _transport(queries, documents, offsets, columns, lists, mixture, order, temperature, reduction)
-
-
-@retrieval_transport_op.register_fake
-def _(queries, documents, offsets, columns, lists, mixture, order, temperature, reduction):  # type: ignore[no-untyped-def]
-    new, rows = {"dtype": result_dtype(queries), "device": queries.device}, queries.shape[:1]
-    total = torch.empty(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
-    loss = torch.empty(rows if reduction == "none" else (), **new)
-    return loss, torch.empty(columns.shape, **new), torch.empty(rows, **new), torch.empty(rows, **new), total
-
-
-@torch.library.custom_op("gradret::retrieval_transport_backward", mutates_args=())
-def retrieval_transport_backward_op(
-    queries: Tensor,
-    documents: Tensor,
-    offsets: Tensor,
-    columns: Tensor,
-    of_pairs: Tensor,
-    of_others: Tensor,
     top: Tensor,
     total: Tensor,
-    grad_loss: Tensor,
+    of_pairs: Tensor,
+    of_others: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    saved = (of_pairs, of_others, top, total)
-    found = _transport_backward(queries, documents, offsets, columns, *saved, grad_loss, temperature)
+    where = (queries, documents, offsets, columns)
+    found = _score_pairs_backward(*where, top, total, of_pairs, of_others, temperature)
     return cast(tuple[Tensor, Tensor], found)  # both are made by default
 
 
-@retrieval_transport_backward_op.register_fake
-def _(  # type: ignore[no-untyped-def]
-    queries, documents, offsets, columns, of_pairs, of_others, top, total, grad_loss, temperature
-):
+@score_pairs_backward_op.register_fake
+def _(queries: Tensor, documents: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return queries.new_empty(queries.shape), documents.new_empty(documents.shape)
 
 
-class _RetrievalTransport(torch.autograd.Function):
+class _ScorePairs(torch.autograd.Function):
+    """What _score_pairs gives, but for the last two, under autograd; backward makes each tile of scores again."""
+
     @staticmethod
-    def forward(ctx, queries, documents, prepared, mixture, order, temperature, reduction):  # type: ignore[no-untyped-def]
-        run = retrieval_transport_op if torch.compiler.is_compiling() else _transport
-        lists = [tensor for group in prepared.lists for tensor in group]
-        where = (prepared.offsets, prepared.columns)
-        loss, *saved = run(queries, documents, *where, lists, mixture, order, temperature, reduction)
-        ctx.save_for_backward(queries, documents, *where, *saved)
+    def forward(ctx, queries, documents, offsets, columns, temperature):  # type: ignore[no-untyped-def]
+        run = score_pairs_op if torch.compiler.is_compiling() else _score_pairs
+        of_pairs, others, *folded = run(queries, documents, offsets, columns, temperature)
+        ctx.save_for_backward(queries, documents, offsets, columns, *folded)
         ctx.temperature = temperature
-        return loss
+        return of_pairs, others
 
     @staticmethod
     @first_derivatives_only
-    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+    def backward(ctx, of_pairs, of_others):  # type: ignore[no-untyped-def]
         if torch.compiler.is_compiling():
-            found = retrieval_transport_backward_op(*ctx.saved_tensors, grad_loss, ctx.temperature)
+            found = score_pairs_backward_op(*ctx.saved_tensors, of_pairs, of_others, ctx.temperature)
         else:
-            options = (grad_loss, ctx.temperature, *ctx.needs_input_grad[:2])
-            found = _transport_backward(*ctx.saved_tensors, *options)
-        return *found, *(None,) * 5
+            options = (ctx.temperature, *ctx.needs_input_grad[:2])
+            found = _score_pairs_backward(*ctx.saved_tensors, of_pairs, of_others, *options)
+        return *found, None, None, None

@@ -17,6 +17,11 @@ def check_options(order: int, reduction: str) -> None:
     """Raises: ValueError unless order is 1 or 2 and reduction "mean", "sum" or "none"."""
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
+    check_reduction(reduction)
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises: ValueError unless it is "mean", "sum" or "none"."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
@@ -36,7 +41,7 @@ def transport(
         return transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
     if path == "torch" or (path == "cuda" and dtype == torch.float64):
         loss, gradient = reference.transport(scores, tables, order, temperature, scale)
-        return _reduce(loss, reduction), gradient if needs_gradient else None
+        return reduce_lists(loss, reduction), gradient if needs_gradient else None
     if scores.stride(1) != 1 and columns > 1:
         scores = scores.contiguous()
     in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
@@ -66,10 +71,11 @@ def transport(
     else:
         scratch = torch.empty(compiled.transport_scratch_bytes(lists), dtype=torch.uint8, device=device)
         compiled.transport_cuda(lists, address(scratch), device.index, current_stream(device))
-    return loss if in_kernel else _reduce(loss, reduction), gradient
+    return loss if in_kernel else reduce_lists(loss, reduction), gradient
 
 
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce_lists(loss: Tensor, reduction: str) -> Tensor:
+    """Losses of lists (B,) as their "mean", their "sum", or for "none" as they are."""
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 

@@ -260,14 +260,10 @@ def test_wrong_embeddings():
 def op_samples():
     queries, documents, triples = make_batch(dtype=torch.float32)
     prepared = prepare_pairs(*triples, (7, 23))
-    places = (prepared.offsets, prepared.columns)
-    lists = [tensor for group in prepared.lists for tensor in group]
-    for reduction in ("none", "mean"):
-        arguments = (queries, documents, *places, lists, [0.25, 0.25, 0.5], 2, 0.7, reduction)
-        yield retrieval_loss.retrieval_transport_op, arguments
-        loss, *saved = retrieval_loss.retrieval_transport_op(*arguments)
-        back = (queries, documents, *places, *saved, torch.ones_like(loss), 0.7)
-        yield retrieval_loss.retrieval_transport_backward_op, back
+    where = (queries, documents, prepared.offsets, prepared.columns)
+    yield retrieval_loss.score_pairs_op, (*where, 0.7)
+    of_pairs, others, *folded = retrieval_loss.score_pairs_op(*where, 0.7)
+    yield retrieval_loss.score_pairs_backward_op, (*where, *folded, of_pairs, others, 0.7)
 
 
 def test_opcheck():
@@ -306,7 +302,8 @@ def test_one_query_with_all_documents_costs_no_matrix():
     triples = (many, torch.cat([torch.arange(columns), torch.arange(1, rows)]), torch.randint(0, 4, many.shape))
     prepared = prepare_pairs(*triples, (rows, columns))
     held = prepared.offsets.numel() + prepared.columns.numel()
-    held += sum(tensor.numel() for group in prepared.lists for tensor in group)
+    for *own, grades in prepared.lists:
+        held += sum(tensor.numel() for tensor in (*own, *grades.tables))
     assert held < 100 * (rows + len(many)) < rows * columns
     queries, documents = torch.randn(rows, 8, **F64), torch.randn(columns, 8, **F64)
     triples = (*triples[:2], triples[2].double())
