@@ -18,8 +18,6 @@ _spec = importlib.util.spec_from_file_location("build_kernels", REPOSITORY / "bu
 build_kernels = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build_kernels)
 
-pytestmark = pytest.mark.slow
-
 
 def run(*command, cwd, **environment):
     return subprocess.run(
@@ -34,11 +32,16 @@ def run(*command, cwd, **environment):
 
 
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
+def source(tmp_path_factory) -> Path:
+    """A copy of the checkout: setuptools makes a folder beside setup.py and removes it, while other tests read it."""
+    ignored = shutil.ignore_patterns(".*", "build", "gradret-*", "results")
+    return shutil.copytree(REPOSITORY, tmp_path_factory.mktemp("source") / "gradret", ignore=ignored)
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
     """The sdist, unpacked somewhere else: what it lacks is not found by accident."""
     folder = tmp_path_factory.mktemp("sdist")
-    # Of a copy: setuptools makes a folder beside setup.py and removes it, while other tests read the checkout.
-    source = shutil.copytree(REPOSITORY, folder / "source", ignore=shutil.ignore_patterns(".*", "build", "gradret-*"))
     result = run("-m", "build", "--sdist", "--outdir", folder, source, cwd=folder)
     assert result.returncode == 0, result.stdout
     (archive,) = folder.glob("gradret-*.tar.gz")
@@ -72,10 +75,11 @@ def run_loss_tests(site: Path, *arguments):
     kernels = [str(path) for path in site.glob("gradret/_kernels.*")] or ["None"]
     assert where == [str(site / "gradret" / "__init__.py"), *kernels], printed
     tests = [REPOSITORY / "tests" / "loss" / f"test_{name}.py" for name in ("losses", "kernels", "retrieval_loss")]
-    flags = ["-q", "-rs", "-m", "not slow", "-p", "no:cacheprovider", "--rootdir", REPOSITORY / "tests", *arguments]
+    flags = ["-q", "-rs", "-p", "no:cacheprovider", "--rootdir", REPOSITORY / "tests", *arguments]
     return run("-m", "pytest", *tests, *flags, cwd=site.parent, PYTHONPATH=str(site))
 
 
+@pytest.mark.nightly
 def test_sdist_and_wheel_pass_the_loss_tests(sdist, tmp_path):
     site, _ = install_wheel(sdist, tmp_path, GRADRET_CUDA="0")
     assert list(site.glob("gradret/_kernels.*"))
@@ -85,6 +89,7 @@ def test_sdist_and_wheel_pass_the_loss_tests(sdist, tmp_path):
     assert [line for line in skipped if "this processor has no" not in line] == []
 
 
+@pytest.mark.nightly
 def test_without_a_compiler_the_losses_run_in_pytorch(sdist, tmp_path):
     site, output = install_wheel(sdist, tmp_path, CXX="no-such-compiler")
     lines = [line for line in output.splitlines() if line.strip().startswith("gradret: ")]
@@ -95,18 +100,18 @@ def test_without_a_compiler_the_losses_run_in_pytorch(sdist, tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-def test_cuda_as_a_must_fails_without_nvcc(sdist, tmp_path):
+def test_cuda_as_a_must_fails_without_nvcc(source):
     code = (
         "import runpy, sys, build_kernels; build_kernels.find_nvcc = lambda: None\n"
         "sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
     )
-    result = run("-c", code, cwd=sdist, GRADRET_CUDA="1")
+    result = run("-c", code, cwd=source, GRADRET_CUDA="1")
     assert result.returncode != 0
     assert "GRADRET_CUDA=1, but nvcc is not found" in result.stdout.splitlines()[-1]
 
 
-def test_cuda_says_auto_1_or_0(sdist):
-    result = run("setup.py", "-q", "build_ext", cwd=sdist, GRADRET_CUDA="yes")
+def test_cuda_says_auto_1_or_0(source):
+    result = run("setup.py", "-q", "build_ext", cwd=source, GRADRET_CUDA="yes")
     assert result.returncode != 0
     assert "GRADRET_CUDA must be auto, 0 or 1, got 'yes'" in result.stdout
 
@@ -143,10 +148,10 @@ def test_arm64_compiles(tmp_path):
         build_kernels.run([compiler, *build_kernels.CPU_FLAGS.split(), *defines, "-c", str(source), "-o", "/dev/null"])
 
 
-def test_a_failed_build_in_place_leaves_no_older_module(sdist):
-    stale = sdist / "gradret" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+def test_a_failed_build_in_place_leaves_no_older_module(source):
+    stale = source / "gradret" / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
     stale.write_bytes(b"of other sources")
-    result = run("setup.py", "-q", "build_ext", "--inplace", cwd=sdist, CXX="no-such-compiler")
+    result = run("setup.py", "-q", "build_ext", "--inplace", cwd=source, CXX="no-such-compiler")
     assert result.returncode == 0, result.stdout
     assert "no C++ compiler is found; the losses will run in PyTorch" in result.stdout
     assert not stale.exists()

@@ -8,7 +8,7 @@ mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -67,10 +67,9 @@ def wasserstein_loss(
     """
     check_options(order, reduction)
     _check_scores(scores, grades.shape, temperature)
-    weights = name = None
     if not isinstance(grades, PreparedGrades):
-        mask, weights, name = check_grades(grades, targets, mask)
-        grades, weights, name = place_targets(grades, mask, weights, name, ground)
+        check_grades(grades, targets, mask)
+        grades, targets = place_targets(grades, targets, mask, ground)
     elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
         raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
     if grades.device != scores.device:
@@ -78,7 +77,7 @@ def wasserstein_loss(
     if not torch.is_grad_enabled():
         scores = scores.detach()  # then no gradient is computed
     options = (int(order), float(temperature), reduction)
-    loss: Tensor = Transport.apply(scores, grades, mask, weights, name, *options)  # type: ignore[no-untyped-call]
+    loss: Tensor = Transport.apply(scores, grades, targets, mask, *options)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -255,9 +254,11 @@ def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None
     check_temperature(temperature)
 
 
-def _check_list(scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+def _check_list(
+    scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None, targets: str | Tensor = "gain"
+) -> Tensor:
     _check_scores(scores, grades.shape, temperature)
-    check_grades(grades, "gain", mask)
+    check_grades(grades, targets, mask)
     return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
 
 
@@ -265,9 +266,7 @@ def _target_weights(
     scores: Tensor, grades: Tensor, targets: str | Tensor, temperature: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Unnormalised target mass (B, N), 0 where masked, and the mask."""
-    mask = _check_list(scores, grades, temperature, mask)
-    _, weights, name = check_grades(grades, targets, mask)
+    mask = _check_list(scores, grades, temperature, mask, targets)
     dtype = result_dtype(scores)
-    if weights is None:
-        weights = weigh_grades(grades, mask, cast(str, name), dtype)
+    weights = weigh_grades(grades, mask, targets, dtype) if isinstance(targets, str) else targets
     return weights.to(dtype).masked_fill(~mask, 0), mask

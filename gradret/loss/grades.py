@@ -6,7 +6,6 @@ A list of at most 32 distinct grades needs no sort: each document names its leve
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +18,8 @@ MAX_LEVELS = 32
 ABSENT = 255
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of scores
 _GRADE_CODES = {torch.float32: 0, torch.float64: 1, torch.int64: 2}
-_TARGET_CODES = {"gain": 0, "softmax": 1, None: 2}
+_TARGET_CODES = {"gain": 0, "softmax": 1}
+_WEIGHTS = 2
 
 
 class Tables(NamedTuple):
@@ -82,19 +82,14 @@ def prepare_grades(
         float32.
     Raises: ValueError when shapes differ, or targets or ground are unknown.
     """
-    mask, weights, name = check_grades(grades, targets, mask)
-    grades, weights, name = place_targets(grades, mask, weights, name, ground)
-    if backend(grades.device) != "cpu":
-        tables = _find_levels(grades, mask, weights, name)
-        if tables is not None:
-            return PreparedGrades(tables)
-    return PreparedGrades(make_tables(grades, mask, weights, name))
+    check_grades(grades, targets, mask)
+    grades, targets = place_targets(grades, targets, mask, ground)
+    tables = None if backend(grades.device) == "cpu" else _find_levels(grades, targets, mask)
+    return PreparedGrades(tables or make_tables(grades, targets, mask))
 
 
-def check_grades(
-    grades: Tensor, targets: str | Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, str | None]:
-    """The mask, the weights if targets are weights, else their name. Raises: ValueError."""
+def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> None:
+    """Raises: ValueError unless they fit each other."""
     if grades.dim() != 2 or grades.is_complex():
         raise ValueError(f"grades must be (B, N) and real, got {grades.dtype} {tuple(grades.shape)}")
     for other, what in ((mask, "mask"), (targets, "targets")):
@@ -102,31 +97,29 @@ def check_grades(
             raise ValueError(f"{what} must be on the grades' device, {grades.device}; got {other.device}")
     if mask is not None and (mask.shape != grades.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(grades.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+    check_targets(targets, grades.shape)
+
+
+def check_targets(targets: str | Tensor, shape: torch.Size) -> None:
+    """Raises: ValueError unless they are one of TARGETS, or weights of that shape."""
     if isinstance(targets, Tensor):
-        if targets.shape != grades.shape:
-            raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
-        return mask, targets, None
-    check_targets(targets)
-    return mask, None, targets
-
-
-def check_targets(targets: str) -> None:
-    """Raises: ValueError unless it is one of TARGETS."""
-    if targets not in TARGETS:
+        if targets.shape != shape:
+            raise ValueError(f"targets must be {tuple(shape)}, got {tuple(targets.shape)}")
+    elif targets not in TARGETS:
         raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r}")
 
 
 def place_targets(
-    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, ground: str
-) -> tuple[Tensor, Tensor | None, str | None]:
-    """Places on the axis that mass moves along, and targets as make_tables takes them, from what check_grades gave.
+    grades: Tensor, targets: str | Tensor, mask: Tensor | None, ground: str
+) -> tuple[Tensor, str | Tensor]:
+    """Places on the axis that mass moves along, and targets as make_tables takes them.
 
     Kernels know an axis of grades and the targets that stand in _TARGET_CODES: all others become weights here.
     Raises: ValueError when the ground distance is unknown.
     """
-    if targets is not None and (targets not in _TARGET_CODES or ground != "grade"):
-        weights, targets = weigh_grades(grades, mask, targets, table_dtype(grades.device)), None
-    return place_grades(grades, ground), weights, targets
+    if isinstance(targets, str) and (targets not in _TARGET_CODES or ground != "grade"):
+        targets = weigh_grades(grades, mask, targets, table_dtype(grades.device))
+    return place_grades(grades, ground), targets
 
 
 def place_grades(grades: Tensor, ground: str) -> Tensor:
@@ -180,17 +173,11 @@ def normalize_mass(mass: Tensor) -> Tensor:
     return mass / torch.where(total != 0, total, 1)  # NaN shows
 
 
-def make_tables(
-    grades: Tensor,
-    mask: Tensor | None,
-    weights: Tensor | None,
-    targets: str | None,
-    dtype: torch.dtype | None = None,
-) -> Tables:
+def make_tables(grades: Tensor, targets: str | Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tables:
     """Levels where that needs no look at the device's data, else the sorted form; values and mass in `dtype`."""
     if backend(grades.device) == "cpu":
-        return _make_tables_compiled(grades, mask, weights, targets)
-    return _sort_grades(grades, mask, weights, targets, dtype or table_dtype(grades.device))
+        return _make_tables_compiled(grades, targets, mask)
+    return _sort_grades(grades, targets, mask, dtype or table_dtype(grades.device))
 
 
 def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
@@ -206,13 +193,14 @@ def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
     return (torch.exp2(values - top.clamp_min(0)) * -torch.expm1(-math.log(2) * values)).clamp_min(0)
 
 
-def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables:
+def _make_tables_compiled(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> Tables:
     rows, columns = grades.shape
     if grades.dtype not in _GRADE_CODES:
         grades = grades.to(torch.float32 if grades.is_floating_point() else torch.int64)
     grades = grades.detach().contiguous()
     mask = None if mask is None else mask.contiguous()
-    weights = None if weights is None else weights.detach().to(torch.float64).contiguous()
+    weights = targets.detach().to(torch.float64).contiguous() if isinstance(targets, Tensor) else None
+    code = _TARGET_CODES[targets] if isinstance(targets, str) else _WEIGHTS
     here = grades.device  # not the default one, which may be a GPU
 
     def fill(prepare: Callable[[Any, int], bool | None], index_dtype: torch.dtype, width: int) -> Tables | None:
@@ -224,7 +212,7 @@ def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor |
             _GRADE_CODES[grades.dtype],
             address(mask),
             address(weights),
-            _TARGET_CODES[targets],
+            code,
             rows,
             columns,
             *map(address, tables),
@@ -235,17 +223,24 @@ def _make_tables_compiled(grades: Tensor, mask: Tensor | None, weights: Tensor |
     return levels or cast(Tables, fill(compiled.prepare_sorted, torch.int32, columns))
 
 
-def _sort_grades(
-    grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None, dtype: torch.dtype
-) -> Tables:
+def _sort_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tables:
     device, (rows, columns) = grades.device, grades.shape
     real = grades.detach().to(dtype)
     if backend(device) == "cuda" and dtype == torch.float32 and columns <= compiled.MAX_SORT_COLUMNS:
         real, mask_bytes = real.contiguous(), None if mask is None else mask.contiguous()
         index = torch.empty((rows, columns), dtype=torch.int32, device=device)
         values, counts = torch.empty_like(real), torch.empty(rows, dtype=torch.int32, device=device)
-        arguments = map(address, (real, mask_bytes)), (rows, columns), map(address, (index, values, counts))
-        compiled.sort_grades(*chain(*arguments), device.index, current_stream(device))
+        compiled.sort_grades(
+            address(real),
+            address(mask_bytes),
+            rows,
+            columns,
+            address(index),
+            address(values),
+            address(counts),
+            device.index,
+            current_stream(device),
+        )
     else:
         real = real if mask is None else real.masked_fill(~mask, 0)
         index = real.argsort(dim=-1, stable=True)
@@ -257,14 +252,14 @@ def _sort_grades(
         last = (counts.long() - 1).clamp_min(0)[:, None]  # absent documents repeat the highest grade
         values = real.gather(-1, index.gather(-1, torch.arange(columns, device=device).minimum(last)))
     present = torch.arange(columns, device=device) < counts[:, None]
-    if weights is None:
-        mass = target_weights(values, cast(str, targets), values[:, -1:])
+    if isinstance(targets, str):
+        mass = target_weights(values, targets, values[:, -1:])
     else:
-        mass = weights.detach().to(dtype).gather(-1, index.long())
+        mass = targets.detach().to(dtype).gather(-1, index.long())
     return Tables(index.int(), values, normalize_mass(mass.masked_fill(~present, 0)), counts)
 
 
-def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, targets: str | None) -> Tables | None:
+def _find_levels(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> Tables | None:
     """The level form with one table of grades for all lists, or None when the batch has more than 32 grades."""
     device, (rows, _) = grades.device, grades.shape
     real = grades.detach().to(table_dtype(device))
@@ -274,12 +269,12 @@ def _find_levels(grades: Tensor, mask: Tensor | None, weights: Tensor | None, ta
     levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
     levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
     mass = torch.zeros((rows, len(distinct) + 1), dtype=accumulation_dtype(device), device=device)
-    mass = mass.scatter_add(-1, levels, (torch.ones_like(real) if weights is None else weights).to(mass))
+    mass = mass.scatter_add(-1, levels, (targets if isinstance(targets, Tensor) else torch.ones_like(real)).to(mass))
     mass = mass[:, :-1]
-    if weights is None:
+    if isinstance(targets, str):
         # The list's own highest grade: relative to the batch's a gain could underflow.
         top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
-        weight = target_weights(distinct, cast(str, targets), torch.where(top.isfinite(), top, 0))
+        weight = target_weights(distinct, targets, torch.where(top.isfinite(), top, 0))
         mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
     values = distinct.expand(rows, -1).contiguous()

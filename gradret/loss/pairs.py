@@ -12,7 +12,7 @@ from gradret.loss.grades import (
     check_targets,
     normalize_mass,
     prepare_grades,
-    target_weights,
+    weigh_grades,
 )
 from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
 
@@ -92,10 +92,7 @@ def prepare_pairs(
             "rows, columns and grades must be three vectors of one length; "
             f"got {tuple(rows.shape)}, {tuple(columns.shape)} and {tuple(grades.shape)}"
         )
-    if isinstance(targets, Tensor) and targets.shape != grades.shape:
-        raise ValueError(f"targets must be {tuple(grades.shape)}, got {tuple(targets.shape)}")
-    if not isinstance(targets, Tensor):
-        check_targets(targets)
+    check_targets(targets, grades.shape)
     for name, index, limit in (("row", rows, count), ("column", columns, documents)):
         if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
             raise ValueError(f"{name}s must be integer, got {index.dtype}")
@@ -150,8 +147,7 @@ def _make_lists(
         weights = torch.zeros_like(short)
         weights.view(-1)[slots] = targets[members]
     else:
-        top = short.masked_fill(~present, -torch.inf).amax(-1, keepdim=True)
-        weights = target_weights(short, targets, torch.where(top == -torch.inf, 0, top))
+        weights = weigh_grades(short, present, targets, torch.float64)
         weights[:, -1] *= others
     weights = weights.masked_fill(~present, 0)
     prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)

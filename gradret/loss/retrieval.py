@@ -20,7 +20,7 @@ from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEF
 
 TILE_ROWS = 2048
 TILE_ELEMENTS = 1 << 20  # of a tile of scores: 4 MiB in float32
-FUSED = ("wasserstein", "kl", "contrast")  # the losses that see other documents through their log-sum-exp alone
+FUSED = {"wasserstein", "kl", "contrast"}  # the losses that see other documents through their log-sum-exp alone
 
 
 def wasserstein_retrieval_loss(
@@ -66,7 +66,7 @@ def wasserstein_retrieval_loss(
     check_options(order, reduction)
     check_temperature(temperature)
     weights = parse_loss(loss)
-    if not weights.keys() <= set(FUSED):
+    if not weights.keys() <= FUSED:
         raise ValueError(f"loss '{loss}': only wasserstein, kl and contrast are computed from embeddings")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
@@ -87,14 +87,13 @@ def wasserstein_retrieval_loss(
     )
     each = others  # of no lists, as the loss
     if grades.lists:
-        options = {"order": int(order), "temperature": float(temperature)}
-        values = [_compute_lists(group, of_pairs, others, weights, **options) for group in grades.lists]
+        values = [_compute_lists(group, of_pairs, others, weights, order, temperature) for group in grades.lists]
         each = torch.zeros_like(others).index_copy(0, torch.cat([g.rows for g in grades.lists]), torch.cat(values))
     return reduce_lists(each, reduction)
 
 
 def _compute_lists(
-    group: ShortLists, of_pairs: Tensor, others: Tensor, weights: dict[str, float], *, order: int, temperature: float
+    group: ShortLists, of_pairs: Tensor, others: Tensor, weights: dict[str, float], order: int, temperature: float
 ) -> Tensor:
     """The losses (R,) of short lists, from the scores of all pairs (M,) and of all rows' other documents (B,)."""
     rows, width = group.targets.shape
@@ -249,6 +248,7 @@ def _score_pairs_backward(
     of_pairs: Tensor,
     of_others: Tensor,
     temperature: float,
+    *,
     needs_queries: bool = True,
     needs_documents: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -323,9 +323,9 @@ class _ScorePairs(torch.autograd.Function):
     @staticmethod
     @first_derivatives_only
     def backward(ctx, of_pairs, of_others):  # type: ignore[no-untyped-def]
+        arguments = (*ctx.saved_tensors, of_pairs, of_others, ctx.temperature)
         if torch.compiler.is_compiling():
-            found = score_pairs_backward_op(*ctx.saved_tensors, of_pairs, of_others, ctx.temperature)
-        else:
-            options = (ctx.temperature, *ctx.needs_input_grad[:2])
-            found = _score_pairs_backward(*ctx.saved_tensors, of_pairs, of_others, *options)
+            return *score_pairs_backward_op(*arguments), None, None, None
+        queries, documents = ctx.needs_input_grad[:2]
+        found = _score_pairs_backward(*arguments, needs_queries=queries, needs_documents=documents)
         return *found, None, None, None

@@ -1,6 +1,7 @@
 """The list-wise transport operator: dispatch to a kernel, autograd, and its registration for torch.compile."""
 
 import functools
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def transport_grades_op(
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
+    tables = make_tables(grades, targets or cast(Tensor, weights), mask, _tables_dtype(scores))
     return transport(scores, tables, order, temperature, reduction, True)
 
 
@@ -162,20 +163,17 @@ class Transport(torch.autograd.Function):
     """transport() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
 
     @staticmethod
-    def forward(ctx, scores, grades, mask, weights, targets, order, temperature, reduction):
-        if torch.compiler.is_compiling():
-            if isinstance(grades, PreparedGrades):
-                loss, gradient = transport_op(scores, *grades.tables, order, temperature, reduction)
-            else:
-                loss, gradient = transport_grades_op(
-                    scores, grades, mask, weights, targets, order, temperature, reduction
-                )
+    def forward(ctx, scores, grades, targets, mask, order, temperature, reduction):
+        options = (order, temperature, reduction)
+        prepared = isinstance(grades, PreparedGrades)
+        if torch.compiler.is_compiling() and prepared:
+            loss, gradient = transport_op(scores, *grades.tables, *options)
+        elif torch.compiler.is_compiling():
+            kinds = (targets, None) if isinstance(targets, Tensor) else (None, targets)
+            loss, gradient = transport_grades_op(scores, grades, mask, *kinds, *options)
         else:
-            if isinstance(grades, PreparedGrades):
-                tables = grades.tables
-            else:
-                tables = make_tables(grades, mask, weights, targets, _tables_dtype(scores))
-            loss, gradient = transport(scores, tables, order, temperature, reduction, ctx.needs_input_grad[0])
+            tables = grades.tables if prepared else make_tables(grades, targets, mask, _tables_dtype(scores))
+            loss, gradient = transport(scores, tables, *options, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.dtype = scores.dtype
         return loss
@@ -189,4 +187,4 @@ class Transport(torch.autograd.Function):
         known = not torch.compiler.is_compiling() and grad_loss.dim() == 0 and grad_loss.device.type == "cpu"
         if not known or grad_loss.item() != 1:
             gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)
-        return gradient.to(ctx.dtype), *(None,) * 7
+        return gradient.to(ctx.dtype), *(None,) * 6

@@ -68,7 +68,7 @@ class Objective:
     @property
     def is_fused(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        if self.floor is None or not self._losses <= FUSED.keys():
+        if self.floor is None or not self._losses <= FUSED:
             return False
         others_weigh = self.settings.targets == "softmax" or self.floor > 0  # other lists' documents have target mass
         return self._losses == {"wasserstein"} or not others_weigh

@@ -235,6 +235,12 @@ LEVEL_SHAPES = [(5, 1), (6, 7), (5, 64), (3, 131), (3, 512), (3, 513), (2, 1100)
 SORTED_SHAPES = [(5, 1), (6, 7), (3, 131), (2, 1030), (1, 5000), (1, 9001)]
 
 
+def pair_with_orders(shapes):
+    """Both orders for lists that are soon done, one in turn for the long ones."""
+    both = [(*shape, order) for shape in shapes for order in (1, 2) if shape[1] < 2000]
+    return both + [(*shape, number % 2 + 1) for number, shape in enumerate(s for s in shapes if s[1] >= 2000)]
+
+
 def sorted_form(library, grades, mass, present):
     """index, values, mass, counts of csrc/kernels.h, the order by the kernel where it takes the list."""
     rows, columns = grades.shape
@@ -253,8 +259,7 @@ def sorted_form(library, grades, mass, present):
     return index, values, table, counts
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("rows, columns", LEVEL_SHAPES)
+@pytest.mark.parametrize("rows, columns, order", pair_with_orders(LEVEL_SHAPES))
 def test_level_form_agrees_with_the_reference(library, rows, columns, order):
     for number, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16]):
         if columns > 10000 and number != columns % 3:
@@ -266,8 +271,7 @@ def test_level_form_agrees_with_the_reference(library, rows, columns, order):
             check(*problem, order, 0.7, loss, gradient, scale=0.25)
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("rows, columns", SORTED_SHAPES)
+@pytest.mark.parametrize("rows, columns, order", pair_with_orders(SORTED_SHAPES))
 def test_sorted_form_agrees_with_the_reference(library, rows, columns, order):
     for number, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16]):
         if columns > 4000 and number != columns % 3:
@@ -500,6 +504,7 @@ def test_barriers_are_found():
     assert files == {"block.cuh", "levels.cuh", "sorted.cuh", "tiles.cuh"}
 
 
+@pytest.mark.nightly  # a test of the test above
 @pytest.mark.parametrize("barrier", BARRIERS)
 def test_every_barrier_is_needed(races, barrier):
     """The sanitizer must notice the lack of any one; else it would not notice a forgotten one either."""
@@ -517,7 +522,7 @@ NO_NVCC = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not i
 
 
 @NO_NVCC
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", [80, 90, "newest"])
 def test_kernels_compile_without_spills(tmp_path, architecture):
     architecture = newest_architecture() if architecture == "newest" else architecture

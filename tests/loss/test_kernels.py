@@ -14,7 +14,6 @@ from gradret.loss import kernels, reference
 from gradret.loss import transport as ops
 
 F64 = {"dtype": torch.float64}
-HALVES = [torch.bfloat16, torch.float16]
 needs_cpu_kernel = pytest.mark.skipif(kernels.compiled is None, reason=f"no compiled kernels: {kernels.missing}")
 
 
@@ -88,9 +87,8 @@ def make_lists(rows, columns, kind, seed=0):
     return scores, grades, mask
 
 
-@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", ["few", "seven", "many", "real"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, 2), (torch.bfloat16, 1)])
 def test_every_instruction_set(instruction_set, dtype, kind, order):
     for rows, columns in [(3, 1), (3, 15), (3, 17), (3, 300), (2, 4500)]:
         scores, grades, mask = make_lists(rows, columns, kind, seed=11)
@@ -111,7 +109,7 @@ def test_every_instruction_set(instruction_set, dtype, kind, order):
     assert gradient[1].isnan().any() and not gradient[0].isnan().any()
 
 
-SHAPES = [(5, 1), (3, 2), (4, 15), (4, 16), (4, 17), (3, 33), (2, 255), (2, 257), (2, 1000), (1, 4096), (1, 4099)]
+SHAPES = [(5, 1), (3, 2), (4, 15), (4, 17), (2, 257), (1, 4099)]
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
@@ -134,9 +132,10 @@ def relative_errors(found, slope_found, expected, slope):
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("kind", ["few", "many", "real"])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("dtype", "order"), [(torch.float32, 1), (torch.float32, 2), (torch.bfloat16, 1), (torch.float16, 2)]
+)
 def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(dtype, kind, order, device):
     for rows, columns in [(8, 40), (4, 333), (2, 2048)]:
         scores, grades, mask = make_lists(rows, columns, kind, seed=1)
@@ -155,12 +154,11 @@ def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(dtype, kind, orde
         assert (ours[1] <= theirs[1].max() + rounding).all()
 
 
-@pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("columns", [1, 2, 31, 16384, 16385, 100_003])
+@pytest.mark.parametrize(("columns", "order"), [(1, 1), (2, 2), (31, 1), (16384, 2), (16385, 1), (100_003, 2)])
 @pytest.mark.parametrize("kind", ["few", "real"])
 def test_any_length(columns, kind, order):
     scores, grades, mask = make_lists(2, columns, kind, seed=2)
-    tables = grades_module.make_tables(grades, mask, None, "gain")
+    tables = grades_module.make_tables(grades, "gain", mask)
     expected, slope = reference.transport(scores, tables, order, 0.5)
     loss, gradient = loss_and_gradient(scores.float(), grades, mask, order, 0.5)
     # exact in float64, so what is left is the rounding of the scores themselves
@@ -178,7 +176,7 @@ def test_the_level_form_equals_the_sorted_form(dtype, order):
     assert levels.index.dtype == torch.uint8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "compiled", None)
-        ordered = grades_module.make_tables(grades, mask, None, "gain")
+        ordered = grades_module.make_tables(grades, "gain", mask)
     assert ordered.index.dtype == torch.int32
     by_level = ops.transport(scores.to(dtype), levels, order, 0.5, "none", True)
     by_order = ops.transport(scores.to(dtype), ordered, order, 0.5, "none", True)
@@ -188,7 +186,7 @@ def test_the_level_form_equals_the_sorted_form(dtype, order):
 
 
 @needs_cpu_kernel
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_kernel_and_pytorch_agree_on_anything(data):
     columns, rows = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
@@ -362,22 +360,20 @@ def test_opcheck(device):
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", [1, 2])
-def test_compiled_whole(order):
+def test_compiled_whole():
     scores, grades, mask = make_lists(3, 20, "few", seed=10)
     prepared = prepare_grades(grades, mask=mask)
 
     def raw(s):
-        return wasserstein_loss(2 * s, grades, order=order, mask=mask).square()
+        return wasserstein_loss(2 * s, grades, order=2, mask=mask).square()
 
     def ready(s):
-        return wasserstein_loss(2 * s, prepared, order=order, reduction="none").sum()
+        return wasserstein_loss(2 * s, prepared, order=1, reduction="none").sum()
 
     for function in (raw, ready):
         s = scores.clone().requires_grad_()
         expected = torch.autograd.grad(function(s), s)[0]
-        found = torch.compile(function, fullgraph=True)(s)
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(s)
         torch.testing.assert_close(found, function(s))
         torch.testing.assert_close(torch.autograd.grad(found, s)[0], expected)
 
@@ -468,7 +464,7 @@ def test_a_loss_scale_reaches_float16_gradients_before_they_are_rounded(temperat
 
 
 @pytest.mark.parametrize("scores", [[math.nan, 1, 2], [math.inf, 1, 2]])
-@pytest.mark.parametrize("grades", [[2, 1, 0], [1, 1, 1], [2.5, 0.3, 0]])
+@pytest.mark.parametrize("grades", [[2, 1, 0], [1, 1, 1]])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_scores_that_are_no_number_show(scores, grades, compiled, monkeypatch):
     if not compiled:

@@ -156,13 +156,12 @@ def pot_loss(scores, grades, mask, order, temperature, targets):
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
-@pytest.mark.parametrize("targets", ["gain", "softmax"])
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("kind", ["whole", "real", "few"])
+@pytest.mark.parametrize(("kind", "targets"), [("whole", "gain"), ("real", "softmax"), ("few", "gain")])
 def test_loss_and_gradient_equal_pot(order, targets, kind):
     torch.manual_seed(2)
     compared = 0
-    for _ in range(100):
+    for _ in range(40):
         n = int(torch.randint(1, 40, ()))
         scores = (3 * torch.randn(3, n, **F64)).requires_grad_()
         if kind == "real":
@@ -180,7 +179,7 @@ def test_loss_and_gradient_equal_pot(order, targets, kind):
         ours, theirs = (torch.autograd.grad(v, scores)[0] for v in (value, expected))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
         compared += 1
-    assert compared > 90
+    assert compared > 35
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -219,7 +218,7 @@ def test_half_types_are_computed_in_float32(dtype):
     torch.testing.assert_close(value, wasserstein_loss(scores.float(), grades))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_bounds(data):
     """0 <= W1 <= range, and W1^2 <= W2^2 <= range * W1 (Jensen; no mass moves further than the range)."""
@@ -446,8 +445,7 @@ def test_float32_gradients_hold_where_the_potential_changes_sign():
 # Devices: what a GPU is needed for to fail there fails here where tensors are made on another device by default.
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("grades", [[3.0, 2.0, 1.0, 0.0], [0.3, 2.2, 1.7, 0.9]])
+@pytest.mark.parametrize(("grades", "masked"), [([3.0, 2.0, 1.0, 0.0], False), ([0.3, 2.2, 1.7, 0.9], True)])
 @pytest.mark.parametrize("name", CALLS)
 def test_every_tensor_is_made_where_the_scores_are(name, grades, masked):
     scores, grades = torch.randn(3, 4).requires_grad_(), torch.tensor([grades] * 3)
