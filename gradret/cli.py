@@ -4,10 +4,10 @@ import json
 import re
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import fields
 from pathlib import Path
 
 import click
-from click.shell_completion import CompletionItem
 
 from gradret.console import (
     GradretError,
@@ -24,30 +24,37 @@ from gradret.console import (
 from gradret.data.export import FORMS
 from gradret.files import check_writable, open_folder, read_object, write_json
 from gradret.generate.queries import parse_shard
+from gradret.options import (
+    Command,
+    Parsed,
+    collect_settings,
+    make_settings,
+    option,
+    options,
+    set_option,
+    setting_options,
+)
 from gradret.settings import (
-    AUTO,
+    DATA,
     DEFAULT_LOSS,
     DEFAULT_MEASURES,
-    GROUNDS,
-    LOSSES,
-    POOLINGS,
+    ENCODER,
+    ENGINE,
+    FIRST,
+    MEMORY,
     PRECISIONS,
-    SCHEDULES,
-    SIMILARITIES,
-    TARGETS,
-    WEIGHTS,
+    QUERIES,
+    WRITTEN,
     FitSettings,
     GenSettings,
     find_takers,
-    parse_loss,
-    spell_loss,
+    spell_option,
+    takes_setting,
 )
 
-DEFAULTS = FitSettings()
 POSITIVE = click.IntRange(min=1)
-ABOVE_ZERO = click.FloatRange(min=0, min_open=True)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
-QUIET = click.option(
+JSON = option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+QUIET = option(
     "--quiet",
     "-q",
     is_flag=True,
@@ -55,252 +62,76 @@ QUIET = click.option(
     callback=lambda ctx, param, given: be_quiet(given),
     help="Only results and errors: no progress, no notes.",
 )
-DEVICE = click.option("--device", help="cuda, cuda:1, mps or cpu; by default the first of them that is there.")
-MEASURES = click.option(
-    "--measures",
-    default=",".join(DEFAULT_MEASURES),
-    show_default=True,
-    help="ir_measures names, separated by commas.",
-)
+DEVICE = option("--device", group=MEMORY, help="cuda, cuda:1, mps or cpu; by default the first of them that is there.")
+MEASURES = option("--measures", default=",".join(DEFAULT_MEASURES), help="ir_measures names, separated by commas.")
 
-
-class ChunkType(click.ParamType):
-    """Passages at once, or auto."""
-
-    name = f"passages|{AUTO}"
-
-    def convert(self, value, param, ctx):
-        if value == AUTO or isinstance(value, int):
-            return value
-        if not value.isdecimal() or int(value) < 1:
-            self.fail(f"'{value}' is neither a whole number above 0 nor {AUTO}", param, ctx)
-        return int(value)
-
-
-class NamesType(click.ParamType):
-    """Names separated by commas, as a tuple."""
-
-    name = "names"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        names = tuple(filter(None, map(str.strip, value.split(","))))
-        if not names:
-            self.fail(f"'{value}' holds no name", param, ctx)
-        return names
-
-
-class LossType(click.ParamType):
-    """The name of a loss, or names with weights; in one spelling."""
-
-    name = "loss"
-
-    def convert(self, value, param, ctx):
-        try:
-            return spell_loss(parse_loss(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-    def shell_complete(self, ctx, param, incomplete):
-        return [CompletionItem(name) for name in LOSSES if name.startswith(incomplete)]
-
-
-def options(*decorators):
-    """Several option decorators as one, in the order they are shown."""
-
-    def decorate(function):
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return decorate
-
-
-def option(name: str, **kwargs):
-    """An option of FitSettings: its default, shown."""
-    field = name.split("/")[0].lstrip("-").replace("-", "_")
-    return click.option(name, default=getattr(DEFAULTS, field), show_default=True, **kwargs)
-
-
-ENCODER_OPTIONS = options(
-    option(
-        "--model",
-        metavar="ENCODER",
-        help="Directory or hub repository of a transformers or sentence-transformers encoder.",
-    ),
-    option("--layers", type=POSITIVE, help="Keep the encoder's first layers alone, so many: weaker, and faster."),
-    option("--pooling", type=click.Choice(POOLINGS), help="Instead of the encoder's own."),
-    option("--normalize/--no-normalize", help="Whether embeddings have length 1; by default as the encoder says."),
-    option("--similarity", type=click.Choice(SIMILARITIES), help="Instead of the encoder's own."),
-    option("--query-prefix", help="Put before every query."),
-    option("--document-prefix", help="Put before every document."),
-    option("--query-max-length", type=POSITIVE, help="Tokens of a query that are read."),
-    option("--document-max-length", type=POSITIVE, help="Tokens of a document that are read."),
-    option("--trust-remote-code", is_flag=True, help="Run model code that the repository brings along."),
-)
-BUDGET_OPTIONS = options(
-    option("--order", type=click.IntRange(1, 2), help="The p of wasserstein's W_p^p."),
-    option("--temperature", type=ABOVE_ZERO, help="Scores are divided by it before the softmax."),
-    option(
-        "--targets",
-        type=click.Choice(TARGETS),
-        help="How much relevance belongs to a grade: 2^grade - 1, exp(grade) or the grade's root.",
-    ),
-    option(
-        "--ground",
-        type=click.Choice(GROUNDS),
-        help="How far wasserstein's mass is moved between two grades: their difference, that of 2^grade or of roots.",
-    ),
-    option("--in-batch/--no-in-batch", help="Whether the other lists' passages join each list."),
-    option("--in-batch-grade", type=float, help="Their grade. [default: the scale's lowest, 0 or below]"),
-    option("--epochs", type=ABOVE_ZERO, help="Passes over the lists."),
-    option("--max-steps", type=POSITIVE, help="End sooner."),
-    option("--batch-lists", type=POSITIVE, help="Lists whose passages share a batch."),
-    option("--accumulate", type=POSITIVE, help="Batches an optimizer step."),
-    option("--learning-rate", type=ABOVE_ZERO, help="Its peak, of AdamW."),
-    option("--weight-decay", type=click.FloatRange(min=0), help="Of matrices; biases and norms have none."),
-    option("--warmup", type=click.FloatRange(0, 1), help="Share of the steps in which the learning rate rises."),
-    option("--schedule", type=click.Choice(SCHEDULES), help="How it falls after that."),
-    option("--clip", type=click.FloatRange(min=0), help="Highest gradient norm; 0 for no limit."),
-    option(
-        "--interpolate",
-        type=click.FloatRange(0, 1, min_open=True),
-        help="Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
-    ),
-    option("--precision", type=click.Choice(PRECISIONS), help="auto is bfloat16 where the device computes in it."),
-    option(
-        "--chunk",
-        type=ChunkType(),
-        metavar=f"PASSAGES|{AUTO}",
-        help="Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
-    ),
-    option(
-        "--mine",
-        metavar="k=K,grade=G[,...]",
-        help="Add K mined passages a list at grade G; also from=SOURCE, by=encoder|bm25, skip=S, every=EPOCHS.",
-    ),
-    option("--lora", type=click.IntRange(min=0), help="Train adapters of this rank instead of the weights."),
-    option("--lora-alpha", type=ABOVE_ZERO, help="Their scale, times the rank."),
-    option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), help="Dropout before them."),
-    option("--lora-targets", type=NamesType(), metavar="NAME,...", help="Linear layers that get them. [default: all]"),
-    option("--weights", type=click.Choice(WEIGHTS), help="Type of the weights that --lora leaves as they are."),
-    option("--gradient-checkpointing", is_flag=True, help="Less memory: activations are computed again in backward."),
-)
-
-
-def make_settings(given: dict) -> FitSettings:
-    """FitSettings from options. Raises: click.UsageError."""
-    try:
-        return FitSettings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-
-
-GEN_DEFAULTS = GenSettings()
 MODEL_ONLY = ("sequences", "context", "gpu_layers", "threads")
 OWN_FIELDS = ("model", "messages", "stream", "n", "seed", "temperature", "top_p", "logprobs", "top_logprobs")
 ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
 
 
-class Length(click.ParamType):
-    """MIN:MAX, whole numbers."""
-
-    name = "length"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        low, colon, high = value.partition(":")
-        if not (colon and low.isdecimal() and high.isdecimal()):
-            self.fail(f"'{value}' is not two whole numbers joined by ':', such as 100:1000", param, ctx)
-        return int(low), int(high)
+def parse_length(text):
+    """MIN:MAX. Raises: ValueError."""
+    low, colon, high = text.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal()):
+        raise ValueError(f"'{text}' is not two whole numbers joined by ':', such as 100:1000")
+    return int(low), int(high)
 
 
-class Shard(click.ParamType):
-    """i/n with 1 <= i <= n."""
-
-    name = "shard"
-
-    def convert(self, value, param, ctx):
-        try:
-            return value if isinstance(value, tuple) else parse_shard(value)
-        except GradretError as error:
-            self.fail(str(error), param, ctx)
-
-
-class JsonObject(click.ParamType):
-    """A JSON object."""
-
-    name = "json"
-
-    def convert(self, value, param, ctx):
-        try:
-            found = value if isinstance(value, dict) else json.loads(value)
-        except ValueError as error:
-            self.fail(f"'{value}' is not JSON ({error})", param, ctx)
-        if not isinstance(found, dict):
-            self.fail(f"'{value}' is not a JSON object", param, ctx)
-        if own := [name for name in OWN_FIELDS if name in found]:
-            self.fail(f"'{own[0]}' is set by gradret itself; leave it out", param, ctx)
-        return found
+def parse_request_options(text):
+    """A JSON object with fields of a request that gradret does not set itself. Raises: ValueError."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"'{text}' is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"'{text}' is not a JSON object")
+    if own := [name for name in OWN_FIELDS if name in found]:
+        raise ValueError(f"'{own[0]}' is set by gradret itself; leave it out")
+    return found
 
 
-PROMPT_OPTIONS = options(
-    click.option(
-        "--scale", type=click.Path(), help="JSON file {GRADE: definition}. [default: TREC Deep Learning, 3 to 0]"
+ENGINE_OPTIONS = options(
+    option(
+        "--model",
+        group=ENGINE,
+        metavar="FILE|HUB_REPO[:FILE]",
+        help="GGUF model; with --endpoint, the name it is served by.",
     ),
-    click.option("--separate", is_flag=True, help="One request a grade, instead of one for all, best first."),
-    click.option("--variety", is_flag=True, help="Each query draws a length, a genre and a reading level."),
-    click.option("--examples", type=click.Path(), help="Ranking lists to show. [default: one of the bundled sample]"),
-    click.option(
-        "--shots", default=GEN_DEFAULTS.shots, show_default=True, type=click.IntRange(min=0), help="How many of them."
+    option(
+        "--endpoint",
+        group=ENGINE,
+        metavar="URL",
+        help="An OpenAI-compatible server's, such as http://localhost:8000/v1.",
     ),
-    click.option("--language", help="ISO 639-1 code that passages must be in. [default: the query's, unchecked]"),
-    click.option(
-        "--length",
-        default=f"{GEN_DEFAULTS.min_chars}:{GEN_DEFAULTS.max_chars}",
-        show_default=True,
-        type=Length(),
-        metavar="MIN:MAX",
-        help="Characters of a passage.",
+    option("--sequences", group=ENGINE, default=16, type=POSITIVE, help="Replies written at once."),
+    option(
+        "--context", group=ENGINE, type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"
     ),
-    click.option("--temperature", default=GEN_DEFAULTS.temperature, show_default=True, type=click.FloatRange(min=0)),
-    click.option("--top-p", default=GEN_DEFAULTS.top_p, show_default=True, type=click.FloatRange(0, 1, min_open=True)),
-    click.option("--max-tokens", type=POSITIVE, help="Of a reply. [default: enough for passages of the full length]"),
-    click.option("--seed", default=GEN_DEFAULTS.seed, show_default=True, type=click.IntRange(min=0)),
-    click.option(
-        "--attempts", default=GEN_DEFAULTS.attempts, show_default=True, type=POSITIVE, help="Replies before a reject."
-    ),
-    click.option("--judge", is_flag=True, help="The model then grades each passage blind; stored as 'judged'."),
-)
-GPU_LAYERS = click.option(
-    "--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all."
-)
-THREADS = click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
-LLAMA_OPTIONS = options(
-    click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies written at once."),
-    click.option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
-    GPU_LAYERS,
-    THREADS,
-)
-ENDPOINT_OPTIONS = options(
-    click.option(
+    option("--gpu-layers", group=ENGINE, default=-1, type=click.IntRange(min=-1), help="-1 for all."),
+    option("--threads", group=ENGINE, type=POSITIVE, help="[default: the processor's cores]"),
+    option(
         "--concurrency",
+        group=ENGINE,
         default=32,
-        show_default=True,
         type=POSITIVE,
         help="Requests at once; fewer for a server that answers one after the other.",
     ),
-    click.option(
+    option(
         "--timeout",
+        group=ENGINE,
         default=600.0,
-        show_default=True,
         type=click.FloatRange(0, 86_400, min_open=True),
         help="Seconds a reply may take, its waiting in the server's queue included.",
     ),
-    click.option("--retries", default=6, show_default=True, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
-    click.option("--request-options", type=JsonObject(), metavar="JSON", help="More fields for each request's body."),
+    option("--retries", group=ENGINE, default=6, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
+    option(
+        "--request-options",
+        group=ENGINE,
+        type=Parsed("json", parse_request_options),
+        metavar="JSON",
+        help="More fields for each request's body.",
+    ),
 )
 
 
@@ -314,41 +145,16 @@ def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | 
             raise click.UsageError(f"--{flag} is for {need}")
 
 
-@click.command()
-@click.option(
-    "--data", multiple=True, metavar="SOURCE", help="Training lists; again to merge several. [default: sample]"
-)
-@click.option(
-    "--out", default="gradret-model", show_default=True, type=click.Path(), help="Where the encoder and its run go."
-)
-@click.option("--resume", is_flag=True, help="Continue the unfinished run in --out, with its settings.")
-@option(
-    "--loss",
-    type=LossType(),
-    metavar="NAME[:WEIGHT+...]",
-    help=f"The loss over a list, or several whose weights sum to 1: {', '.join(LOSSES)}.",
-)
-@option("--positive-from", type=float, help="Lowest grade positive to infonce. [default: each list's highest]")
-@ENCODER_OPTIONS
-@BUDGET_OPTIONS
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="SOURCE",
-    help="A collection to be measured later: its queries are not trained on.",
-)
-@option("--seed", type=int, help="Of the lists' order, of sampling and of dropout.")
-@option("--dev", metavar="SOURCE", help="A collection to measure while training; the best model is kept.")
-@option("--dev-every", type=POSITIVE, help="Steps between dev measurements.")
-@option("--dev-measure", help="An ir_measures name.")
-@option("--patience", type=POSITIVE, help="End after so many dev measurements without a new best.")
-@option("--checkpoint-every", type=POSITIVE, help="Steps between checkpoints.")
-@click.option("--tensorboard", is_flag=True, help="Write the run's curves for TensorBoard, too, to OUT/tensorboard.")
+@click.command(cls=Command)
+@setting_options(FitSettings)
+@option("--out", group=FIRST, default="gradret-model", type=click.Path(), help="Where the encoder and its run go.")
 @DEVICE
+@option("--resume", is_flag=True, help="Continue the unfinished run in --out, with its settings.")
+@option("--tensorboard", is_flag=True, help="Write the run's curves for TensorBoard, too, to OUT/tensorboard.")
+@set_option(FitSettings)
 @QUIET
 @JSON
-@click.pass_context
-def fit(ctx, out, resume, tensorboard, device, as_json, **given):
+def fit(out, device, resume, tensorboard, as_json, **given):
     """Fine-tune an encoder on graded lists and save it as a sentence-transformers directory.
 
     SOURCE is a JSONL file of ranking lists, a BEIR directory (DIR or DIR:SPLIT), an ir_datasets id, or `sample`, the
@@ -360,10 +166,9 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
     gradret fit --data lists.jsonl --out model
     gradret fit --data lists.jsonl --data 'beir/scifact/train?grades=1:3&sample=2' --dev mine/dev.jsonl
     """
-    given["data"] = given["data"] or DEFAULTS.data
-    named = {name for name in given if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+    chosen = collect_settings(given)
     if not resume:
-        settings = _choose_settings(given, named)  # what is wrong is told before the wait for imports
+        settings = choose_settings(chosen)  # what is wrong is told before the wait for imports
     with show_wait("loading PyTorch"):
         from gradret.distributed import join_processes
         from gradret.train.loop import train
@@ -372,10 +177,8 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
         if resume:  # settings come from the run, which the first process alone need have
             with processes.agree():
                 stored = _read_settings(out) if processes.is_first else None
-            stored = processes.broadcast(stored)
-            # What was spelled out must agree with the run.
-            given |= {k: v for k, v in stored.items() if k in given and k not in named}
-            settings = _choose_settings(given, named)
+            stored = collect_settings(processes.broadcast(stored))
+            settings = choose_settings(chosen, stored)  # what was spelled out must agree with the run
         result = train(settings, Path(out), processes, device, resume=resume, tensorboard=tensorboard)
     if not processes.is_first:
         return
@@ -395,14 +198,17 @@ def fit(ctx, out, resume, tensorboard, device, as_json, **given):
         click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
 
 
-def _choose_settings(given: dict, named: set[str]) -> FitSettings:
-    """The run's settings. Refuses options that were named and that the loss has no use for."""
-    settings = make_settings(given | {name: tuple(given[name]) for name in ("data", "exclude")})
-    for name in sorted(named):
-        if not settings.takes(name):
-            option, takers = f"--{name.replace('_', '-')}", find_takers(name)
-            losses = ", ".join(loss for loss in LOSSES if loss in takers)
-            raise click.UsageError(f"{option} is for --loss {losses}, not {settings.loss}; leave it out")
+def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
+    """The settings of a run, the stored ones under the chosen. Raises: click.UsageError, also where the loss has no use
+    for one that was chosen.
+    """
+    settings = make_settings(FitSettings, (stored or {}) | chosen)
+    for declared in fields(FitSettings):
+        if declared.name in chosen and not settings.takes(declared.name):
+            takers = find_takers(declared.name)
+            raise click.UsageError(
+                f"{spell_option(declared)} is for --loss {', '.join(takers)}, not {settings.loss}; leave it out"
+            )
     return settings
 
 
@@ -410,26 +216,68 @@ def _read_settings(out: str) -> dict:
     stored = read_object(Path(out, "gradret.json")).get("settings")
     if not isinstance(stored, dict):
         raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
+    if other := stored.keys() - {declared.name for declared in fields(FitSettings)}:
+        raise GradretError(
+            f"{out}: holds a run of another version of gradret, with a setting '{min(other)}'; choose another --out"
+        )
     return stored
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("queries")
-@click.option("--model", metavar="FILE|HUB_REPO[:FILE]", help="GGUF model; with --endpoint, the name it is served by.")
-@click.option("--endpoint", metavar="URL", help="An OpenAI-compatible server's, such as http://localhost:8000/v1.")
-@click.option("--out", default="lists.jsonl", show_default=True, type=click.Path(), help="Where the lists go.")
-@click.option("--rejects", type=click.Path(), help="Where queries without a list go. [default: OUT's .rejects.jsonl]")
-@click.option("--retry-rejects", is_flag=True, help="Try queries again that were rejected before.")
-@click.option("--mix-settings", is_flag=True, help="Append to lists that were written with other settings.")
-@click.option("--shard", type=Shard(), metavar="i/n", help="Only the i-th of n equal parts of the queries.")
-@PROMPT_OPTIONS
-@LLAMA_OPTIONS
-@ENDPOINT_OPTIONS
-@click.option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")
+@option("--out", group=QUERIES, default="lists.jsonl", type=click.Path(), help="Where the lists go.")
+@option(
+    "--rejects",
+    group=QUERIES,
+    type=click.Path(),
+    help="Where queries without a list go. [default: OUT's .rejects.jsonl]",
+)
+@option("--retry-rejects", group=QUERIES, is_flag=True, help="Try queries again that were rejected before.")
+@option("--mix-settings", group=QUERIES, is_flag=True, help="Append to lists that were written with other settings.")
+@option(
+    "--shard",
+    group=QUERIES,
+    type=Parsed("shard", parse_shard),
+    metavar="i/n",
+    help="Only the i-th of n equal parts of the queries.",
+)
+@ENGINE_OPTIONS
+@option(
+    "--scale",
+    group=WRITTEN,
+    type=click.Path(),
+    help="JSON file {GRADE: definition}. [default: TREC Deep Learning, 3 to 0]",
+)
+@option(
+    "--examples", group=WRITTEN, type=click.Path(), help="Ranking lists to show. [default: one of the bundled sample]"
+)
+@option(
+    "--length",
+    group=WRITTEN,
+    type=Parsed("length", parse_length),
+    metavar="MIN:MAX",
+    help="Characters of a passage. [default: 100:1000]",
+)
+@setting_options(GenSettings)
+@option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")
 @QUIET
 @JSON
 @click.pass_context
-def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings, shard, show_prompt, as_json, **given):
+def gen(
+    ctx,
+    queries,
+    out,
+    rejects,
+    retry_rejects,
+    mix_settings,
+    shard,
+    scale,
+    examples,
+    length,
+    show_prompt,
+    as_json,
+    **given,
+):
     """An LLM writes, for every query, a passage at each relevance grade.
 
     QUERIES is a JSONL file (query_id and query, or BEIR's _id and text), a TSV file (id, query), a text file with a
@@ -450,15 +298,14 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     from gradret.generate.replies import Checks
     from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
 
-    check_engine_options(ctx, model, endpoint)
-    given["min_chars"], given["max_chars"] = given.pop("length")
-    try:
-        settings = GenSettings(**{k: given[k] for k in vars(GEN_DEFAULTS)})
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    scale = read_scale(given["scale"]) if given["scale"] else TREC_DL
-    examples = read_examples(given["examples"], scale, settings)
-    if len(examples) < settings.shots and ctx.get_parameter_source("shots").name == "COMMANDLINE":
+    check_engine_options(ctx, given["model"], given["endpoint"])
+    chosen = {name: value for name, value in collect_settings(given).items() if name in vars(GenSettings())}
+    if length is not None:
+        chosen["min_chars"], chosen["max_chars"] = length
+    settings = make_settings(GenSettings, chosen)
+    scale = read_scale(scale) if scale else TREC_DL
+    examples = read_examples(examples, scale, settings)
+    if len(examples) < chosen.get("shots", 0):
         raise click.UsageError(
             "--shots needs --examples here: the bundled ones do not fit the scale, language or length"
         )
@@ -474,9 +321,10 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
     with ExitStack() as stack:
         # First the files: a model is not loaded for nothing.
         journal = stack.enter_context(Journal(Path(out), rejects and Path(rejects)))
-        options = {name: given[name] for name in (ENDPOINT_ONLY if endpoint else MODEL_ONLY)}
+        of_engine = {name: given[name] for name in (ENDPOINT_ONLY if given["endpoint"] else MODEL_ONLY)}
         with StopRequest() as stop:
-            engine = stack.enter_context(closing(open_engine(prompts.kinds(), settings, model, endpoint, **options)))
+            opened = open_engine(prompts.kinds(), settings, given["model"], given["endpoint"], **of_engine)
+            engine = stack.enter_context(closing(opened))
         if stop.signal is not None:
             raise Interrupted("stopped before anything was asked for")
         record = settings_record(prompts, engine.identity, given["request_options"])
@@ -493,11 +341,11 @@ def gen(ctx, queries, model, endpoint, out, rejects, retry_rejects, mix_settings
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source")
-@click.option("--format", "form", required=True, type=click.Choice(FORMS))
-@click.option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
-@click.option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
+@option("--format", "form", required=True, type=click.Choice(FORMS))
+@option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
+@option("--positive-from", type=float, help="tevatron: the lowest positive grade. [default: each list's highest]")
 @QUIET
 @JSON
 def export(source, form, out, positive_from, as_json):
@@ -522,69 +370,50 @@ def export(source, form, out, positive_from, as_json):
 
 
 DTYPES = ("float32", "bfloat16", "float16")
+RETRIEVAL_SHAPE = "2048x16384x384"
 
 
-class Shape(click.ParamType):
-    """Whole numbers joined by x, as a tuple: two for lists x documents, three for queries x documents x dimensions."""
-
-    name = "shape"
-
-    def __init__(self, form: str, example: str):
-        self.form, self.example = form, example
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        numbers = [int(n) for n in value.split("x") if re.fullmatch("[0-9]{1,9}", n)]
-        if len(numbers) != len(self.form.split("x")) or len(numbers) != value.count("x") + 1:
-            self.fail(f"'{value}' is not {self.form} in whole numbers, such as {self.example}", param, ctx)
-        if min(numbers) < 1 or numbers[1] < 2:
-            self.fail(f"'{value}' has too little: two documents and one of everything else at least", param, ctx)
-        return tuple(numbers)
+def parse_shape(text, form="BxN", example="128x1024"):
+    """Whole numbers joined by x: lists x documents, or queries x documents x dimensions. Raises: ValueError."""
+    numbers = [int(n) for n in text.split("x") if re.fullmatch("[0-9]{1,9}", n)]
+    if len(numbers) != len(form.split("x")) or len(numbers) != text.count("x") + 1:
+        raise ValueError(f"'{text}' is not {form} in whole numbers, such as {example}")
+    if min(numbers) < 1 or numbers[1] < 2:
+        raise ValueError(f"'{text}' has too little: two documents and one of everything else at least")
+    return tuple(numbers)
 
 
-class Shapes(Shape):
-    """Several, separated by commas."""
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        shapes = tuple(super(Shapes, self).convert(part, param, ctx) for part in value.split(","))
-        if len(set(shapes)) < len(shapes):
-            self.fail(f"'{value}': the same shape stands there twice", param, ctx)
-        return shapes
+def parse_shapes(text):
+    """Several, separated by commas. Raises: ValueError."""
+    shapes = tuple(parse_shape(part) for part in text.split(","))
+    if len(set(shapes)) < len(shapes):
+        raise ValueError(f"'{text}': the same shape stands there twice")
+    return shapes
 
 
-class ShapeOrNone(Shape):
-    """One, or `none`."""
-
-    def convert(self, value, param, ctx):
-        return () if value == "none" else super().convert(value, param, ctx)
+def parse_retrieval_shape(text):
+    """One, or `none`. Raises: ValueError."""
+    return () if text == "none" else parse_shape(text, "BxNxD", RETRIEVAL_SHAPE)
 
 
-@click.command()
-@click.option(
+@click.command(cls=Command)
+@option(
     "--shapes",
-    type=Shapes("BxN", "128x1024"),
+    type=Parsed("shapes", parse_shapes),
     metavar="BxN,...",
     help="Lists x documents a list. [default: 16x64,128x1024,512x4096; on CUDA 512x4096,8192x1024,4096x65536]",
 )
-@click.option(
+@option(
     "--retrieval",
-    default="2048x16384x384",
-    show_default=True,
-    type=ShapeOrNone("BxNxD", "2048x16384x384"),
+    default=RETRIEVAL_SHAPE,
+    type=Parsed("shape", parse_retrieval_shape),
     metavar="BxNxD|none",
     help="Queries x documents x dimensions, to score and compare from embeddings.",
 )
-@click.option("--dtype", default="float32", show_default=True, type=click.Choice(DTYPES), help="Of the scores.")
-@click.option(
-    "--order", default="both", show_default=True, type=click.Choice(["1", "2", "both"]), help="The p of W_p^p."
-)
-@click.option("--repeats", default=30, show_default=True, type=POSITIVE, help="Samples a row; slow rows take fewer.")
-@click.option(
-    "--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where loss.json and loss.png go."
-)
+@option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of the scores.")
+@option("--order", default="both", type=click.Choice(["1", "2", "both"]), help="The p of W_p^p.")
+@option("--repeats", default=30, type=POSITIVE, help="Samples a row; slow rows take fewer.")
+@option("--out", default="gradret-bench", type=click.Path(), help="Where loss.json and loss.png go.")
 @DEVICE
 @QUIET
 @JSON
@@ -646,39 +475,44 @@ def bench():
     """Measure retrieval quality, or the speed of losses. Without a command: quality, on the bundled sample."""
 
 
-@bench.command()
-@click.option(
-    "--data", multiple=True, metavar="SOURCE", help="Training lists, as of fit. [default: sample?queries=odd]"
+@bench.command(cls=Command)
+@option(
+    "--data",
+    group=FIRST,
+    multiple=True,
+    metavar="SOURCE",
+    help="Training lists, as of fit. [default: sample?queries=odd]",
 )
-@click.option(
+@option(
     "--dataset",
     "datasets",
+    group=FIRST,
     multiple=True,
     metavar="SOURCE",
     help="Collections to measure on. [default: sample?queries=even]",
 )
-@click.option(
+@option(
     "--losses",
+    group=FIRST,
     default=f"infonce,{DEFAULT_LOSS}",
-    show_default=True,
     help="Rows, separated by commas, each spelled as --loss of fit.",
 )
-@click.option("--seeds", default=3, show_default=True, type=POSITIVE, help="Runs a loss.")
-@MEASURES
-@click.option(
+@option("--seeds", group=FIRST, default=3, type=POSITIVE, help="Runs a loss.")
+@option(
     "--out",
+    group=FIRST,
     default="gradret-bench",
-    show_default=True,
     type=click.Path(),
     help="Where rows.jsonl, quality.json and quality.png go.",
 )
-@click.option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
-@ENCODER_OPTIONS
-@BUDGET_OPTIONS
+@setting_options(FitSettings, without=("data", "loss", "dev", "dev_every", "patience", "exclude", "seed"))
 @DEVICE
+@MEASURES
+@option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
+@set_option(FitSettings)
 @QUIET
 @JSON
-def quality(data, datasets, losses, seeds, measures, out, fresh, device, as_json, **given):
+def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json, **given):
     """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
 
     By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
@@ -693,8 +527,14 @@ def quality(data, datasets, losses, seeds, measures, out, fresh, device, as_json
     require_one("bench quality")
     from gradret.bench.report import require_bench_extra
 
-    given["data"] = data or ("sample?queries=odd",)
-    systems = {name: make_settings(given | {"loss": name}) for name in losses.split(",")}
+    chosen = collect_settings(given) | {"data": data or ("sample?queries=odd",)}
+    systems = {}
+    for loss in losses.split(","):
+        try:
+            taken = {name: value for name, value in chosen.items() if takes_setting(loss, name)}
+            systems[loss] = FitSettings(**taken, loss=loss)
+        except ValueError as error:
+            raise click.BadParameter(str(error), param_hint="--losses") from None
     require_bench_extra()
     open_folder(out, "quality.json", "quality.png")
     with show_wait("loading PyTorch"):
@@ -721,35 +561,35 @@ def _split_measures(text: str) -> list[str]:
     return split_measures(text)
 
 
-@bench.command("eval")
-@ENCODER_OPTIONS
-@click.option(
+@bench.command("eval", cls=Command)
+@setting_options(FitSettings, only=("model", *FitSettings().encoder_options))
+@option(
     "--dataset",
+    group=FIRST,
     default="sample",
-    show_default=True,
     metavar="SOURCE",
     help="BEIR directory, ir_datasets id or ranking-list file.",
 )
-@click.option("--queries", metavar="even|odd|FILE", help="Only these queries; FILE holds an id a line.")
-@click.option("--grade-map", metavar="OLD=NEW,...", help="Other values for some grades of the qrels.")
-@click.option(
+@option("--queries", group=DATA, metavar="even|odd|FILE", help="Only these queries; FILE holds an id a line.")
+@option("--grade-map", group=DATA, metavar="OLD=NEW,...", help="Other values for some grades of the qrels.")
+@option(
     "--drop-self/--keep-self",
+    group=DATA,
     default=None,
+    show_default=False,
     help="Leave out a document whose id is the query's. [default: for ArguAna and Quora]",
 )
 @MEASURES
-@click.option("--depth", default=1000, show_default=True, type=POSITIVE, help="Documents ranked for each query.")
-@click.option("--run", "run_file", type=click.Path(), help="Write the ranking as a TREC run.")
-@click.option(
-    "--cache", type=click.Path(), help="Folder of corpus embeddings. [default: $GRADRET_CACHE or ~/.cache/gradret]"
-)
-@click.option("--batch-size", default=32, show_default=True, type=POSITIVE, help="Texts encoded at once.")
-@click.option("--precision", default="float32", show_default=True, type=click.Choice(PRECISIONS), help="Of encoding.")
+@option("--depth", default=1000, type=POSITIVE, help="Documents ranked for each query.")
+@option("--run", "run_file", type=click.Path(), help="Write the ranking as a TREC run.")
+@option("--cache", type=click.Path(), help="Folder of corpus embeddings. [default: $GRADRET_CACHE or ~/.cache/gradret]")
+@option("--batch-size", group=MEMORY, default=32, type=POSITIVE, help="Texts encoded at once.")
+@option("--precision", group=MEMORY, default="float32", type=click.Choice(PRECISIONS), help="Of encoding.")
 @DEVICE
+@set_option(FitSettings, ENCODER)
 @QUIET
 @JSON
 def evaluate_command(
-    model,
     dataset,
     queries,
     grade_map,
@@ -762,7 +602,7 @@ def evaluate_command(
     precision,
     device,
     as_json,
-    **encoder_options,
+    **given,
 ):
     """Measure one encoder on one collection: exact search, ir_measures.
 
@@ -781,6 +621,7 @@ def evaluate_command(
     from gradret.evaluation.search import default_cache, write_run
     from gradret.files import versions
 
+    settings = make_settings(FitSettings, collect_settings(given))
     flags = {"queries": queries, "drop_self": drop_self}
     with join_processes(device) as (processes, where):
         with processes.agree():
@@ -790,12 +631,12 @@ def evaluate_command(
             flags["grades"] = parse_grade_map(grade_map) if grade_map else None
             source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
             collection = open_collection(source)
-            encoder = load_encoder(model, device=where, **encoder_options)
+            encoder = load_encoder(settings.model, device=where, **settings.encoder_options)
             precision = choose_precision(precision, encoder.device)
         if processes.is_first:
             size = f"{len(collection.queries)} queries, {collection.document_count} documents"
             shared = f", {processes.size} processes" if processes.size > 1 else ""
-            say(f"eval: {model} on {dataset}, {size}{shared}")
+            say(f"eval: {settings.model} on {dataset}, {size}{shared}")
         result = evaluate(
             encoder,
             collection,
@@ -810,7 +651,7 @@ def evaluate_command(
         return
     document = {
         "command": command_line(),
-        "model": model,
+        "model": settings.model,
         "dataset": dataset,
         "queries": len(collection.queries),
         "documents": collection.document_count,
@@ -820,11 +661,8 @@ def evaluate_command(
         "measures": result.measures,
         "versions": versions(),
     }
-    click.echo(
-        json.dumps(document)
-        if as_json
-        else format_table([dataset, *result.measures], [[model, *(f"{v:.4f}" for v in result.measures.values())]])
-    )
+    row = [settings.model, *(f"{value:.4f}" for value in result.measures.values())]
+    click.echo(json.dumps(document) if as_json else format_table([dataset, *result.measures], [row]))
     if run_file:
         write_run(run_file, result.run)
 

@@ -1,8 +1,12 @@
-"""The settings of a training run and of a generation, and the names they are chosen from."""
+"""What can be set for a training run and for a generation: declared and checked here, once.
+
+The options, `--help`, the refusal of unknown values and the records of runs are made from the declarations.
+"""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, get_args
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -22,13 +26,160 @@ DEFAULT_TARGETS = "sqrt"
 DEFAULT_GROUND = "sqrt"
 TARGETS = ("gain", "softmax", "sqrt")
 GROUNDS = ("grade", "gain", "sqrt")
-SCHEDULES = ("linear", "cosine")
 PRECISIONS = ("auto", "float32", "bfloat16")
-WEIGHTS = ("float32", "bfloat16")
 AUTO = "auto"
 POOLINGS = ("mean", "cls", "last")
 SIMILARITIES = ("cosine", "dot")
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
+
+OWN = "the encoder's own"
+
+# The groups of options, as --help shows them.
+FIRST = "Options to begin with"
+DATA, ENCODER, LOSS, OPTIMISATION = "Data", "Encoder", "Loss", "Optimisation"
+MEMORY, RUN = "Memory and processes", "Run"
+QUERIES, ENGINE, WRITTEN, SAMPLING = "Queries and output", "Model and engine", "What is written", "Sampling"
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from low to high; `above` and `below` leave the end itself out."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        low = self.low < value if self.above else self.low <= value
+        return low and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.above else f"{self.low:g} or above"
+        if not self.above and not self.below:
+            return f"{self.low:g} to {self.high:g}"
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or above"
+        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+
+
+ANY_COUNT, COUNT, POSITIVE, SHARE = Range(0), Range(1), Range(0, above=True), Range(0, 1)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a setting is, besides its name, type and default.
+
+    Attributes:
+        group: of options.
+        help: what --help says; it begins with a capital and ends with a stop.
+        choices: the values that it can have.
+        range: the numbers that it can be, besides the choices.
+        parse: makes the value from what is given, or raises ValueError; None: see parse_setting.
+        has_option: whether it has an option of its own; if not, `--set NAME=VALUE` sets it.
+        metavar: stands for its value in --help; None: its type does.
+        unset: what its default, None or (), stands for.
+    """
+
+    group: str
+    help: str
+    choices: tuple[Any, ...] = ()
+    range: Range | None = None
+    parse: Callable[[str], Any] | None = None
+    has_option: bool = True
+    metavar: str | None = None
+    unset: str | None = None
+
+
+def setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A field of settings with its declaration; `more` as Declaration has it."""
+    return field(default=default, metadata={"declaration": Declaration(group, help, **more)})
+
+
+def rare(default: Any, group: str, help: str, **more: Any) -> Any:
+    """The same for a setting without an option of its own."""
+    return setting(default, group, help, has_option=False, **more)
+
+
+def find_declaration(declared: Field[Any]) -> Declaration:
+    """What `setting` said of the field."""
+    found: Declaration = declared.metadata["declaration"]
+    return found
+
+
+def spell_option(declared: Field[Any]) -> str:
+    """How the command line sets it, without the value: `--max-steps`, or `--set layers`."""
+    has_option = find_declaration(declared).has_option
+    return f"--{declared.name.replace('_', '-')}" if has_option else f"--set {declared.name}"
+
+
+TYPE_NAMES = {bool: "yes or no", int: "a whole number", float: "a number", str: "text", tuple: "names"}
+
+
+def list_types(declared: Field[Any]) -> list[type]:
+    """Of its values, None left out; tuple for names."""
+    given = (declared.type,) if getattr(declared.type, "__origin__", None) is tuple else get_args(declared.type)
+    types = [getattr(one, "__origin__", one) for one in given or (declared.type,)]
+    return [one for one in types if one is not type(None)]
+
+
+def parse_setting(declared: Field[Any], text: str) -> Any:
+    """The value that a text stands for. Raises: ValueError saying what was expected and what came."""
+    declaration = find_declaration(declared)
+    if declaration.parse is not None:
+        return declaration.parse(text)
+    choices = {str(choice): choice for choice in declaration.choices}
+    value = choices.get(text, _convert(list_types(declared)[0], text))
+    fault = find_fault(declared, value)
+    if fault is not None:
+        raise ValueError(fault)
+    return value
+
+
+def _convert(kind: type, text: str) -> Any:
+    """The text as a value of the type; as it is where it stands for none."""
+    if kind is bool:
+        return {"yes": True, "true": True, "no": False, "false": False}.get(text.lower(), text)
+    if kind is tuple:
+        return tuple(filter(None, map(str.strip, text.split(",")))) or text
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def find_fault(declared: Field[Any], value: Any) -> str | None:
+    """What is wrong with a value, as "must be above 0, got 0"; None if nothing is."""
+    declaration = find_declaration(declared)
+    if value is None and declared.default is None:
+        return None
+    if value in declaration.choices and not isinstance(value, bool):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number, got {value!r}"
+    choices = ", ".join(map(repr, declaration.choices))
+    if choices and declaration.range is None:
+        return f"must be one of {choices}; got {value!r}"
+    types = [kind for kind in list_types(declared) if not (choices and kind is str)]
+    if not any(_is_of(value, kind) for kind in types):
+        expected = [*(TYPE_NAMES[kind] for kind in types), *([choices] if choices else [])]
+        return f"must be {' or '.join(expected)}, got {value!r}"
+    if declaration.range is not None and value not in declaration.range:
+        return f"must be {declaration.range}, got {value!r}"
+    return None
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    """Whether it is of the type: a whole number is a number, too, yes and no are none."""
+    return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+
+
+def check_settings(settings: Any) -> None:
+    """Raises: ValueError naming the first setting whose value its declaration does not allow."""
+    for declared in fields(settings):
+        fault = find_fault(declared, getattr(settings, declared.name))
+        if fault is not None:
+            raise ValueError(f"{declared.name} {fault}")
 
 
 def parse_loss(spelling: str) -> dict[str, float]:
@@ -62,128 +213,167 @@ def parse_loss(spelling: str) -> dict[str, float]:
     return {name: found[name] for name in LOSSES if name in found}
 
 
-def spell_loss(weights: dict[str, float]) -> str:
-    """The one spelling of what parse_loss gave."""
+def spell_loss(spelling: str) -> str:
+    """The one spelling of a loss, of all that parse_loss takes. Raises: ValueError."""
+    weights = parse_loss(spelling)
     if len(weights) == 1:
         return next(iter(weights))
     return "+".join(f"{name}:{repr(weight).removeprefix('0')}" for name, weight in weights.items())
 
 
-def find_takers(setting: str) -> set[str]:
-    """The losses that the setting is for; none where it is no setting of losses."""
-    return {name for name, taken in LOSSES.items() if setting in taken}
+def find_takers(name: str) -> list[str]:
+    """The losses that a setting is for; none where it is no setting of losses."""
+    return [loss for loss, taken in LOSSES.items() if name in taken]
+
+
+def takes_setting(loss: str, name: str) -> bool:
+    """Whether the setting is one for this loss, as parse_loss takes it: each loss of a mixture counts."""
+    takers = find_takers(name)
+    return not takers or not parse_loss(loss).keys().isdisjoint(takers)
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """Everything that decides a run's outcome. Encoder fields left None are the encoder's own.
+    """Everything that decides a run's outcome.
 
     How many processes share a run is no part of it: they do the same step together, to rounding.
 
-    Attributes:
-        data: sources, see sources.parse_source; merged into one list per query.
-        exclude: collections that will be measured; a list whose query has the words of one of theirs, or of
-            dev's, is not trained on.
-        loss: a name in LOSSES, or several with their weights, see parse_loss; stored in one spelling. LOSSES says which
-            of them order, targets, ground and positive_from are for, and gradret.loss.functions what they mean.
-        positive_from: the lowest grade that is positive to infonce; None: each list's highest alone.
-        temperature: divides the scores before the softmax.
-        in_batch: whether the other lists' documents join each list, with the grade in_batch_grade (None: 0,
-            or the lowest grade of the data if that is lower).
-        epochs: passes over the lists; max_steps ends a run sooner.
-        batch_lists: lists whose documents share a batch, over all processes; accumulate batches make one optimizer
-            step.
-        chunk: passages encoded at once with gradients, whatever batch_lists is: gradient caching. "auto" finds the
-            largest that fits. None keeps the activations of the whole batch, which is faster where they fit.
-        warmup: share of the steps over which the learning rate rises; then it falls, "linear" or "cosine".
-        clip: highest gradient norm; 0 for no limit.
-        interpolate: share of the way from the weights the encoder began with to the trained ones at which they are
-            saved, above 0 to 1.
-        precision: "float32", "bfloat16" (autocast) or "auto", bfloat16 where the device computes in it.
-        dev: collection measured by dev_measure at the start, every dev_every steps and at the end; the best
-            model is kept.
-        patience: dev measurements without a new best after which the run ends; None for no such end.
-        mine: hard negatives added to the lists, see mining.parse_mining; None for none.
-        lora: rank of the low-rank adapters trained in place of the weights; 0 trains the weights.
-        lora_alpha: the adapters' scale is lora_alpha / lora.
-        lora_targets: names of the linear layers that get adapters, as they end; () for all.
-        weights: type in which weights that are not trained are held.
-        gradient_checkpointing: compute activations again in backward, layer by layer.
-        layers: of the encoder that are kept, from the first on; None for all.
+    Raises: ValueError naming the setting, what was expected and what came.
     """
 
-    data: tuple[str, ...] = (SAMPLE,)
-    exclude: tuple[str, ...] = ()
-    model: str = DEFAULT_ENCODER
-    loss: str = DEFAULT_LOSS
-    order: int = DEFAULT_ORDER
-    temperature: float = DEFAULT_TEMPERATURE
-    targets: str = DEFAULT_TARGETS
-    ground: str = DEFAULT_GROUND
-    positive_from: float | None = None
-    in_batch: bool = True
-    in_batch_grade: float | None = None
-    epochs: float = 2.0
-    max_steps: int | None = None
-    batch_lists: int = 16
-    accumulate: int = 1
-    chunk: int | str | None = None
-    learning_rate: float = 5e-6
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    schedule: str = "linear"
-    clip: float = 1.0
-    interpolate: float = 1.0
-    precision: str = "auto"
-    seed: int = 0
-    dev: str | None = None
-    dev_every: int = 100
-    dev_measure: str = "nDCG@10"
-    patience: int | None = None
-    mine: str | None = None
-    lora: int = 0
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    lora_targets: tuple[str, ...] = ()
-    weights: str = "float32"
-    gradient_checkpointing: bool = False
-    checkpoint_every: int = 50
-    layers: int | None = None
-    pooling: str | None = None
-    normalize: bool | None = None
-    similarity: str | None = None
-    query_prefix: str | None = None
-    document_prefix: str | None = None
-    query_max_length: int | None = None
-    document_max_length: int | None = None
-    trust_remote_code: bool = False
+    data: tuple[str, ...] = setting(
+        (SAMPLE,), FIRST, "Training lists; again to merge several, one list per query.", metavar="SOURCE"
+    )
+    model: str = setting(
+        DEFAULT_ENCODER,
+        FIRST,
+        "Directory or hub repository of a transformers or sentence-transformers encoder.",
+        metavar="ENCODER",
+    )
+    loss: str = setting(
+        DEFAULT_LOSS,
+        FIRST,
+        f"The loss over a list, or several whose weights sum to 1: {', '.join(LOSSES)}.",
+        parse=spell_loss,
+        metavar="NAME[:WEIGHT+...]",
+    )
+    dev: str | None = setting(
+        None, FIRST, "A collection to measure while training; the best model is kept.", metavar="SOURCE"
+    )
+
+    exclude: tuple[str, ...] = setting(
+        (),
+        DATA,
+        "A collection to be measured later: lists with the words of one of its queries, or of dev's, are left out.",
+        metavar="SOURCE",
+    )
+    mine: str | None = setting(
+        None,
+        DATA,
+        "Add K mined passages to each list at grade G; also from=SOURCE, by=encoder|bm25, skip=S, every=EPOCHS.",
+        metavar="k=K,grade=G[,...]",
+    )
+    dev_every: int = setting(100, DATA, "Steps between dev measurements.", range=COUNT)
+    dev_measure: str = rare("nDCG@10", DATA, "The ir_measures name by which dev is measured.")
+    patience: int | None = setting(None, DATA, "End after so many dev measurements without a new best.", range=COUNT)
+
+    query_prefix: str | None = setting(None, ENCODER, "Put before every query.", unset=OWN)
+    document_prefix: str | None = setting(None, ENCODER, "Put before every document.", unset=OWN)
+    query_max_length: int | None = setting(None, ENCODER, "Tokens of a query that are read.", range=COUNT, unset=OWN)
+    document_max_length: int | None = setting(
+        None, ENCODER, "Tokens of a document that are read.", range=COUNT, unset=OWN
+    )
+    layers: int | None = rare(
+        None,
+        ENCODER,
+        "How many layers are kept, from the first on: fewer are weaker, and faster.",
+        range=COUNT,
+        unset="all",
+    )
+    pooling: str | None = rare(None, ENCODER, "How token vectors become one vector.", choices=POOLINGS, unset=OWN)
+    normalize: bool | None = rare(None, ENCODER, "Whether embeddings have length 1.", unset=OWN)
+    similarity: str | None = rare(
+        None, ENCODER, "How a query and a document are compared.", choices=SIMILARITIES, unset=OWN
+    )
+    trust_remote_code: bool = setting(False, ENCODER, "Run model code that the repository brings along.")
+
+    order: int = setting(DEFAULT_ORDER, LOSS, "The p of wasserstein's W_p^p.", choices=(1, 2))
+    temperature: float = setting(
+        DEFAULT_TEMPERATURE, LOSS, "Scores are divided by it before the softmax.", range=POSITIVE
+    )
+    targets: str = setting(
+        DEFAULT_TARGETS,
+        LOSS,
+        "How much relevance belongs to a grade: 2^grade - 1, exp(grade) or the grade's root.",
+        choices=TARGETS,
+    )
+    ground: str = rare(
+        DEFAULT_GROUND,
+        LOSS,
+        "How far wasserstein moves mass between two grades: their difference, that of 2^grade or of roots.",
+        choices=GROUNDS,
+    )
+    positive_from: float | None = setting(
+        None, LOSS, "The lowest grade that is positive to infonce.", unset="each list's highest"
+    )
+    in_batch: bool = setting(True, LOSS, "Whether the other lists' passages join each list.")
+    in_batch_grade: float | None = rare(
+        None, LOSS, "Grade of the other lists' passages.", unset="0, or the lowest of the data if that is lower"
+    )
+
+    epochs: float = setting(2.0, OPTIMISATION, "Passes over the lists.", range=POSITIVE)
+    max_steps: int | None = setting(None, OPTIMISATION, "Steps after which the run ends sooner.", range=COUNT)
+    batch_lists: int = setting(16, OPTIMISATION, "Lists whose passages share a batch, over all processes.", range=COUNT)
+    accumulate: int = rare(1, OPTIMISATION, "Batches per optimizer step.", range=COUNT)
+    learning_rate: float = setting(5e-6, OPTIMISATION, "Peak learning rate, of AdamW.", range=POSITIVE)
+    weight_decay: float = rare(
+        0.01, OPTIMISATION, "Weight decay of matrices; biases and norms have none.", range=ANY_COUNT
+    )
+    warmup: float = rare(0.1, OPTIMISATION, "Share of the steps in which the learning rate rises.", range=SHARE)
+    schedule: str = rare(
+        "linear", OPTIMISATION, "How the learning rate falls after the warm-up.", choices=("linear", "cosine")
+    )
+    clip: float = rare(1.0, OPTIMISATION, "The highest gradient norm; 0 for no limit.", range=ANY_COUNT)
+    interpolate: float = rare(
+        1.0,
+        OPTIMISATION,
+        "Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
+        range=Range(0, 1, above=True),
+    )
+
+    chunk: int | str | None = setting(
+        None,
+        MEMORY,
+        "Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
+        choices=(AUTO,),
+        range=COUNT,
+        metavar="PASSAGES|auto",
+        unset="all of a batch",
+    )
+    precision: str = setting(
+        AUTO, MEMORY, "Type of computation; auto is bfloat16 where the device computes in it.", choices=PRECISIONS
+    )
+    gradient_checkpointing: bool = setting(
+        False, MEMORY, "Less memory: activations are computed again in backward, layer by layer."
+    )
+    lora: int = setting(
+        0, MEMORY, "Train low-rank adapters of this rank in place of the weights; 0 trains these.", range=ANY_COUNT
+    )
+    lora_alpha: float = rare(32.0, MEMORY, "The adapters' scale, times the rank.", range=POSITIVE)
+    lora_dropout: float = rare(0.0, MEMORY, "Dropout before the adapters.", range=Range(0, 1, below=True))
+    lora_targets: tuple[str, ...] = rare(
+        (), MEMORY, "Ends of the names of the linear layers that get adapters.", unset="all"
+    )
+    weights: str = rare(
+        "float32", MEMORY, "Type of the weights that lora leaves as they are.", choices=("float32", "bfloat16")
+    )
+
+    seed: int = setting(0, RUN, "Seed of the lists' order, of sampling and of dropout.", range=ANY_COUNT)
+    checkpoint_every: int = rare(50, RUN, "Steps between checkpoints.", range=COUNT)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loss", spell_loss(parse_loss(self.loss)))  # equal losses are spelled alike
-        for name, allowed in (
-            ("targets", TARGETS),
-            ("ground", GROUNDS),
-            ("schedule", SCHEDULES),
-            ("precision", PRECISIONS),
-            ("order", (1, 2)),
-            ("weights", WEIGHTS),
-            ("pooling", (None, *POOLINGS)),
-            ("similarity", (None, *SIMILARITIES)),
-        ):
-            if getattr(self, name) not in allowed:
-                known = ", ".join(repr(value) for value in allowed if value is not None)
-                raise ValueError(f"{name} must be one of {known}; got {getattr(self, name)!r}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value!r}")
-        for name in ("seed", "lora"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        for name in ("clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup must be 0 to 1, got {self.warmup!r}")
+        object.__setattr__(self, "loss", spell_loss(self.loss))  # equal losses are spelled alike
+        check_settings(self)
         others = self.in_batch_grade if self.in_batch else None
         if self.contrasts and (self.targets == "softmax" or (others or 0) > 0):
             why = "softmax targets do" if self.targets == "softmax" else f"an in_batch_grade of {others:g} does"
@@ -191,43 +381,21 @@ class FitSettings:
                 f"loss {self.loss}: contrast needs documents without target mass, which {why} not leave; choose a loss "
                 "without contrast, such as wasserstein"
             )
-        if not 0 < self.interpolate <= 1:
-            raise ValueError(f"interpolate must be above 0 and at most 1, got {self.interpolate!r}")
-        if not 0 <= self.lora_dropout < 1:  # with all of its input dropped, an adapter learns nothing
-            raise ValueError(f"lora_dropout must be 0 or above and below 1, got {self.lora_dropout!r}")
-        if self.chunk not in (None, AUTO) and not (isinstance(self.chunk, int) and self.chunk > 0):
-            raise ValueError(f"chunk must be a number above 0 or 'auto', got {self.chunk!r}")
-        for name in ("max_steps", "layers", "query_max_length", "document_max_length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)!r}")
-        if self.patience is not None and (self.patience < 1 or self.dev is None):
-            raise ValueError(f"patience must be 1 or above and needs dev, got {self.patience!r} and {self.dev!r}")
+        if self.positive_from is not None and not self.takes("positive_from"):
+            raise ValueError(f"positive_from is for loss infonce, not {self.loss}")
+        if self.patience is not None and self.dev is None:
+            raise ValueError(f"patience needs dev, a collection to measure; got patience {self.patience} without one")
         for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):
             if getattr(self, name) != default and not self.lora:
                 raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
-        if self.positive_from is not None and not self.takes("positive_from"):
-            raise ValueError(f"positive_from is for loss infonce, not {self.loss}")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
-        for name in (
-            "temperature",
-            "lora_alpha",
-            "epochs",
-            "learning_rate",
-            "batch_lists",
-            "accumulate",
-            "dev_every",
-            "checkpoint_every",
-        ):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
 
     @property
     def encoder_options(self) -> dict[str, Any]:
-        """What encoder_load.load_encoder takes besides the name and the device."""
-        names = ["layers", "pooling", "normalize", "similarity", "query_prefix", "document_prefix"]
-        names += ["query_max_length", "document_max_length", "trust_remote_code"]
-        return {name: getattr(self, name) for name in names}
+        """What load_encoder takes besides the name and the device."""
+        declared = (one for one in fields(self) if find_declaration(one).group == ENCODER)
+        return {one.name: getattr(self, one.name) for one in declared}
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -236,8 +404,7 @@ class FitSettings:
 
     def takes(self, name: str) -> bool:
         """Whether the setting is one for this loss."""
-        takers = find_takers(name)
-        return not takers or not takers.isdisjoint(self.loss_weights)
+        return takes_setting(self.loss, name)
 
     @property
     def contrasts(self) -> bool:
@@ -254,43 +421,34 @@ class FitSettings:
 class GenSettings:
     """Everything that decides what is generated, besides the queries, the model, the scale and the examples.
 
-    Attributes:
-        separate: one request a grade, instead of one for all, best first.
-        variety: whether each query draws a length, a genre and a reading level for its passages.
-        shots: example lists in the prompt.
-        language: ISO 639-1 code the passages must be in; None for the query's, unchecked.
-        min_chars, max_chars: of a passage.
-        temperature, top_p: of sampling.
-        max_tokens: of a reply; None for enough to write max_chars a passage.
-        attempts: replies tried for a query before it is rejected.
-        judge: whether the model then grades every passage without knowing the intended grade.
+    Raises: ValueError naming the setting, what was expected and what came.
     """
 
-    separate: bool = False
-    variety: bool = False
-    shots: int = 1
-    language: str | None = None
-    min_chars: int = 100
-    max_chars: int = 1000
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_tokens: int | None = None
-    attempts: int = 3
-    seed: int = 0
-    judge: bool = False
+    separate: bool = setting(False, WRITTEN, "One request per grade, instead of one for all, best first.")
+    variety: bool = setting(False, WRITTEN, "Each query draws a length, a genre and a reading level.")
+    shots: int = setting(1, WRITTEN, "Example lists in the prompt.", range=ANY_COUNT)
+    language: str | None = setting(
+        None, WRITTEN, "ISO 639-1 code that passages must be in.", unset="the query's, unchecked"
+    )
+    min_chars: int = rare(100, WRITTEN, "Of a passage.", range=COUNT)  # together: --length
+    max_chars: int = rare(1000, WRITTEN, "Of a passage.", range=COUNT)
+    judge: bool = setting(False, WRITTEN, "The model then grades each passage blind; stored as 'judged'.")
+    temperature: float = setting(
+        0.8, SAMPLING, "Temperature of sampling; 0 takes the likeliest token.", range=ANY_COUNT
+    )
+    top_p: float = setting(
+        0.95, SAMPLING, "Share of the likeliest tokens that are drawn from.", range=Range(0, 1, above=True)
+    )
+    max_tokens: int | None = setting(
+        None, SAMPLING, "Tokens of a reply.", range=COUNT, unset="enough for passages of the full length"
+    )
+    attempts: int = setting(3, SAMPLING, "Replies tried for a query before it is rejected.", range=COUNT)
+    seed: int = setting(0, SAMPLING, "Seed of sampling and of what queries draw.", range=ANY_COUNT)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
-        for name in ("temperature", "top_p"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name} must be a number of 0 or above, got {getattr(self, name)!r}")
-        for name in ("attempts", "max_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or above, got {getattr(self, name)!r}")
-        for name in ("seed", "shots"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or above, got {getattr(self, name)!r}")
+        check_settings(self)
 
     def reply_tokens(self, passages: int) -> int:
         """The token cap of a reply that holds so many passages; in Han and kana a token is one or two characters."""

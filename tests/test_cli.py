@@ -34,15 +34,25 @@ def test_help_loads_no_torch(command):
 def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
     result = invoke("fit", "--temperature", "nan")
-    assert (result.exit_code, "temperature must be a finite number, got nan" in result.stderr) == (2, True)
+    assert (result.exit_code, "'--temperature': must be a finite number, got nan" in result.stderr) == (2, True)
     alone = "is for --loss wasserstein, not gaussian; leave it out"
     for options, message in (
-        (("--chunk", "x"), "'x' is neither a whole number above 0 nor auto"),
-        (("--chunk", "0"), "'0' is neither a whole number above 0 nor auto"),
-        (("--lora-targets", ","), "',' holds no name"),
+        (("--chunk", "x"), "Invalid value for '--chunk': must be a whole number or 'auto', got 'x'"),
+        (("--chunk", "0"), "Invalid value for '--chunk': must be 1 or above, got 0"),
+        (("--order", "3"), "Invalid value for '--order': must be one of 1, 2; got '3'"),
+        (("--set", "lora_targets=,"), "Invalid value for '--set': lora_targets must be names, got ','"),
+        (("--set", "layers"), "'layers' is not NAME=VALUE, such as dev_measure=VALUE"),
+        (("--set", "pooling=max"), "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
+        (("--set", "epoch=3"), "'epoch' is not a setting; did you mean checkpoint_every?"),
+        (("--set", "laers=3"), "'laers' is not a setting; did you mean layers?"),
+        (("--set", "epochs=3"), "'epochs' has an option of its own: --epochs"),
+        (("--set", "normalize=maybe"), "normalize must be yes or no, got 'maybe'"),
         (("--loss", "kl:.6+contrast:.6"), "loss 'kl:.6+contrast:.6': the weights must sum to 1, got 1.2"),
         (("--loss", "kl", "--positive-from", "2"), "positive_from is for loss infonce, not kl"),
-        (("--loss", "kl:.5+gaussian:.5", "--ground", "grade"), "is for --loss wasserstein, not gaussian:.5+kl:.5;"),
+        (
+            ("--loss", "kl:.5+gaussian:.5", "--set", "ground=grade"),
+            "--set ground is for --loss wasserstein, not gaussian:.5+kl:.5;",
+        ),
         (("--loss", "gaussian", "--order", "2"), f"--order {alone}"),
         (
             ("--loss", "infonce", "--targets", "gain"),

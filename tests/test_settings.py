@@ -18,7 +18,7 @@ from gradret.settings import DEFAULT_LOSS, FitSettings, parse_loss, spell_loss
 def test_a_loss_has_one_spelling(spelling, weights, canonical):
     found = parse_loss(spelling)
     assert list(found.items()) == list(weights.items())
-    assert spell_loss(found) == FitSettings(loss=spelling).loss == canonical
+    assert spell_loss(spelling) == FitSettings(loss=spelling).loss == canonical
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def _spell_mixture(settings: dict) -> dict:
     shares = {name: settings.pop(f"{name}_share", 0.0) for name in ("kl", "contrast")}
     if settings.get("loss") == "wasserstein":
         weights = {"wasserstein": round(1 - sum(shares.values()), 6), **shares}
-        settings["loss"] = spell_loss({name: weight for name, weight in weights.items() if weight})
+        settings["loss"] = spell_loss("+".join(f"{name}:{weight}" for name, weight in weights.items() if weight))
     return settings
 
 

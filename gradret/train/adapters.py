@@ -82,7 +82,7 @@ def _find_targets(transformer: nn.Module, names: tuple[str, ...], model: str) ->
     for name in names:
         if not any(_ends_in(path, name) for path in linear):
             last = sorted({path.rsplit(".", 1)[-1] for path in linear})
-            raise GradretError(f"--lora-targets {name}: matches no linear layer of {model}; it has: {', '.join(last)}")
+            raise GradretError(f"lora_targets {name}: matches no linear layer of {model}; it has: {', '.join(last)}")
     if not linear:
         raise GradretError(f"{model}: has no linear layers for adapters; train without --lora")
     return [path for path in linear if not names or any(_ends_in(path, name) for name in names)]

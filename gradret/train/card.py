@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from gradret.encoder.model import Encoder
-from gradret.settings import SAMPLE, FitSettings
+from gradret.settings import SAMPLE, FitSettings, spell_option
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "gradret"]
@@ -115,14 +115,11 @@ def _list_training(
     if best_step is not None:
         rows.append(["step saved, the best on dev", best_step])
     rows += [["trained on", _escape(where)], ["time", _show_time(seconds)]]
-    defaults = FitSettings()
+    defaults, spelled = FitSettings(), {f.name: spell_option(f) for f in fields(settings)}
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
-    return rows + [
-        [f"`--{name.replace('_', '-')}`", _show_value(getattr(settings, name))]
-        for name in options
-        if settings.takes(name)
-    ]
+    shown = (name for name in options if settings.takes(name))
+    return rows + [[f"`{spelled[name]}`", _show_value(getattr(settings, name))] for name in shown]
 
 
 def _tabulate_dev(dev: Sequence[dict[str, Any]], best_step: int | None) -> str:

@@ -155,11 +155,11 @@ def test_one_layer_alone(tiny_encoder):
 
 @pytest.mark.parametrize("name", ["q_proj", "uery", "LayerNorm", "attention", "pooler.dense", ".*"])
 def test_a_target_that_matches_nothing(tiny_encoder, tmp_path, name):
-    arguments = ("fit", "--model", tiny_encoder, "--lora", 4, "--lora-targets", f"query,{name}")
+    arguments = ("fit", "--model", tiny_encoder, "--lora", 4, "--set", f"lora_targets=query,{name}")
     result = invoke(*arguments, "--out", tmp_path / "out")
     assert (result.exit_code, result.stderr) == (
         1,
-        f"Error: --lora-targets {name}: matches no linear layer of {tiny_encoder}; it has: dense, key, query, value\n",
+        f"Error: lora_targets {name}: matches no linear layer of {tiny_encoder}; it has: dense, key, query, value\n",
     )
     assert not (tmp_path / "out").exists()
 

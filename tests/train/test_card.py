@@ -73,7 +73,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--order`": "2",
         "`--temperature`": "0.05",
         "`--targets`": "`sqrt`",
-        "`--ground`": "`sqrt`",
+        "`--set ground`": "`sqrt`",
         "`--batch-lists`": "16",
         "`--learning-rate`": "5e-06",
         "`--epochs`": "2",
@@ -105,8 +105,8 @@ def test_what_differs_from_the_defaults_is_told(tiny_encoder, tmp_path):
     text = write(tmp_path, encoder, settings)
     shown = table(text, "## Training")
     assert shown["`--lora`"] == "8"
-    assert shown["`--lora-targets`"] == "`query`, `value`"
-    assert shown["`--weights`"] == "`bfloat16`"
+    assert shown["`--set lora_targets`"] == "`query`, `value`"
+    assert shown["`--set weights`"] == "`bfloat16`"
     assert shown["`--in-batch`"] == "no"
     assert shown["`--gradient-checkpointing`"] == "yes"
     assert shown["`--max-steps`"] == "40"

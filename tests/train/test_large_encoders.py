@@ -251,8 +251,16 @@ def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "out"
     command = [sys.executable, "-m", "gradret", "fit", "--data", six_lists, "--model", tiny_decoder, "--out", out]
-    command += ["--pooling", "last", "--lora", "4", "--lora-targets", "q_proj,v_proj", "--gradient-checkpointing"]
-    command += ["--weights", "bfloat16", "--query-prefix", "Instruct: find it\nQuery: ", "--chunk", "8"]
+    command += [
+        "--set",
+        "pooling=last",
+        "--lora",
+        "4",
+        "--set",
+        "lora_targets=q_proj,v_proj",
+        "--gradient-checkpointing",
+    ]
+    command += ["--set", "weights=bfloat16", "--query-prefix", "Instruct: find it\nQuery: ", "--chunk", "8"]
     command += ["--max-steps", "3", "--batch-lists", "6", "--epochs", "3", "--learning-rate", "1e-2", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

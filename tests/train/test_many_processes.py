@@ -30,7 +30,7 @@ STEPS = 8
 
 def arguments(model: Path, out: Path, *more: str) -> list[str]:
     line = f"-m gradret fit --data sample?queries=odd --model {model} --out {out} --max-steps {STEPS} --epochs 9"
-    line += " --batch-lists 6 --precision float32 --checkpoint-every 3 --dev sample?queries=even --dev-every 4"
+    line += " --batch-lists 6 --precision float32 --set checkpoint_every=3 --dev sample?queries=even --dev-every 4"
     return [*line.split(), "--learning-rate", "1e-3", *more]
 
 
@@ -275,7 +275,18 @@ def test_adapters_mining_and_caching_in_two_processes(tmp_path):
     """Resumed from one process's checkpoint: frozen weights, adapters and mined passages are the same everywhere."""
     pytest.importorskip("peft")
     model, out = make_tiny_encoder(tmp_path / "model"), tmp_path / "out"
-    more = ["--lora", "2", "--mine", "k=1,grade=0,every=0.5", "--chunk", "4", "--patience", "9", "--interpolate", "0.5"]
+    more = [
+        "--lora",
+        "2",
+        "--mine",
+        "k=1,grade=0,every=0.5",
+        "--chunk",
+        "4",
+        "--patience",
+        "9",
+        "--set",
+        "interpolate=0.5",
+    ]
     assert run(2, *arguments(model, out, *more)).returncode == 0
     one = tmp_path / "one"
     assert run(1, *arguments(model, one, *more)).returncode == 0

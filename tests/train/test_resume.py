@@ -43,8 +43,8 @@ def command(model: Path, out: Path, *more: str) -> list[str]:
             "float32",
         ),
         *(
-            "--checkpoint-every",
-            "5",
+            "--set",
+            "checkpoint_every=5",
             "--dev",
             "sample?queries=even",
             "--dev-every",

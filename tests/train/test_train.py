@@ -177,7 +177,7 @@ def test_saved_and_measured_weights_lie_so_far_on_the_way_to_the_trained_ones(ti
         assert torch.equal(parameter, torch.lerp(start[name], whole[name], 0.25)), name
     assert seen == [encoders[0].fingerprint(), seen[1], encoders[2].fingerprint()]
     assert len(set(seen)) == 3
-    assert "| `--interpolate` | 0.25 |" in (tmp_path / "part" / "README.md").read_text()
+    assert "| `--set interpolate` | 0.25 |" in (tmp_path / "part" / "README.md").read_text()
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(tiny_encoder, tmp_path, monkeypatch):
