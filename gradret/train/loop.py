@@ -413,7 +413,7 @@ class Trainer:
                 if not math.isfinite(loss):
                     raise self.not_finite("loss", loss, batch.query_ids)
             self.processes.sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, s.clip or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(parameters, s.clip or math.inf).item()  # waits for the device
         if not math.isfinite(norm):
             raise self.not_finite("gradient norm", norm, query_ids)
         self.optimizer.step()

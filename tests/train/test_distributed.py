@@ -202,13 +202,38 @@ def test_a_process_that_never_comes_is_not_waited_for_long(rank):
     assert line.startswith("Error: the processes could not find each other (")
 
 
+def test_exchanges_have_a_timeout_of_their_own(monkeypatch):
+    """A group's, which is public: torch warns of the private way to change the timeout of a group that is there."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    made, used = [], []
+    fakes = {
+        "is_initialized": lambda: False,
+        "init_process_group": lambda backend, timeout: made.append(timeout),
+        "new_group": lambda timeout: made.append(timeout) or "the group",
+        "get_rank": lambda: 1,
+        "get_world_size": lambda: 2,
+        "destroy_process_group": lambda: made.append("destroyed"),
+        "all_reduce": lambda tensor, group, async_op: used.append(group) or Done(),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, "_set_pg_timeout", None)
+    with join_processes("cpu") as (processes, device):
+        assert (processes.rank, processes.size, device) == (1, 2, "cpu")
+        processes.sum_number(1.0)
+    assert made == [distributed.JOIN_TIMEOUT, distributed.TIMEOUT, "destroyed"]
+    assert used == ["the group"]
+
+
+@pytest.mark.nightly  # it waits for longer than it takes two processes to come
 def test_once_joined_others_are_waited_for_longer_than_that(tmp_path):
     script = tmp_path / "late.py"
     script.write_text(
         "import time; from datetime import timedelta; from gradret import distributed\n"
-        "distributed.JOIN_TIMEOUT = timedelta(seconds=3)\n"
+        "distributed.JOIN_TIMEOUT = timedelta(seconds=15)\n"
         "with distributed.join_processes('cpu') as (these, _):\n"
-        "    time.sleep(0 if these.is_first else 6)\n"
+        "    time.sleep(0 if these.is_first else 20)\n"
         "    assert these.sum_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
         "distributed.end_process(0)\n"
     )
