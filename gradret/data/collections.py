@@ -99,8 +99,8 @@ def read_qrels(directory: Path, split: str) -> Qrels:
     """Query id -> {doc id -> grade}, of the first of these files that is there.
 
     `qrels/SPLIT.tsv`, with the header query-id, corpus-id, score and whole numbers (BEIR); `qrels/SPLIT.txt`, .qrels or
-    .trec, lines of `QUERY 0 DOCUMENT GRADE` (trec_eval); `qrels.jsonl`, a line a query with qid, docid and score, the
-    latter two lists of one length (Trove), which is the same for every split.
+    .trec, lines of `QUERY 0 DOCUMENT GRADE` (trec_eval); `qrels.jsonl`, one line per query with qid, docid and score,
+    the latter two lists of one length (Trove), which is the same for every split.
 
     Raises: GradretError when there is none, or a line is not of its format.
     """
@@ -189,10 +189,6 @@ class Collection(ABC):
     def documents(self, start: int = 0) -> Iterator[Document]:
         """The documents in the collection's order, from position `start`."""
 
-    @abstractmethod
-    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """The named documents as passages of grade 0; those the collection lacks are left out."""
-
     def _keep_judged_queries(self, queries: dict[str, str]) -> None:
         self.queries = {query_id: text for query_id, text in queries.items() if self.qrels.get(query_id)}
         if not self.queries:
@@ -219,7 +215,7 @@ class BeirCollection(Collection):
         self._keep_judged_queries(texts)
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
-        hashes = array("Q")  # 8 bytes a document, to find an id used twice
+        hashes = array("Q")  # 8 bytes per document, to find an id used twice
         for record, offset in read_records(self._corpus, ("_id", "text"), desc=f"reading {self._corpus}"):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
@@ -235,6 +231,7 @@ class BeirCollection(Collection):
             yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out."""
         found = {}
         with open_file(self._corpus) as file:
             for doc_id in doc_ids:
@@ -273,6 +270,7 @@ class IrDatasetsCollection(Collection):
             yield Document(document.doc_id, document.default_text())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out."""
         if self._store is None:
             self._store = open_store(self._dataset)
         with reading(self._dataset):
@@ -302,9 +300,6 @@ class ListCollection(Collection):
     def documents(self, start: int = 0) -> Iterator[Document]:
         for doc_id, content in islice(self._documents.items(), start, None):
             yield Document(doc_id, content)
-
-    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        return {i: Passage(0, self._documents[i], None, i) for i in doc_ids if i in self._documents}
 
 
 def is_self_retrieving(*names: str) -> bool:

@@ -335,7 +335,7 @@ class ListFile(Sequence[RankingList]):
             ids.append(hash64(str(query_id)))
             keys.append(query_key(str(query_id), str(query)))
         if not ids:
-            raise GradretError(f"{path}: no ranking lists; expected one JSON object a line")
+            raise GradretError(f"{path}: no ranking lists; expected one JSON object per line")
         self._offsets, self._numbers = np.array(offsets), np.array(numbers)
         self.ids, self.keys = np.array(ids, np.uint64), np.array(keys, np.uint64)
         self.fingerprint = digest.hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
-from gradret.data.collections import BeirCollection, Collection, IrDatasetsCollection, ListCollection
+from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection
 from gradret.data.lists import (
     GRADE_LIMIT,
     JUDGED,
@@ -42,10 +42,10 @@ class Source:
         name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`.
         grades: pairs (old, new): as training data only these grades are used, each under its new value;
             as a collection to evaluate on, the others keep theirs. None uses all as they are.
-        sample: as training data, at most this many passages a query, drawn with the run's seed.
+        sample: as training data, at most this many passages per query, drawn with the run's seed.
         shuffle: as training data, the share of lists whose grades change places among their passages, drawn with the
             run's seed: label noise, to see what a loss makes of it.
-        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one a line; or of ranking
+        queries: `even`, `odd` (by the number the query id ends in) or a file of query ids, one per line; or of ranking
             lists or BEIR queries, for theirs.
         drop_self: as a collection, whether a document with the query's id is left out; None: by its name.
         labels: which of the grades of generated lists to train on: `intended`, those asked for; `judged`, those the
@@ -159,7 +159,7 @@ def _split_directory(name: str) -> tuple[Path, str]:
     return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), "test")
 
 
-def open_collection(source: Source) -> Collection:
+def open_collection(source: Source) -> BeirCollection | IrDatasetsCollection | ListCollection:
     """The collection to evaluate on, its queries selected and its grades mapped. Raises: GradretError."""
     for name, default in (("sample", None), ("shuffle", 0.0), ("labels", "intended")):
         if (value := getattr(source, name)) != default:
@@ -167,7 +167,7 @@ def open_collection(source: Source) -> Collection:
     path = find_path(source.name)
     if source.query_file is not None and not (path and path.is_dir()):
         raise GradretError(f"{source.name}: query_file is for a directory without queries.jsonl; leave it out")
-    collection: Collection
+    collection: BeirCollection | IrDatasetsCollection | ListCollection
     if path is None:
         collection = IrDatasetsCollection(source.name)
     elif path.is_dir():
@@ -213,7 +213,7 @@ def _read_id(line: Line) -> str:
     query_id = record.get("query_id", record.get("_id"))
     if query_id is None:
         raise GradretError(
-            f"{line.where}: has neither query_id nor _id; expected a query id a line, lists or BEIR queries"
+            f"{line.where}: has neither query_id nor _id; expected one query id per line, lists or BEIR queries"
         )
     return str(query_id)
 
@@ -229,13 +229,15 @@ def open_lists(source: Source) -> "ListFile | JudgedLists":
         raise GradretError(
             f"{source.name}: labels={source.labels} is for the ranking-list files of gradret gen --judge; leave it out"
         )
-    return JudgedLists(open_collection(Source(source.name, query_file=source.query_file)))
+    collection = open_collection(Source(source.name, query_file=source.query_file))
+    assert not isinstance(collection, ListCollection)  # which open_collection refuses together with query_file
+    return JudgedLists(collection)
 
 
 class JudgedLists(Sequence[RankingList]):
     """A collection's judgments as ranking lists: each query with its judged documents, read when asked for."""
 
-    def __init__(self, collection: Collection):
+    def __init__(self, collection: BeirCollection | IrDatasetsCollection):
         self._collection = collection
         self._query_ids = list(collection.queries)
         self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)

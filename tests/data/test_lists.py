@@ -122,7 +122,7 @@ def test_file_is_read_by_position_as_in_order(tmp_path):
             "{path}:3: query id 'a' was already used in line 1; "
             "give every list an id of its own, or pass the files as two sources to merge them",
         ),
-        ([], "{path}: no ranking lists; expected one JSON object a line"),
+        ([], "{path}: no ranking lists; expected one JSON object per line"),
     ],
 )
 def test_a_bad_file_is_refused_when_it_is_opened(write_jsonl, lines, message):

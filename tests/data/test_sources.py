@@ -189,7 +189,7 @@ def test_queries_from_a_file(beir_directory, tmp_path):
     (tmp_path / "ids").write_text('{"query_id": "q2", "query": "w", "passages": []}\n{"_id": "q7", "text": "x"}\n')
     assert list(open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids"))).queries) == ["q2"]
     (tmp_path / "ids").write_text('{"id": "q2"}\n')
-    with pytest.raises(GradretError, match=r"ids:1: has neither query_id nor _id; expected a query id a line, lists o"):
+    with pytest.raises(GradretError, match=r"ids:1: has neither query_id nor _id; expected one query id per line"):
         open_collection(Source(str(beir_directory), queries=str(tmp_path / "ids")))
     (tmp_path / "ids").write_text("zzz\n")
     with pytest.raises(GradretError, match="selects none of its queries"):
