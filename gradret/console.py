@@ -8,9 +8,10 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:  # imported when the first bar is shown: --quiet has to come before, see be_quiet
+    from tqdm import tqdm
 
 
 class GradretError(Exception):
@@ -62,29 +63,37 @@ SECOND_THOUGHT_S = 2.0
 PATIENCE_S = 2  # work that is done sooner needs no progress bar
 
 _quiet = False
-_show_as_told = tqdm.__init__
+# What libraries look at when they are imported: tqdm, which ir_datasets uses, the hub's client and transformers.
+QUIET_VARIABLES = {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether from now on there are neither lines nor bars; results and errors are not written here."""
+    """Whether from now on there are neither lines nor bars; results and errors are not written here.
+
+    Bars of other libraries heed it where it is called before they are imported, as the command line does.
+    """
     global _quiet
+    if quiet:
+        os.environ.update(QUIET_VARIABLES)
+    elif _quiet:
+        for name in QUIET_VARIABLES:
+            os.environ.pop(name, None)
     _quiet = quiet
-    tqdm.__init__ = _hide if quiet else _show_as_told  # also of other libraries' bars, as ir_datasets' and the hub's
-
-
-def _hide(bar: tqdm, *arguments, **options) -> None:
-    _show_as_told(bar, *arguments, **options | {"disable": True})
 
 
 def say(line: str) -> None:
     """A line for the user, on stderr, above any progress bar."""
     if not _quiet:
+        from tqdm import tqdm
+
         tqdm.write(line, file=sys.stderr)
 
 
-def show_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
+def show_bar(iterable: Iterable[Any] | None = None, *, shown: bool = True, **options: Any) -> "tqdm[Any]":
     """A progress bar on stderr where that is a terminal, see tqdm for the options; hidden if not `shown`."""
-    return tqdm(iterable, disable=None if shown else True, **options)
+    from tqdm import tqdm
+
+    return tqdm(iterable, disable=None if shown and not _quiet else True, **options)
 
 
 @contextmanager

@@ -36,17 +36,19 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         described = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
+            group, rows = (parameter.group, parameter.described) if isinstance(parameter, Option) else (RUN, None)
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
-                groups.setdefault(getattr(parameter, "group", RUN), []).append(record)
-            if getattr(parameter, "described", None):
-                described[f"Values of {parameter.opts[0]}"] = parameter.described
-        for heading, rows in (groups | described).items():
+                groups.setdefault(group, []).append(record)
+            if rows:
+                described[f"Values of {parameter.opts[0]}"] = rows
+        last = {RUN: groups.pop(RUN)}
+        for heading, rows in (groups | last | described).items():
             with formatter.section(heading):
                 formatter.write_dl(rows)
 
 
-class Parsed(click.ParamType):
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # which has arguments from click 8.4 on
     """What a function makes of the text; it raises ValueError or GradretError where it cannot."""
 
     def __init__(self, name: str, parse: Callable[[str], Any], choices: Iterable[str] = ()) -> None:
@@ -106,18 +108,19 @@ def set_option(kind: type, group: str | None = None) -> Decorator:
         for declared in fields(kind)
         if not find_declaration(declared).has_option and group in (None, find_declaration(declared).group)
     }
-    own = {declared.name: spell_option(declared) for declared in fields(kind) if declared.name not in rare}
+    rest = () if group else (declared for declared in fields(kind) if declared.name not in rare)
+    own = {declared.name: spell_option(declared) for declared in rest}
 
     def parse(text: str) -> tuple[str, Any]:
         name, equals, value = (part.strip() for part in text.partition("="))
         name = name.replace("-", "_")
         if not equals:
             raise ValueError(f"'{text}' is not NAME=VALUE, such as {next(iter(rare))}=VALUE")
-        if group is None and name in own:
+        if name in own:
             raise ValueError(f"'{name}' has an option of its own: {own[name]}")
         if name not in rare:
-            (near,) = get_close_matches(name, rare, n=1, cutoff=0.0)
-            raise ValueError(f"'{name}' is not a setting; did you mean {near}?")
+            (near,) = get_close_matches(name, [*rare, *own], n=1, cutoff=0.0)
+            raise ValueError(f"'{name}' is not a setting; did you mean {own.get(near, near)}?")
         try:
             return name, parse_setting(rare[name], value)
         except ValueError as error:

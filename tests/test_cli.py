@@ -39,11 +39,11 @@ def test_usage_errors_exit_with_2():
     for options, message in (
         (("--chunk", "x"), "Invalid value for '--chunk': must be a whole number or 'auto', got 'x'"),
         (("--chunk", "0"), "Invalid value for '--chunk': must be 1 or above, got 0"),
-        (("--order", "3"), "Invalid value for '--order': must be one of 1, 2; got '3'"),
+        (("--order", "3"), "Invalid value for '--order': must be one of 1, 2; got 3"),
         (("--set", "lora_targets=,"), "Invalid value for '--set': lora_targets must be names, got ','"),
         (("--set", "layers"), "'layers' is not NAME=VALUE, such as dev_measure=VALUE"),
         (("--set", "pooling=max"), "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
-        (("--set", "epoch=3"), "'epoch' is not a setting; did you mean checkpoint_every?"),
+        (("--set", "epoch=3"), "'epoch' is not a setting; did you mean --epochs?"),
         (("--set", "laers=3"), "'laers' is not a setting; did you mean layers?"),
         (("--set", "epochs=3"), "'epochs' has an option of its own: --epochs"),
         (("--set", "normalize=maybe"), "normalize must be yes or no, got 'maybe'"),

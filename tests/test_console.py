@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-import tqdm
 from click.testing import CliRunner
 
 from gradret import console
@@ -119,15 +118,24 @@ def test_the_next_command_is_not_quiet(capsys):
 
 def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    try:
-        assert not show_bar(range(3), delay=PATIENCE_S).disable
-        assert show_bar(range(3), shown=False).disable
-        be_quiet(True)
-        assert show_bar(range(3)).disable
-        assert tqdm.tqdm(range(3), disable=False).disable  # another library's
-    finally:
-        be_quiet(False)
-    assert not tqdm.tqdm(range(3), disable=False).disable
+    monkeypatch.setattr(console, "_quiet", False)
+    assert not show_bar(range(3), delay=PATIENCE_S).disable
+    assert show_bar(range(3), shown=False).disable
+    be_quiet(True)
+    assert show_bar(range(3)).disable
+    be_quiet(False)
+    assert not show_bar(range(3), delay=PATIENCE_S).disable
+
+
+def test_bars_of_libraries_are_hidden_too_and_nothing_of_theirs_is_replaced():
+    code = (
+        "import sys; from gradret.console import be_quiet; assert 'tqdm' not in sys.modules; be_quiet(True)\n"
+        "import gradret.cli, tqdm, tqdm.auto, huggingface_hub.utils, transformers.utils.logging as logging\n"
+        "assert tqdm.tqdm.__init__.__module__ != 'gradret.console'\n"
+        "assert tqdm.tqdm(range(3)).disable and tqdm.auto.tqdm(range(3)).disable\n"
+        "assert huggingface_hub.utils.are_progress_bars_disabled() and not logging.is_progress_bar_enabled()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("grace_s", [0.0, 0.05])

@@ -25,11 +25,12 @@ LAYERS = """
     evaluation
     train generate integrations
     bench
+    options
     cli
     __main__
 """
 TORCHLESS = """
-    cli settings console files data.lists data.collections data.sources data.export encoder.hub
+    cli options settings console files data.lists data.collections data.sources data.export encoder.hub
     generate.engine generate.queries generate.prompts generate.replies generate.journal generate.run
 """.split()
 

@@ -1,8 +1,10 @@
 """What can be set, and what is refused."""
 
+from dataclasses import fields
+
 import pytest
 
-from gradret.settings import DEFAULT_LOSS, FitSettings, parse_loss, spell_loss
+from gradret.settings import DEFAULT_LOSS, FitSettings, parse_loss, parse_setting, spell_loss
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,51 @@ def test_losses_that_are_refused(spelling, message):
     with pytest.raises(ValueError) as error:
         parse_loss(spelling)
     assert str(error.value).startswith(f"loss '{spelling}': {message}")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"epochs": "2"}, "epochs must be a number, got '2'"),
+        ({"max_steps": 2.0}, "max_steps must be a whole number, got 2.0"),
+        ({"seed": -1}, "seed must be 0 or above, got -1"),
+        ({"order": True}, "order must be one of 1, 2; got True"),
+        ({"in_batch": 1}, "in_batch must be yes or no, got 1"),
+        ({"model": None}, "model must be text, got None"),
+        ({"chunk": "all"}, "chunk must be a whole number or 'auto', got 'all'"),
+        ({"chunk": 0}, "chunk must be 1 or above, got 0"),
+        ({"lora": 2, "lora_targets": ["query"]}, "lora_targets must be names, got ['query']"),
+        ({"pooling": "max"}, "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
+        ({"warmup": float("nan")}, "warmup must be a finite number, got nan"),
+        ({"warmup": 1.5}, "warmup must be 0 to 1, got 1.5"),
+        ({"interpolate": 0.0}, "interpolate must be above 0 and at most 1, got 0.0"),
+        ({"lora": 2, "lora_dropout": 1.0}, "lora_dropout must be 0 or above and below 1, got 1.0"),
+    ],
+)
+def test_each_setting_is_checked_as_it_is_declared(given, message):
+    with pytest.raises(ValueError) as error:
+        FitSettings(**given)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("layers", "3", 3),
+        ("clip", "0", 0.0),
+        ("normalize", "No", False),
+        ("lora_targets", "query, value", ("query", "value")),
+        ("chunk", "auto", "auto"),
+        ("chunk", "8", 8),
+        ("order", "1", 1),
+        ("loss", "kl:1", "kl"),
+    ],
+)
+def test_a_text_becomes_a_value(name, text, value):
+    (declared,) = (one for one in fields(FitSettings) if one.name == name)
+    found = parse_setting(declared, text)
+    assert (found, type(found)) == (value, type(value))
 
 
 def test_settings_are_those_of_any_loss_in_the_mixture():

@@ -255,12 +255,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeyp
 def test_wrong_settings():
     with pytest.raises(ValueError, match="epochs must be above 0, got 0"):
         FitSettings(epochs=0)
-    with pytest.raises(ValueError, match="chunk must be a number above 0 or 'auto', got 'all'"):
+    with pytest.raises(ValueError, match="chunk must be a whole number or 'auto', got 'all'"):
         FitSettings(chunk="all")
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="interpolate must be above 0 and at most 1"):
             FitSettings(interpolate=share)
-    with pytest.raises(ValueError, match="patience must be 1 or above and needs dev, got 3 and None"):
+    with pytest.raises(ValueError, match="patience needs dev, a collection to measure; got patience 3 without one"):
         FitSettings(patience=3)
     for without in ({"targets": "softmax"}, {"in_batch_grade": 1.0}):
         for loss in ("contrast", "infonce:.5+contrast:.5"):
