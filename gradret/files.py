@@ -95,7 +95,7 @@ def check_writable(path: str | os.PathLike) -> None:
             with tempfile.TemporaryFile(dir=Path(path).parent):
                 pass
     except OSError as error:
-        raise GradretError(f"{path}: can not be written ({error.strerror})") from None
+        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def open_folder(out: str, *names: str) -> None:
@@ -103,6 +103,6 @@ def open_folder(out: str, *names: str) -> None:
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
-        raise GradretError(f"{out}: can not be written ({error.strerror})") from error
+        raise GradretError(f"{out}: cannot be written ({error.strerror})") from error
     for name in names:
         check_writable(Path(out, name))

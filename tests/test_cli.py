@@ -124,7 +124,7 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
         ),
         (
             ("bench", "eval", "--run", tmp_path / "no" / "run"),
-            f"{tmp_path}/no/run: can not be written (No such file or directory)",
+            f"{tmp_path}/no/run: cannot be written (No such file or directory)",
         ),
         (
             ("bench", "eval", "--dataset", "sample?sample=2"),

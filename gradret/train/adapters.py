@@ -23,7 +23,7 @@ def adapt(encoder: Encoder, settings: FitSettings) -> None:
     are frozen, A (lora, inputs) and B (outputs, lora) are trained in float32 whatever W's type is. B starts at zero, so
     the encoder starts unchanged; A depends on settings.seed alone. torch's global random state is left as it was.
 
-    Raises: GradretError when peft is not installed, a name in lora_targets has no linear layer, or the model can not
+    Raises: GradretError when peft is not installed, a name in lora_targets has no linear layer, or the model cannot
         compute its activations again.
     Source: Hu et al. (2021), LoRA, arXiv 2106.09685.
     """
@@ -64,7 +64,7 @@ def _add_adapters(transformer: nn.Module, settings: FitSettings) -> nn.Module:
         try:
             adapted = get_peft_model(transformer, config)
         except ValueError as error:  # kinds of layers that peft knows not to work
-            raise GradretError(f"{settings.model}: can not get adapters: {error}") from error
+            raise GradretError(f"{settings.model}: cannot get adapters: {error}") from error
     # Drawn here once more: peft draws from the global generator, and rounds to the frozen weights' type.
     generator = torch.Generator().manual_seed(hash64("adapters", str(settings.seed)) >> 1)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def _recompute_activations(transformer: nn.Module, model: str) -> None:
     enable = enable or getattr(transformer, "gradient_checkpointing_enable", None)
     if not getattr(transformer, "supports_gradient_checkpointing", False) or enable is None:
         raise GradretError(
-            f"{model}: {type(transformer).__name__} can not compute its activations again; "
+            f"{model}: {type(transformer).__name__} cannot compute its activations again; "
             "train without --gradient-checkpointing, with a smaller --chunk"
         )
     enable({"use_reentrant": False})

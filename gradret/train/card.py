@@ -189,7 +189,7 @@ def _code(value: object) -> str:
 
 
 def _quote(text: str) -> str:
-    """A JSON string, which is a Python one too; what can not be printed is spelled out."""
+    """A JSON string, which is a Python one too; what cannot be printed is spelled out."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
 
 

@@ -212,7 +212,7 @@ def test_a_device_or_folder_that_is_not_there_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     for arguments, start in (
         (("--device", "cuda:99"), "Error: device 'cuda:99' is not there ("),
-        (("--out", tmp_path / "file"), f"Error: {tmp_path}/file: can not be written ("),
+        (("--out", tmp_path / "file"), f"Error: {tmp_path}/file: cannot be written ("),
     ):
         result = invoke(*arguments)
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1)

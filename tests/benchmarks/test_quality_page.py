@@ -251,7 +251,7 @@ def test_one_of_everything(rows, tmp_path):
     assert not any("p against" in caption for caption in page.tables)
 
 
-def test_a_folder_that_can_not_be_written(grid, tmp_path):
+def test_a_folder_that_cannot_be_written(grid, tmp_path):
     (tmp_path / "report").write_text("a file")
-    with pytest.raises(GradretError, match="report: can not be written"):
+    with pytest.raises(GradretError, match="report: cannot be written"):
         write(grid, {}, tmp_path / "report")

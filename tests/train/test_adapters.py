@@ -177,7 +177,7 @@ def test_without_peft(tiny_encoder, tmp_path, monkeypatch):
 def test_layers_that_peft_knows_not_to_work(tiny_encoder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     config = MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, state_size=4)
-    with pytest.raises(GradretError, match="^tiny/mamba: can not get adapters: .*out_proj"):
+    with pytest.raises(GradretError, match="^tiny/mamba: cannot get adapters: .*out_proj"):
         adapt(Encoder(MambaModel(config), tokenizer, LONG), FitSettings(model="tiny/mamba", lora=4))
     encoder = Encoder(MambaModel(config), tokenizer, LONG)
     adapt(encoder, FitSettings(model="tiny/mamba", lora=4, lora_targets=("in_proj",)))
@@ -301,7 +301,7 @@ def test_a_model_that_can_not_compute_activations_again(tiny_encoder):
     with pytest.raises(GradretError) as error:
         adapt(encoder, FitSettings(model="tiny/mpnet", gradient_checkpointing=True))
     assert str(error.value) == (
-        "tiny/mpnet: MPNetModel can not compute its activations again; "
+        "tiny/mpnet: MPNetModel cannot compute its activations again; "
         "train without --gradient-checkpointing, with a smaller --chunk"
     )
 

@@ -20,7 +20,7 @@ from gradret.distributed import ALONE, Processes, join_processes
 from gradret.train import loop
 
 SCRIPT = Path(__file__).with_name("share_batch.py")
-# One thread a process: two that share a core wait for each other. No GPU: two can not share one.
+# One thread a process: two that share a core wait for each other. No GPU: two cannot share one.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -268,7 +268,7 @@ def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
     assert "96 queries, 384 documents, 2 processes" in result.stderr
     result = run(2, *command, "--run", str(tmp_path / "no" / "run"))
     assert result.returncode == 1
-    assert result.stderr.count(f"Error: {tmp_path}/no/run: can not be written (No such file or directory)") == 1
+    assert result.stderr.count(f"Error: {tmp_path}/no/run: cannot be written (No such file or directory)") == 1
 
 
 def test_adapters_mining_and_caching_in_two_processes(tmp_path):
