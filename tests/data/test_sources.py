@@ -262,8 +262,9 @@ def test_sampling_is_seeded_and_differs_by_query(write_jsonl):
     assert len({tuple(d) for d in draw(0)}) > 10
 
 
-def test_a_share_of_the_lists_has_its_grades_shuffled(write_jsonl):
-    path = write_jsonl("f.jsonl", [list_record(f"q{i}", range(8)) for i in range(200)])
+def test_a_share_of_the_lists_has_its_grades_shuffled(write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the draw depends on the source's name, which must be the same in every test run
+    path = write_jsonl("f.jsonl", [list_record(f"q{i}", range(8)) for i in range(200)]).name
     plain = [grades_by_text(r) for r in MixedLists([parse_source(str(path))])]
 
     def draw(share, seed=0):
