@@ -111,79 +111,63 @@ def _compute_lists(
     return total
 
 
-class Pairs(NamedTuple):
-    """M graded pairs by row. offsets: (B + 1,) int64. columns: (M,) int32, ascending in a row. values: (M,) float."""
+class Folded(NamedTuple):
+    """What tiles of scores are folded into: M graded pairs, by row, and one log-sum-exp of all others for each row.
+
+    offsets: (B + 1,) int64. columns: (M,) int32, ascending in a row. values: (M,), the pairs' scores, or gradients on
+    the way back. top: (B,), the highest score so far. sum: (B,) of exp((s - top) / temperature), float64 where the
+    device has it. weight: (B,), the gradients in the log-sum-exps on the way back.
+    """
 
     offsets: Tensor
     columns: Tensor
     values: Tensor
-
-
-class Folded(NamedTuple):
-    """The log-sum-exp of each row so far: top, (B,), the highest score; sum, (B,), of exp((s - top) / temperature).
-
-    The sum is float64 where the device has it."""
-
     top: Tensor
     sum: Tensor
+    temperature: float
+    weight: Tensor | None = None
 
 
-def fold_tile(
-    tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float
-) -> None:
-    """Take a tile (R, C) into rows first_row to first_row + R of `folded`, and its pairs' scores into pairs.values.
-
-    The tile is overwritten.
-    """
-    rows = slice(first_row, first_row + len(tile))
-    if _call_kernel("fold_tile", tile, first_row, first_column, pairs, folded, temperature, None):
+def fold_tile(tile: Tensor, first_row: int, first_column: int, folded: Folded) -> None:
+    """Take a tile of scores (R, C), which is overwritten, into `folded`."""
+    if _call_kernel("fold_tile", tile, first_row, first_column, folded):
         return
-    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
-    pairs.values[index] = tile[row, column]
+    rows = slice(first_row, first_row + len(tile))
+    index, row, column = _find_pairs(tile, first_row, first_column, folded)
+    folded.values[index] = tile[row, column]
     tile[row, column] = -torch.inf
     top = torch.maximum(folded.top[rows], tile.amax(-1))
     base = torch.where(top == -torch.inf, 0, top)
-    before = folded.sum[rows] * ((folded.top[rows] - base) / temperature).exp()
-    folded.sum[rows] = before + ((tile - base[:, None]) / temperature).exp_().sum(-1, dtype=folded.sum.dtype)
+    before = folded.sum[rows] * ((folded.top[rows] - base) / folded.temperature).exp()
+    folded.sum[rows] = before + ((tile - base[:, None]) / folded.temperature).exp_().sum(-1, dtype=folded.sum.dtype)
     folded.top[rows] = top
 
 
-def unfold_tile(
-    tile: Tensor, first_row: int, first_column: int, pairs: Pairs, folded: Folded, temperature: float, weight: Tensor
-) -> None:
-    """Overwrite a tile of scores (R, C) with gradients: pairs.values for pairs, else weight (B,) times the softmax."""
-    rows = slice(first_row, first_row + len(tile))
-    if _call_kernel("unfold_tile", tile, first_row, first_column, pairs, folded, temperature, weight):
+def unfold_tile(tile: Tensor, first_row: int, first_column: int, folded: Folded) -> None:
+    """Overwrite a tile of scores (R, C) with gradients: values for pairs, else weight times the softmax."""
+    if _call_kernel("unfold_tile", tile, first_row, first_column, folded):
         return
-    share = weight[rows] / torch.where(folded.sum[rows] == 0, 1, folded.sum[rows])
+    rows = slice(first_row, first_row + len(tile))
+    share = cast(Tensor, folded.weight)[rows] / torch.where(folded.sum[rows] == 0, 1, folded.sum[rows])
     base = torch.where(folded.top[rows] == -torch.inf, 0, folded.top[rows])
-    tile.sub_(base[:, None]).div_(temperature).clamp_max_(0).exp_().mul_(share[:, None].to(tile.dtype))
+    tile.sub_(base[:, None]).div_(folded.temperature).clamp_max_(0).exp_().mul_(share[:, None].to(tile.dtype))
     tile[share == 0] = 0
-    index, row, column = _find_pairs(tile, first_row, first_column, pairs)
-    tile[row, column] = pairs.values[index]
+    index, row, column = _find_pairs(tile, first_row, first_column, folded)
+    tile[row, column] = folded.values[index]
 
 
-def _find_pairs(tile: Tensor, first_row: int, first_column: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+def _find_pairs(tile: Tensor, first_row: int, first_column: int, folded: Folded) -> tuple[Tensor, Tensor, Tensor]:
     """Which pairs lie in the tile, and where in it."""
-    begin, end = pairs.offsets[first_row].item(), pairs.offsets[first_row + len(tile)].item()
-    column = pairs.columns[begin:end].long() - first_column
+    begin, end = folded.offsets[first_row].item(), folded.offsets[first_row + len(tile)].item()
+    column = folded.columns[begin:end].long() - first_column
     index = ((column >= 0) & (column < tile.shape[1])).nonzero()[:, 0]
     column = column[index]
     index += begin
-    row = torch.searchsorted(pairs.offsets, index, right=True) - 1 - first_row
+    row = torch.searchsorted(folded.offsets, index, right=True) - 1 - first_row
     return index, row, column
 
 
-def _call_kernel(
-    name: str,
-    tile: Tensor,
-    first_row: int,
-    first_column: int,
-    pairs: Pairs,
-    folded: Folded,
-    temperature: float,
-    weight: Tensor | None,
-) -> bool:
+def _call_kernel(name: str, tile: Tensor, first_row: int, first_column: int, folded: Folded) -> bool:
     """Whether a kernel serves the tile; then it has done its work."""
     path = backend(tile.device)
     if path == "torch" or tile.dtype != torch.float32:
@@ -193,13 +177,13 @@ def _call_kernel(
         *tile.shape,
         tile.stride(0),
         first_column,
-        address(pairs.offsets[first_row:]),
-        address(pairs.columns),
-        address(pairs.values),
-        temperature,
+        address(folded.offsets[first_row:]),
+        address(folded.columns),
+        address(folded.values),
+        folded.temperature,
         address(folded.top[first_row:]),
         address(folded.sum[first_row:]),
-        address(None if weight is None else weight[first_row:]),
+        address(None if folded.weight is None else folded.weight[first_row:]),
     )
     where = (tile.device.index, current_stream(tile.device)) if path == "cuda" else (torch.get_num_threads(),)
     getattr(compiled, f"{name}_{path}")(arguments, *where)
@@ -223,19 +207,19 @@ def _score_tiles(queries: Tensor, documents: Tensor, dtype: torch.dtype) -> Iter
 def _score_pairs(
     queries: Tensor, documents: Tensor, offsets: Tensor, columns: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of the pairs (M,), and of all other documents of a row as one (B,); the Folded behind the latter."""
+    """Scores of the pairs (M,), and of all other documents of a row as one (B,); top and sum behind the latter."""
     rows = len(queries)
     new: dict[str, Any] = {"dtype": result_dtype(queries), "device": queries.device}
-    folded = Folded(
-        torch.full((rows,), -torch.inf, **new),
-        torch.zeros(rows, dtype=accumulation_dtype(queries.device), device=queries.device),
-    )
-    pairs = Pairs(offsets, columns, torch.empty(columns.shape, **new))
+    values, top = torch.empty(columns.shape, **new), torch.full((rows,), -torch.inf, **new)
+    total = torch.zeros(rows, dtype=accumulation_dtype(queries.device), device=queries.device)
+    folded = Folded(offsets, columns, values, top, total, temperature)
     with torch.autocast(queries.device.type, enabled=False):
         for r, c, tile in _score_tiles(queries, documents, new["dtype"]):
-            fold_tile(tile, r.start, c.start, pairs, folded, temperature)
-    others = (folded.top + temperature * folded.sum.log()).to(new["dtype"])
-    return pairs.values, others, *folded
+            fold_tile(tile, r.start, c.start, folded)
+    return values, (top + temperature * total.log()).to(new["dtype"]), top, total
+
+
+score_pairs_op = torch.library.custom_op("gradret::score_pairs", _score_pairs, mutates_args=())
 
 
 def _score_pairs_backward(
@@ -254,13 +238,13 @@ def _score_pairs_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients (B, D) and (N, D) from those in the scores of _score_pairs; None for what is not needed."""
     dtype = of_others.dtype
-    pairs, weight = Pairs(offsets, columns, of_pairs.contiguous()), of_others.contiguous()
+    folded = Folded(offsets, columns, of_pairs.contiguous(), top, total, temperature, of_others.contiguous())
     # Sums over tiles are made in `dtype`, also for embeddings of half precision.
     of_queries = torch.zeros(queries.shape, dtype=dtype, device=queries.device) if needs_queries else None
     of_documents = torch.zeros(documents.shape, dtype=dtype, device=queries.device) if needs_documents else None
     with torch.autocast(queries.device.type, enabled=False):
         for r, c, tile in _score_tiles(queries, documents, dtype):
-            unfold_tile(tile, r.start, c.start, pairs, Folded(top, total), temperature, weight)
+            unfold_tile(tile, r.start, c.start, folded)
             if of_queries is not None:
                 of_queries[r].addmm_(tile, documents[c].to(dtype))
             if of_documents is not None:
@@ -269,13 +253,6 @@ def _score_pairs_backward(
         of_queries.to(queries.dtype) if of_queries is not None else None,
         of_documents.to(documents.dtype) if of_documents is not None else None,
     )
-
-
-@torch.library.custom_op("gradret::score_pairs", mutates_args=())
-def score_pairs_op(
-    queries: Tensor, documents: Tensor, offsets: Tensor, columns: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _score_pairs(queries, documents, offsets, columns, temperature)
 
 
 @score_pairs_op.register_fake
