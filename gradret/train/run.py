@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ class RunDirectory:
         if self.finished or not (self.directory / RUN_FILE).exists():
             # No trace in a saved encoder or in what is somebody else's. Who opened the file before it went finds that
             # out when it locks it, and what it would then read there is finished.
-            (self.directory / LOCK_FILE).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows removes no file that is open, and there the release does it
+                (self.directory / LOCK_FILE).unlink()
         self._lock.release()
 
     def _claim(self, settings: dict[str, Any], content: dict[str, str], precision: str | None, resume: bool) -> None:
