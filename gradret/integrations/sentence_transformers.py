@@ -24,7 +24,7 @@ from gradret.settings import (
 class WassersteinLoss(nn.Module):
     """What `gradret fit` minimises, for rows of a query, passages and the passages' grades.
 
-    Inputs: columns (query, passage_1, ..., passage_n), n >= 2, and a label column with a list of n grades a row, any
+    Inputs: columns (query, passage_1, ..., passage_n), n >= 2, and a label column with a list of n grades per row, any
     real numbers in any order. With `in_batch` every query is also scored against the passages of the other rows. A
     passage that two rows share counts there as one of the default grade, so keep such rows apart:
     batch_sampler=BatchSamplers.NO_DUPLICATES.
@@ -39,7 +39,7 @@ class WassersteinLoss(nn.Module):
         default_grade: theirs.
         gather_across_devices: the other rows are those of all processes.
 
-    Raises: ValueError where similarity, grades or options can not be used.
+    Raises: ValueError where similarity, grades or options cannot be used.
     Source: SyCL, arXiv 2503.23239, whose loss is the Gaussian form of this one.
     """
 
@@ -85,7 +85,7 @@ class WassersteinLoss(nn.Module):
             raise ValueError(f"columns must be a query and at least 2 passages, got {len(embeddings)} columns")
         if labels.shape != shape:
             raise ValueError(
-                f"labels must hold a grade for each of {shape[1]} passages a row, got {tuple(labels.shape)}"
+                f"labels must hold a grade for each of {shape[1]} passages per row, got {tuple(labels.shape)}"
             )
         offset = 0
         queries, *columns = embeddings

@@ -1,6 +1,6 @@
 """Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar mean over lists.
 
-B is the number of lists, N the number of documents a list, absent ones included. `targets` says where a
+B is the number of lists, N the number of documents per list, absent ones included. `targets` says where a
 list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); "sqrt", the root
 of y (0 below grade 0); or the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far
 mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that
@@ -61,7 +61,7 @@ def wasserstein_loss(
         0 and gets no gradient.
     Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets, ground or reduction are
         unknown.
-        RuntimeError when the gradient is differentiated again.
+        RuntimeError when the gradient is differentiated again, or was changed in place between two backward passes.
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
@@ -94,7 +94,7 @@ def gaussian_loss(
     |mean_p - mean_q|^2 + tr C_p + tr C_q - 2 tr (C_p C_q)^1/2, where the last trace is the nuclear norm of
     E_p E_q^T / (B - 1) with E the centred rows: no N x N matrix, no eigenvalues of a product.
 
-    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one a list: rows
+    Args, Returns, Raises: as wasserstein_loss, without order. One batch gives one value, not one per list: rows
         without predicted or target mass are no part of it, and for one row the covariances are 0. NaN when a score is.
     Source: SyCL, arXiv 2503.23239, which takes targets="softmax"; the trace after Mathiasen and Hvilshøj,
         arXiv 2009.14075.

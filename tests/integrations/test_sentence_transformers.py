@@ -150,7 +150,7 @@ def test_rows_that_do_not_do(model_directory):
     loss = WassersteinLoss(SentenceTransformer(str(model_directory), device="cpu"))
     with pytest.raises(ValueError, match="columns must be a query and at least 2 passages, got 2 columns"):
         loss.compute_loss_from_embeddings([torch.zeros(2, 8)] * 2, torch.zeros(2, 1))
-    with pytest.raises(ValueError, match=r"labels must hold a grade for each of 3 passages a row, got \(2,\)"):
+    with pytest.raises(ValueError, match=r"labels must hold a grade for each of 3 passages per row, got \(2,\)"):
         loss.compute_loss_from_embeddings([torch.zeros(2, 8)] * 4, torch.zeros(2))
     model = SentenceTransformer(str(model_directory), device="cpu", similarity_fn_name="euclidean")
     with pytest.raises(ValueError, match="the model's similarity must be 'cosine' or 'dot', got 'euclidean'"):
