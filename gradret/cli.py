@@ -218,7 +218,7 @@ def _read_settings(out: str) -> dict:
         raise GradretError(f"{out}: holds no run to resume; check --out, or start one without --resume")
     if other := stored.keys() - {declared.name for declared in fields(FitSettings)}:
         raise GradretError(
-            f"{out}: holds a run of another version of gradret, with a setting '{min(other)}'; choose another --out"
+            f"{out}: holds a run of another version of gradret, with the setting '{min(other)}'; choose another --out"
         )
     return stored
 

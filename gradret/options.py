@@ -120,7 +120,7 @@ def set_option(kind: type, group: str | None = None) -> Decorator:
             raise ValueError(f"'{name}' has an option of its own: {own[name]}")
         if name not in rare:
             (near,) = get_close_matches(name, [*rare, *own], n=1, cutoff=0.0)
-            raise ValueError(f"'{name}' is not a setting; did you mean {own.get(near, near)}?")
+            raise ValueError(f"'{name}' is not a setting here; did you mean {own.get(near, near)}?")
         try:
             return name, parse_setting(rare[name], value)
         except ValueError as error:

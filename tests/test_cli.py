@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY, SAMPLE_FILE, list_record
 
 from gradret.cli import main
+from gradret.settings import FitSettings, spell_option
 
 COMMANDS = [(), ("gen",), ("fit",), ("export",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "eval")]
 
@@ -43,8 +46,8 @@ def test_usage_errors_exit_with_2():
         (("--set", "lora_targets=,"), "Invalid value for '--set': lora_targets must be names, got ','"),
         (("--set", "layers"), "'layers' is not NAME=VALUE, such as dev_measure=VALUE"),
         (("--set", "pooling=max"), "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
-        (("--set", "epoch=3"), "'epoch' is not a setting; did you mean --epochs?"),
-        (("--set", "laers=3"), "'laers' is not a setting; did you mean layers?"),
+        (("--set", "epoch=3"), "'epoch' is not a setting here; did you mean --epochs?"),
+        (("--set", "laers=3"), "'laers' is not a setting here; did you mean layers?"),
         (("--set", "epochs=3"), "'epochs' has an option of its own: --epochs"),
         (("--set", "normalize=maybe"), "normalize must be yes or no, got 'maybe'"),
         (("--loss", "kl:.6+contrast:.6"), "loss 'kl:.6+contrast:.6': the weights must sum to 1, got 1.2"),
@@ -156,6 +159,42 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
     ):
         result = invoke(*arguments)
         assert (result.exit_code, result.stderr) == (1, f"Error: {message}\n")
+
+
+def test_rare_settings_are_set_by_name(tiny_encoder, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("fit", "--model", tiny_encoder, "--max-steps", 1, "--out", out, "--set", "clip=2", "--set", "layers=1")
+    assert invoke(*arguments).exit_code == 0
+    settings = json.loads((out / "gradret.json").read_text())["settings"]
+    assert (settings["clip"], settings["layers"]) == (2.0, 1)
+    assert "| `--set clip` | 2 |" in (out / "README.md").read_text()
+    same = invoke("fit", "--resume", "--out", out, "--set", "clip=2")
+    assert same.stdout == f"{out}: already finished, 1 steps\n"
+    other = invoke("fit", "--resume", "--out", out, "--set", "clip=3")
+    message = "holds another run, with clip=2.0 where 3.0 is asked for; choose another --out"
+    assert (other.exit_code, other.stderr) == (1, f"Error: {out}: {message}\n")
+    result = invoke("bench", "eval", "--set", "clip=1")  # takes those of the encoder alone
+    assert result.exit_code == 2 and "'clip' is not a setting here; did you mean" in result.stderr
+
+
+def test_a_run_of_another_version_is_told(tmp_path):
+    (tmp_path / "gradret.json").write_text('{"settings": {"kl_share": null}}')
+    result = invoke("fit", "--resume", "--out", tmp_path)
+    message = f"{tmp_path}: holds a run of another version of gradret, with the setting 'kl_share'"
+    assert (result.exit_code, result.stderr) == (1, f"Error: {message}; choose another --out\n")
+
+
+def test_help_shows_few_options_in_groups_and_the_other_settings_at_its_end():
+    text = invoke("fit", "--help").stdout
+    assert len(re.findall(r"^\s+(?:-\w, )?--[a-z]", text, re.M)) <= 36
+    headings = re.findall(r"^(\w.*):$", text, re.M)
+    groups = ["Data", "Encoder", "Loss", "Optimisation", "Memory and processes", "Run"]
+    assert headings == ["Options to begin with", *groups, "Values of --set"]
+    for declared in fields(FitSettings):
+        spelled = spell_option(declared).removeprefix("--set ")
+        assert re.search(rf"^  {spelled}[= ]", text, re.M), spelled
+    headings = re.findall(r"^(\w.*):$", invoke("gen", "--help").stdout, re.M)
+    assert headings == ["Queries and output", "Model and engine", "What is written", "Sampling", "Run"]
 
 
 def test_lists_of_one_grade_are_kept_and_reported(write_jsonl, tiny_encoder, tmp_path):
