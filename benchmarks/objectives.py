@@ -1,12 +1,12 @@
 """Which list-wise objective is worth real training? A small network on frozen vectors tries each candidate in seconds.
 
-    python benchmarks/objectives.py FILE.jsonl
+    python -m benchmarks.objectives FILE.jsonl
 
-Run from the repository, with the lists in graded/. Its lists and development collections are those of dev.toml,
-embedded once by the three-layer encoder there. Each of SETTINGS trains the network with three seeds and appends a
+Run from the repository, with the lists in graded/. Its lists and development collections are those of the development
+plan, embedded once by the three-layer encoder there. Each of SETTINGS trains the network with three seeds and appends a
 line to FILE: nDCG@10 on each collection, their mean, and its standard deviation over seeds; a setting that FILE has is
 skipped. What it is not: a result on reported queries, or proof of what the encoder itself would learn. It decides what
-the runs of dev.toml try.
+the development runs try. Prints each setting's mean.
 
 The candidates, with p = softmax(scores / temperature) and q a list's target mass:
 
@@ -28,19 +28,19 @@ A number of a setting may be a schedule: [a, b] goes from a at the first step to
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import click
 import torch
 import torch.nn.functional as nnf
-from quality.controls import register
 from torch import Tensor, nn
 
-from gradret.bench.grid_file import read_grid
+from benchmarks.quality.development import DEVELOPMENT
+from benchmarks.script import Script
 from gradret.data.collections import Collection
 from gradret.data.lists import RankingList, decode_json, query_words
 from gradret.data.sources import MixedLists, check_lists, open_collection, parse_source
@@ -54,7 +54,6 @@ from gradret.loss.grades import normalize_mass, place_grades, weigh_grades
 from gradret.settings import FitSettings, count_steps, learning_rate_at
 from gradret.train.batches import collate, draw_lists
 
-PLAN = Path(__file__).with_name("dev.toml")
 EVALUATED = ("beir/scifact/test", "cranfield?queries=even")  # reported elsewhere: their queries are not trained on
 MEASURE, DEPTH = "nDCG@10", 10
 SEEDS = (0, 1, 2)
@@ -230,17 +229,15 @@ class Vectors:
 
 
 def embed() -> Vectors:
-    """Embed PLAN's lists, without those that have the words of a measured or evaluated query, and its collections."""
-    register()
-    grid = read_grid(PLAN)
-    opened = {name: open_collection(parse_source(source)) for name, source in grid.collections.items()}
+    """Embed the plan's lists, without those with the words of a measured or evaluated query, and its collections."""
+    opened = {name: open_collection(parse_source(source)) for name, source in DEVELOPMENT.collections.items()}
     measured = [*opened.values(), *(open_collection(parse_source(source)) for source in EVALUATED)]
     words = {query_words(text) for collection in measured for text in collection.queries.values()}
-    mixed = MixedLists([parse_source(source) for source in grid.data["lists"]])
+    mixed = MixedLists([parse_source(source) for source in DEVELOPMENT.data["lists"]])
     lists = [mixed[int(i)] for i in check_lists(mixed, refuse_negative=True, exclude=words).kept]
-    options = dict(grid.encoders["three-layers"])
+    options = dict(DEVELOPMENT.encoders["three-layers"])
     encoder = load_encoder(options.pop("model"), device="cpu", **options)
-    precision = choose_precision(grid.settings.precision, encoder.device)
+    precision = choose_precision(FitSettings().precision, encoder.device)
 
     def encode(texts: Sequence[str], kind: str) -> Tensor:
         return torch.from_numpy(encoder.encode(texts, kind, precision=precision))
@@ -335,7 +332,9 @@ def list_remaining(path: Path) -> list[dict]:
     return [setting for setting in SETTINGS if setting not in done]
 
 
-def main(path: Path) -> None:
+@click.command(cls=Script)
+@click.argument("path", metavar="FILE.jsonl", type=click.Path(path_type=Path))
+def main(path):
     """Append a row to the file for each setting that has none."""
     remaining, found = list_remaining(path), versions()
     vectors = embed() if remaining else None
@@ -343,10 +342,8 @@ def main(path: Path) -> None:
         row = try_setting(vectors, setting) | {"versions": found}
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{row['mean']:.4f} ± {row['sd']:.4f}  {json.dumps(setting)}", flush=True)
+        click.echo(f"{row['mean']:.4f} ± {row['sd']:.4f}  {json.dumps(setting)}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main()

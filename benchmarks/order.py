@@ -1,23 +1,24 @@
-"""How far encoders order lists by grade before any training: python benchmarks/order.py LISTS.jsonl ... > FILE.json
+"""How far do encoders order lists by grade before any training?
 
-Run from the repository. A loss that only sharpens what an encoder ranks first, such as quality.toml's sorted masses,
-trains it on that order.
+    python -m benchmarks.order LISTS.jsonl ... > FILE.json
+
+A loss that only sharpens what an encoder ranks first, such as the plan's sorted masses, trains it on that order. Prints
+one JSON document, with the reported plan's encoders.
 """
 
 import json
-import sys
 from collections import Counter
-from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 
+import click
 import torch
-from quality.controls import register
 
+from benchmarks.quality.reported import REPORTED
+from benchmarks.script import Script, command_line
 from gradret import Encoder, RankingList, load_encoder, read_lists
-from gradret.bench.grid_file import read_grid
 from gradret.encoder.load import choose_precision
 from gradret.files import versions
+from gradret.settings import FitSettings
 
 
 def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "float32") -> dict:
@@ -44,21 +45,19 @@ def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "
     return {"pairs": found, "first": {f"{grade:g}": n for grade, n in sorted(first.items())}}
 
 
-def main(files: list[str]) -> None:
-    """Print what quality.toml's encoders do with the lists of all files."""
+@click.command(cls=Script)
+@click.argument("files", nargs=-1, required=True)
+def main(files):
+    """Print what the reported plan's encoders do with the lists of all files."""
     lists = [ranking for file in files for ranking in read_lists(file)]
-    result = {"command": " ".join(["python benchmarks/order.py", *files]), "versions": versions(), "lists": len(lists)}
-    register()
-    grid = read_grid(Path(__file__).with_name("quality.toml"))
-    for name, choice in grid.encoders.items():
-        settings = replace(grid.settings, **choice)
+    result = {"command": command_line("benchmarks.order"), "versions": versions(), "lists": len(lists)}
+    for name, choice in REPORTED.encoders.items():
+        settings = FitSettings(**REPORTED.settings | choice)
         encoder = load_encoder(settings.model, **settings.encoder_options)
         precision = choose_precision(settings.precision, encoder.device)
         result[name] = {"precision": precision} | measure_order(encoder, lists, precision)
-    print(json.dumps(result, indent=2))
+    click.echo(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    main(sys.argv[1:])
+    main()

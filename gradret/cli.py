@@ -432,12 +432,12 @@ def loss(shapes, retrieval, dtype, order, repeats, out, device, as_json):
     gradret bench loss --shapes 512x4096 --order 2 --retrieval none
     """
     require_one("bench loss")
-    from gradret.bench.report import draw_speed, format_speed, require_bench_extra
+    from gradret.bench import require_matplotlib
 
-    require_bench_extra()
+    require_matplotlib()
     with show_wait("loading PyTorch"):
-        from gradret.encoder.load import choose_device
-    from gradret.bench.loss import measure_speed
+        from gradret.bench.loss import draw_speed, format_speed, measure_speed
+    from gradret.encoder.load import choose_device
     from gradret.loss.kernels import describe_backend
 
     where = choose_device(device)
@@ -525,7 +525,7 @@ def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json
     gradret bench quality --data lists.jsonl --dataset beir/scifact/test --losses infonce,wasserstein
     """
     require_one("bench quality")
-    from gradret.bench.report import require_bench_extra
+    from gradret.bench import require_matplotlib
 
     chosen = collect_settings(given) | {"data": data or ("sample?queries=odd",)}
     systems = {}
@@ -535,7 +535,7 @@ def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json
             systems[loss] = FitSettings(**taken, loss=loss)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--losses") from None
-    require_bench_extra()
+    require_matplotlib()
     open_folder(out, "quality.json", "quality.png")
     with show_wait("loading PyTorch"):
         from gradret.bench.quality import format_quality, measure_quality
@@ -614,7 +614,7 @@ def evaluate_command(
 
     with show_wait("loading PyTorch"):
         from gradret.encoder.load import choose_precision, load_encoder
-    from gradret.bench.report import format_table
+    from gradret.bench import format_table
     from gradret.data.sources import open_collection, parse_grade_map, parse_source
     from gradret.distributed import join_processes
     from gradret.evaluation.measures import evaluate, parse_measures, split_measures

@@ -1,34 +1,41 @@
-"""Does the plan's runs that have no row yet: python -m benchmarks.quality.run [--plan dev] [--shard i/n]"""
+"""Makes the rows that every table of quality is made of.
+
+    python -m benchmarks.quality.run [--plan development] [--out DIR] [--shard i/n]
+
+Run from the repository, with the lists in graded/ and an ir_datasets home that has cranfield and beir/scifact. It does
+the plan's runs that have no row in DIR/rows.jsonl made by this code: stopped at any moment, the same command does the
+rest, on any number of machines with --shard. Prints each run's measures as it ends.
+"""
 
 from pathlib import Path
 
 import click
 
-from benchmarks.quality.controls import register
+from benchmarks.quality import PLANS
+from benchmarks.quality.plan import list_runs
 from benchmarks.script import RESULTS, Script
-from gradret.bench.grid_file import read_grid
-from gradret.bench.quality import run_grid
+from gradret.bench.quality import do_runs
 from gradret.console import GradretError
 from gradret.generate.queries import parse_shard
 
 
 @click.command(cls=Script)
-@click.option("--plan", default="quality", show_default=True, type=click.Choice(["quality", "dev"]))
-@click.option("--out", type=click.Path(), help="Folder of rows.jsonl. [default: benchmarks/results/PLAN]")
+@click.option("--plan", default="reported", show_default=True, type=click.Choice(tuple(PLANS)))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of rows.jsonl. [default: the committed one]")
 @click.option("--shard", default="1/1", show_default=True, metavar="i/n", help="Only every n-th run, from the i-th.")
-@click.option("--max-runs", type=click.IntRange(min=0), help="End after so many runs.")
 @click.option("--fresh", is_flag=True, help="Do the runs again that are done already.")
 @click.option("--device", help="As of fit.")
-def main(plan, out, shard, max_runs, fresh, device):
+def main(plan, out, shard, fresh, device):
     """Do the plan's runs that have no row yet; stopped at any moment, the same command does the rest."""
-    out = Path(out or RESULTS / plan)
+    folder, chosen = PLANS[plan]
+    out = out or RESULTS / folder
     out.mkdir(parents=True, exist_ok=True)
-    register()
-    grid = read_grid(RESULTS.parent / f"{plan}.toml")
-    outcome = run_grid(grid, out, device=device, shard=parse_shard(shard), max_runs=max_runs, fresh=fresh)
-    click.echo(f"{len(outcome.rows)} of {outcome.planned} runs are done: {out}/rows.jsonl")
-    if outcome.error is not None:
-        raise GradretError(outcome.error)
+    first, step = parse_shard(shard)
+    runs = list_runs(chosen)[first - 1 :: step]
+    rows, error = do_runs(runs, out, measures=chosen.measures, device=device, fresh=fresh)
+    click.echo(f"{len(rows)} of {len(runs)} runs are done: {out}/rows.jsonl")
+    if error is not None:
+        raise GradretError(error)
 
 
 if __name__ == "__main__":

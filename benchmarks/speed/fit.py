@@ -34,7 +34,7 @@ from benchmarks.speed.fit_rivals import (
     rival_versions,
     time_trainer,
 )
-from gradret.bench.workloads import OtherLoad, find_percentiles, synchronize
+from gradret.bench.loss import OtherLoad, find_percentiles, synchronize
 from gradret.console import GradretError, Interrupted, say
 from gradret.data.lists import RankingList, write_lists
 from gradret.distributed import ALONE

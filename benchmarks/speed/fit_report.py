@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradret.bench.report import format_table
-from gradret.bench.workloads import find_percentiles
+from gradret.bench import format_table
+from gradret.bench.loss import find_percentiles
 
 RIVAL = "sentence-transformers"
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.script import Script, command_line
 from benchmarks.speed.random_gguf import write_random_gguf
-from gradret.bench.workloads import find_percentiles
+from gradret.bench.loss import find_percentiles
 from gradret.console import GradretError, say
 from gradret.data.sources import find_path
 from gradret.files import open_folder, versions, write_json

@@ -1,23 +1,23 @@
-"""Peak memory of a row's forward and backward above what exists before it, measured apart from time.
+"""Peak memory of a call above what exists before it, measured apart from time.
 
-On CUDA by the allocator's own count. On a CPU by the peak of resident memory, row by row in a fresh process.
+On CUDA by the allocator's own count. On a CPU by the peak of resident memory, call by call in a fresh process.
 """
 
 import json
 import mmap
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from gradret.bench.workloads import COMPILED, Row, make_workload, run_once
 from gradret.train.memory import can_restart_peak, fresh_environment, peak_bytes, resident_bytes, restart_peak
 
 MIB = 1 << 20
-LONGEST_S = 300  # a row that takes longer is given up
+LONGEST_S = 300  # a call that takes longer is given up
 NO_WAY = "peak memory off CUDA is read from Linux's /proc/self, which this system does not offer"
 
 
@@ -29,28 +29,30 @@ def peak_resolution(device: torch.device) -> float:
     return batch * torch.get_num_threads() * mmap.PAGESIZE / MIB
 
 
-def measure_cuda_peak(row: Row) -> float:
-    """Peak MiB above the inputs of one forward and backward on the current device, after an earlier one."""
+def measure_cuda_peak(call: Callable[[], object]) -> float:
+    """Peak MiB of a call on the current device, after an earlier one."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    run_once(row)
+    call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
 
 
-def measure_cpu_peaks(
-    shape: Sequence[int], dtype: str, orders: Sequence[int], names: Sequence[str]
-) -> Iterator[tuple[float | None, str | None]]:
-    """For each named row of a CPU workload: peak MiB above the inputs, or None and the reason.
+def measure_cpu_peaks(make: str, names: Sequence[str], arguments: dict) -> Iterator[tuple[float | None, str | None]]:
+    """For each name the peak MiB of a call, or None and the reason.
 
-    A process that has loaded gradret and run nothing is copied for every row. The copy makes the workload, runs the row
+    A process that has loaded gradret and run nothing is copied for every name. The copy makes the call and does it
     once, so that code, threads and compiled loops are there, and measures the second time.
+
+    Args:
+        make: "module:function" that makes the call from a name and the arguments, in the copy.
+        arguments: JSON-serialisable.
     """
     if not (can_restart_peak() and hasattr(os, "fork")):
         yield from ((None, NO_WAY) for _ in names)
         return
-    job = {"shape": shape, "dtype": dtype, "orders": orders, "names": names, "threads": torch.get_num_threads()}
+    job = {"make": make, "names": list(names), "arguments": arguments, "threads": torch.get_num_threads()}
     # glibc then returns every freed block of a page at once: none is left over for the measured call to reuse unseen.
     environment = fresh_environment(MALLOC_MMAP_THRESHOLD_="4096", TORCHINDUCTOR_COMPILE_THREADS="1")
     with subprocess.Popen(
@@ -71,17 +73,23 @@ def measure_cpu_peaks(
 
 
 def main() -> None:
-    """The measuring process: a job as JSON on stdin, one line of JSON for each row on stdout."""
+    """The measuring process: a job as JSON on stdin, one line of JSON per name on stdout."""
     job = json.load(sys.stdin)
+    make = pkgutil.resolve_name(job["make"])
     for name in job["names"]:
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
             signal.alarm(LONGEST_S)
-            os.dup2(2, 1)  # whatever is printed by a row is no result
-            peak = _measure_row(job, name)
-            os.write(writer, json.dumps(peak).encode())
+            os.dup2(2, 1)  # whatever a call prints is no result
+            torch.set_num_threads(job["threads"])
+            call = make(name, **job["arguments"])
+            call()
+            restart_peak()
+            before = resident_bytes()
+            call()
+            os.write(writer, json.dumps((peak_bytes() - before) / MIB).encode())
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as pipe:
@@ -92,19 +100,6 @@ def main() -> None:
         else:
             reason = None if answer else f"the measuring process ended with {status}"
         print(json.dumps([json.loads(answer) if answer else None, reason]), flush=True)
-
-
-def _measure_row(job: dict, name: str) -> float:
-    torch.set_num_threads(job["threads"])
-    workload = make_workload(job["shape"], job["dtype"], "cpu")
-    rows = workload.rows(job["orders"], compiled=name.startswith(COMPILED))  # loading the compiler takes seconds
-    row = next(row for row in rows if row.name == name)
-    del rows
-    run_once(row)
-    restart_peak()
-    before = resident_bytes()
-    run_once(row)
-    return (peak_bytes() - before) / MIB
 
 
 if __name__ == "__main__":

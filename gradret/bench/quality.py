@@ -1,104 +1,62 @@
-"""Retrieval quality: the runs of a grid, each trained and measured once and kept as a row."""
+"""Retrieval quality of losses: each is trained on the same lists with several seeds, measured, and compared.
 
+From top to bottom: the command (measure_quality), a run and its record (Run), the file of rows (Rows), what runs read
+(Inputs), the runs themselves (do_runs), and what is made of their rows: means, p-values, a table and a chart.
+benchmarks/quality does a larger plan of runs with the same parts.
+"""
+
+import hashlib
+import json
+import math
+import os
 import tempfile
+import textwrap
 import time
 import traceback
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
-from gradret.bench.grid import BM25, FIT, Cell, Grid, Run
-from gradret.bench.grid_file import make_grid
-from gradret.bench.grid_inputs import GridInputs
-from gradret.bench.grid_rows import GridRows, list_defaults
-from gradret.bench.quality_report import draw_quality, format_quality, make_document  # noqa: F401
-from gradret.console import GradretError, Interrupted, StopRequest, command_line, say
-from gradret.data.collections import Collection
-from gradret.data.sources import open_collection, parse_source
-from gradret.encoder.load import choose_precision, load_encoder
-from gradret.encoder.model import Encoder
-from gradret.evaluation.measures import DEFAULT_DEPTH, Evaluation, evaluate, measure_run
-from gradret.files import replace_json, versions
-from gradret.settings import FitSettings
-from gradret.train.loop import fit
-from gradret.train.mining import search_bm25
+import filelock
+import numpy as np
+from tqdm import tqdm
 
+import gradret
+from gradret.bench import format_table
+from gradret.bench.significance import compare_systems, find_differences
+from gradret.console import GradretError, Interrupted, StopRequest, command_line, say
+from gradret.data.collections import Collection, IrDatasetsCollection
+from gradret.data.lists import decode_json, query_words
+from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
+from gradret.encoder.load import choose_precision, load_encoder
+from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures
+from gradret.files import replace_json, sync_file, versions
+from gradret.settings import FitSettings
+from gradret.train.loop import check_grades, fit
+from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
+
+FIT, UNTRAINED, BM25 = "fit", "untrained", "bm25"
+BASELINE = "infonce"  # the row that the others are tested against, if it is there
+MEAN = "mean"  # of the collections, a column of its own
 ROWS_FILE = "rows.jsonl"
 PER_QUERY_DIGITS = 4
-NOT_TRAINED = {"fit_seconds": None, "steps": None, "lists": None}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What is there after a call of run_grid.
-
-    Attributes:
-        rows: key of a run -> its row, of all runs of the grid that are done, by whomever.
-        collections: name shown -> source, queries, documents.
-        planned: runs of the grid.
-        error: a signal that ended it before its last run, or which runs failed; None where all are done.
-    """
-
-    rows: dict[str, dict]
-    collections: dict[str, dict]
-    planned: int
-    error: str | None = None
-
-
-def run_grid(
-    grid: Grid,
-    out: str | Path,
-    *,
-    device: str | None = None,
-    shard: tuple[int, int] = (1, 1),
-    max_runs: int | None = None,
-    fresh: bool = False,
-    progress: bool = True,
-) -> Outcome:
-    """Do the runs of a grid that have no row in `out`/rows.jsonl yet, and add one for each as it ends.
-
-    Args:
-        out: a folder; several processes may share it.
-        device: as of fit.
-        shard: (i, n): only every n-th run, from the i-th.
-        max_runs: end after so many runs; with 0 nothing is opened but the rows, which are taken as they are, whatever
-            version of gradret wrote them.
-        fresh: do runs again that are done already, after removing the rows of those alone.
-        progress: show bars on a terminal.
-    Returns: all rows there are; also when a signal ended a run or runs failed, see Outcome.error.
-    Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row can not be
-        written.
-    """
-    rows, wanted = GridRows(Path(out, ROWS_FILE)), grid.wanted()
-    own = list(wanted)[shard[0] - 1 :: shard[1]]
-    stopped, failures, inputs = False, [], None
-    if max_runs != 0:
-        with StopRequest() as stop:
-            with stop.at_once():
-                inputs = GridInputs(grid)
-            if inputs is None:
-                raise GradretError("stopped before the first run; the same command starts again")
-            if fresh:
-                rows.drop({run.key for run in own[:max_runs]})
-            found = choose_rows(rows.read(), wanted, grid.measures, inputs, tell=True)
-            todo = [run for run in own if run.key not in found]
-            if len(todo) < len(own):
-                part = f" of shard {shard[0]}/{shard[1]}" if shard[1] > 1 else ""
-                done = f"{len(own) - len(todo)} of {len(own)} runs{part} are done already in {rows.path}"
-                say(f"{done}; --fresh measures again")
-            stopped, failures = Worker(grid, inputs, device, progress).work(todo[:max_runs], own, wanted, rows, stop)
-    found = choose_rows(rows.read(all_versions=max_runs == 0, tell=False), wanted, grid.measures, inputs)
-    again = "the same command without --fresh" if fresh else "the same command"
-    if len(failures) > 1:
-        failures = [f"{len(failures)} runs failed, which {again} tries again: {'; '.join(failures)}"]
-    if stopped:
-        failures.append(f"stopped when {len(found)} of {len(wanted)} runs were done; {again} does the rest")
-    return Outcome(found, describe_collections(grid, found, inputs), len(wanted), "; ".join(failures) or None)
+# What of the package decides a run's outcome. A row made by other code than this is not taken for the run's. The
+# compiled kernels are not among it: tests hold every path to the same loss, and a machine's build is its own.
+DECIDING = ("settings.py", "distributed.py", "data", "loss", "encoder", "evaluation", "train")
+ENCODER_FIELDS = ("model", *FitSettings().encoder_options)
+RECORDED = {  # fields of FitSettings that make two runs differ
+    FIT: tuple(field.name for field in fields(FitSettings)),
+    UNTRAINED: (*ENCODER_FIELDS, "precision"),
+    BM25: (),
+}
+SET_OFF, PLAIN, EDGE = "#0b66c3", "#a9b4c0", "#3c4650"
 
 
 def measure_quality(
-    rows: Mapping[str, FitSettings],
+    settings: Mapping[str, FitSettings],
     *,
     datasets: Sequence[str],
     seeds: int,
@@ -107,58 +65,319 @@ def measure_quality(
     device: str | None = None,
     fresh: bool = False,
 ) -> tuple[dict, str | None]:
-    """The document of `gradret bench quality`, and what was left undone and why; None where nothing was.
+    """Train and measure every row with every seed, beside the untrained encoder; write quality.json and quality.png.
+
+    Runs that have a row in `out`/rows.jsonl are not done again.
 
     Args:
-        rows: what is compared, beside the untrained encoder: name -> settings.
+        settings: name of a row -> its settings, alike but for what the rows are about; seed and exclude are replaced.
+        datasets: collections to measure on, see sources.parse_source.
+        measures: names of ir_measures; the first is the one tested.
+        out: an existing folder; several processes may share it.
+        device, fresh: see do_runs.
+    Returns: the document of quality.json, see make_document, and what was left undone and why, None if nothing was.
+    Raises: GradretError, before the first run, when anything that a run needs is not there.
     """
-    grid = make_grid(rows, seeds=seeds, datasets=datasets, measures=measures)
-    outcome = run_grid(grid, out, device=device, fresh=fresh)
-    document = make_document(grid, outcome.rows, {"command": command_line(), "collections": outcome.collections})
-    with GridRows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
+    if len(set(settings.values())) < len(settings):
+        raise GradretError(f"--losses {','.join(settings)}: the same loss stands there twice")
+    measures, sources = canonical_measures(measures), tuple(dict.fromkeys(datasets))
+    first = next(iter(settings.values()))
+    encoder, data = short_name(first.model), "+".join(first.data)
+    exclude = tuple(sorted({*first.exclude, *sources}))
+    runs = {UNTRAINED: [Run(UNTRAINED, replace(first, exclude=exclude), sources, f"{UNTRAINED} ({encoder})")]}
+    for name, chosen in settings.items():
+        runs[name] = [
+            Run(FIT, replace(chosen, exclude=exclude, seed=seed), sources, f"{name}, seed {seed} ({encoder}, {data})")
+            for seed in range(seeds)
+        ]
+    planned = [run for of_name in runs.values() for run in of_name]
+    rows, error = do_runs(planned, out, measures=measures, device=device, fresh=fresh)
+    document = make_document(runs, rows, measures, sources)
+    with Rows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
         replace_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
-    return document, outcome.error
+    return document, error
 
 
-class Worker:
-    """Does runs, one after the other."""
+def canonical_measures(names: Sequence[str]) -> tuple[str, ...]:
+    """ir_measures' names as it writes them, each once. Raises: GradretError when one is not known, or none is named."""
+    found = tuple(parse_measures(names, DEFAULT_DEPTH))
+    if not found:
+        raise GradretError("--measures names none; name one at least, such as nDCG@10")
+    return found
 
-    def __init__(self, grid: Grid, inputs: GridInputs, device: str | None, progress: bool):
-        self._grid, self._inputs, self._device, self._progress = grid, inputs, device, progress
-        self._names = {source: name for name, source in reversed(grid.collections.items())}
-        self._titles: dict[str, str] = {}
-        self._versions = versions()  # of the code that runs, whatever the checkout becomes meanwhile
-        for cell in grid.cells():
-            for run in cell.runs:
-                self._titles.setdefault(run.key, _describe_run(grid, cell, run))
 
-    def work(
-        self,
-        todo: Sequence[Run],
-        plan: Sequence[Run],
-        wanted: Mapping[Run, Sequence[str]],
-        rows: GridRows,
-        stop: StopRequest,
-    ) -> tuple[bool, list[str]]:
-        """Do the runs in `todo`, a part of `plan`.
+def short_name(model: str) -> str:
+    """The last part of a model's path or repository."""
+    return model.rstrip("/").rpartition("/")[2] or model
 
-        Returns: whether a signal ended it; and which runs failed, and why.
-        Raises: GradretError when a row can not be written.
-        """
-        failures: list[str] = []
-        numbers = {run: number for number, run in enumerate(plan, 1)}
-        began = time.monotonic()
-        for done, run in enumerate(todo, 1):
-            if stop.signal is not None:
-                return True, failures
-            title, row = f"run {numbers[run]} of {len(plan)}: {self._titles[run.key]}", None
-            say(title)
+
+# --- a run and its row
+
+
+@dataclass(frozen=True)
+class Run:
+    """One encoder, trained or not, or BM25, to be measured on collections.
+
+    Attributes:
+        ranker: FIT, UNTRAINED or BM25.
+        settings: what fit gets; of an untrained encoder its encoder and precision count, of BM25 nothing.
+        sources: collections to measure on.
+        title: what it is, for people.
+    """
+
+    ranker: str
+    settings: FitSettings
+    sources: tuple[str, ...]
+    title: str
+
+    def record(self) -> dict:
+        """All that decides its outcome, as JSON gives it back."""
+        chosen = {name: getattr(self.settings, name) for name in RECORDED[self.ranker]}
+        return {
+            "ranker": self.ranker,
+            "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()},
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of the record: runs of one key are one."""
+        return find_key(self.record())
+
+
+def find_key(record: Mapping) -> str:
+    """The key of a run's record. A setting that it lacks, as there was none yet, counts as the default."""
+    defaults = {f.name: f.default for f in fields(FitSettings) if f.name in RECORDED.get(record["ranker"], ())}
+    defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()}
+    whole = {**record, "settings": {**defaults, **record["settings"]}}
+    return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def digest_code() -> str:
+    """A digest of the files of the package that decide a run's outcome, see DECIDING."""
+    root = Path(gradret.__file__).parent
+    files = sorted(path for name in DECIDING for path in (root / name, *(root / name).rglob("*.py")) if path.is_file())
+    return _digest(part for path in files for part in (str(path.relative_to(root)).encode(), path.read_bytes()))
+
+
+class Rows:
+    """rows.jsonl: a line holds the record of a run (Run.record) and what came of it, and stays as it was written.
+
+    A last line that a kill has cut short is dropped.
+
+    Args:
+        path: need not exist.
+    Raises: GradretError when the file cannot be read or written, or a line is no row.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def locked(self) -> filelock.BaseFileLock:
+        """Entered while no other process that shares the folder writes."""
+        return filelock.FileLock(f"{self.path}.lock")
+
+    def read(self) -> dict[str, list[dict]]:
+        """Key of a run -> its rows, the latest first."""
+        found: dict[str, list[dict]] = {}
+        for _, row in self._read_lines():
+            found.setdefault(find_key(row["run"]), []).insert(0, row)
+        return found
+
+    def append(self, row: dict) -> None:
+        """Write a row at the end and wait until it is on the disk."""
+        line = json.dumps(row, ensure_ascii=False) + "\n"
+        with self._explained(), self.locked(), open(self.path, "ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill, or a full disk, has cut short
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def drop(self, keys: set[str]) -> None:
+        """Remove the rows of these runs."""
+        with self._explained(), self.locked():
+            kept = [line for line, row in self._read_lines() if find_key(row["run"]) not in keys]
+            part = self.path.with_suffix(".part")
+            part.write_bytes(b"".join(kept))
+            sync_file(part)
+            os.replace(part, self.path)
+
+    def _read_lines(self) -> Iterator[tuple[bytes, dict]]:
+        """Every whole line with its newline, and what it holds."""
+        with self._explained():
+            data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+            where = f"{self.path}:{number}"
             try:
-                with stop.at_once():
-                    row = self.measure(run, wanted[run])
+                row = decode_json(line, where)
+            except GradretError as error:
+                raise GradretError(f"{error}; remove the line, and its run is done again") from None
+            if not _is_row(row):
+                raise GradretError(f"{where}: is no row of gradret bench; remove the line, or name another --out")
+            yield line + b"\n", row
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GradretError(f"{self.path}: cannot be read or written ({error.strerror})") from None
+
+
+def _is_row(row: object) -> bool:
+    """Whether it has what the tables are made of, numbers where numbers belong."""
+    try:
+        measured = [c["measures"].values() for c in row["collections"].values()]
+        measured += [q.values() for c in row["collections"].values() for q in c["per_query"].values()]
+        there = {"versions", "device", "fit_seconds", "steps", "lists"} <= row.keys()
+        row["run"]["settings"].keys(), row["run"]["ranker"]
+        return there and all(math.isfinite(value) for values in measured for value in values)
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
+# --- what runs read
+
+
+class Inputs:
+    """Everything that runs read, each thing opened once and checked before the first run.
+
+    Attributes:
+        collections: source -> collection, of those measured and those whose queries are not trained on.
+    Raises: GradretError when anything cannot be read, or a package is not installed, that a run would need.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.collections: dict[str, Collection] = {}
+        self._lists: dict[tuple, tuple[str, ListsSummary]] = {}
+        self._digests: dict[object, str] = {}  # of encoders, of pools to mine from, of collections
+        self._content: dict[str, dict] = {}
+        for run in runs:
+            for source in (*run.sources, *(run.settings.exclude if run.ranker == FIT else ())):
+                self._open(source)
+            self._content[run.key] = self._check(run)
+
+    def find_content(self, run: Run) -> dict:
+        """Fingerprints of what the run's settings name: a row of other content is not this run's."""
+        return self._content[run.key]
+
+    def find_collection_content(self, source: str) -> str:
+        """A fingerprint of a collection's queries, judgments and documents; of ir_datasets', of how many there are."""
+        if source not in self._digests:
+            collection = self.collections[source]
+            told = [collection.queries, collection.qrels, collection.document_count]
+            known = isinstance(collection, IrDatasetsCollection)  # its files have one content for all
+            documents = () if known else (f"\0{d.doc_id}\0{d.content}".encode() for d in collection.documents())
+            self._digests[source] = _digest(chain([json.dumps(told).encode()], documents))
+        return self._digests[source]
+
+    def count_lists(self, run: Run) -> int | None:
+        """The lists a run is trained on; None for what is not trained."""
+        return len(self._check_lists(run.settings)[1].kept) if run.ranker == FIT else None
+
+    def _open(self, source: str) -> Collection:
+        if source not in self.collections:
+            self.collections[source] = open_collection(parse_source(source))
+        return self.collections[source]
+
+    def _check(self, run: Run) -> dict:
+        """What find_content tells. What needs no reading, such as a measure's name, fit itself checks at once."""
+        settings = run.settings
+        if run.ranker == BM25:
+            import_bm25s("the row BM25")
+            return {}
+        content = {"encoder": self._digest_encoder(settings)}
+        if run.ranker == FIT:
+            mining = parse_mining(settings.mine) if settings.mine else None
+            if mining is not None and mining.source is not None:
+                if mining.source not in self._digests:
+                    self._digests[mining.source] = open_pool(mining.source).fingerprint
+                content["pool"] = self._digests[mining.source]
+            content["data"], summary = self._check_lists(settings)
+            check_grades(settings, summary, mining)
+        return content
+
+    def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
+        name = settings.data, settings.exclude, settings.dev, settings.weighs_from_zero, settings.seed
+        if name not in self._lists:
+            lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
+            measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
+            queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+            summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
+            # A file of queries that selects others changes what is kept, and no source.
+            self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
+        return self._lists[name]
+
+    def _digest_encoder(self, settings: FitSettings) -> str:
+        name = (settings.model, *settings.encoder_options.values())
+        if name not in self._digests:
+            encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)
+            self._digests[name] = encoder.fingerprint()
+        return self._digests[name]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+# --- the runs
+
+
+def do_runs(
+    runs: Sequence[Run],
+    out: str | Path,
+    *,
+    measures: Sequence[str],
+    device: str | None = None,
+    fresh: bool = False,
+    progress: bool = True,
+) -> tuple[dict[str, dict], str | None]:
+    """Do the runs that have no row in `out`/rows.jsonl yet, and add one for each as it ends.
+
+    A row is a run's when its record is the same, it was made by the same code from the same data, encoder and
+    collections, and has all that is wanted now.
+
+    Args:
+        device: as of fit.
+        fresh: do runs again that are done already, after removing their rows.
+        progress: show bars on a terminal.
+    Returns: key of a run -> its row, of those done by whomever; and a line on what was left undone by a signal or by
+        runs that failed, None where all are done.
+    Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row cannot be
+        written.
+    """
+    stored, failures, stopped = Rows(Path(out, ROWS_FILE)), [], False
+    code, found_versions = digest_code(), versions()  # of the code that runs, whatever the checkout becomes meanwhile
+    with StopRequest() as stop:
+        inputs = None
+        with stop.at_once():
+            inputs = Inputs(runs)
+        if inputs is None:
+            raise GradretError("stopped before the first run; the same command starts again")
+        if fresh:
+            stored.drop({run.key for run in runs})
+        there = stored.read()
+        done = choose_rows(there, runs, measures, code, inputs)
+        if done:
+            say(f"{len(done)} of {len(runs)} runs are done already in {stored.path}; --fresh measures again")
+        if stale := sum(run.key in there and run.key not in done for run in runs):
+            what = "other code, data, encoders, collections or measures than there are now"
+            say(f"{stale} run{'s were' if stale > 1 else ' was'} done with {what}: again")
+        todo = [(number, run) for number, run in enumerate(runs, 1) if run.key not in done]
+        began = time.monotonic()
+        for count, (number, run) in enumerate(todo, 1):
+            title, row = f"run {number} of {len(runs)}: {run.title}", None
+            try:
+                if stop.signal is None:
+                    say(title)
+                    with stop.at_once():
+                        row = measure_row(run, inputs, measures, device=device, progress=progress)
             except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
-                return True, failures
+                pass
             except Exception as error:
                 reason = str(error)
                 if not isinstance(error, GradretError):  # a fault of a run's own must not cost the others
@@ -168,138 +387,340 @@ class Worker:
                 say(f"{failures[-1]}; going on with the others")
                 continue
             if row is None:
-                return True, failures
+                stopped = True
+                break
             with stop.uninterrupted():
-                rows.append(row)
-            if left := len(todo) - done:
-                mean_s = (time.monotonic() - began) / done
-                say(f"{left} run{'s' if left > 1 else ''} to go, about {_show_time(left * mean_s)}")
-        return False, failures
+                stored.append({**row, "code": code, "versions": found_versions})
+            if left := len(todo) - count:
+                rest = tqdm.format_interval((time.monotonic() - began) / count * left)
+                say(f"{left} run{'s' if left > 1 else ''} to go, about {rest}")
+    found = choose_rows(stored.read(), runs, measures, code, inputs)
+    again = "the same command without --fresh" if fresh else "the same command"
+    if len(failures) > 1:
+        failures = [f"{len(failures)} runs failed, which {again} tries again: {'; '.join(failures)}"]
+    if stopped:
+        failures.append(f"stopped when {len(found)} of {len(runs)} runs were done; {again} does the rest")
+    return found, "; ".join(failures) or None
 
-    def measure(self, run: Run, sources: Sequence[str]) -> dict:
-        """The row of a run. Raises: GradretError; Interrupted."""
-        collections = {source: self._inputs.collections[source] for source in sources}
-        if run.ranker == BM25:
-            facts, where, precision = NOT_TRAINED, "cpu", None
-            found = {
-                s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, self._grid.measures)
-                for s, c in collections.items()
-            }
-        else:
-            with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
-                encoder, facts = self._make_encoder(run, Path(temporary))
-                precision = choose_precision(run.settings.precision, encoder.device)
-                options = {"measures": self._grid.measures, "precision": precision, "progress": self._progress}
-                found = {s: evaluate(encoder, c, **options) for s, c in collections.items()}
-            where = encoder.device.type
-        return {
-            "run": run.record(),
-            "defaults": list_defaults() if run.ranker == FIT else {},
-            "content": self._inputs.find_content(run),
-            "collections": {source: self._keep(source, result) for source, result in found.items()},
-            **facts,
-            "versions": self._versions,
-            "device": where,
-            "precision": precision,
+
+def measure_row(
+    run: Run, inputs: Inputs, measures: Sequence[str], *, device: str | None = None, progress: bool = True
+) -> dict:
+    """Train what a run trains, measure it on its collections: its row but for "code" and "versions".
+
+    Raises: GradretError; Interrupted.
+    """
+    collections = {source: inputs.collections[source] for source in run.sources}
+    facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.count_lists(run)}
+    if run.ranker == BM25:
+        where, precision = "cpu", None
+        found = {s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, measures) for s, c in collections.items()}
+    else:
+        with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
+            if run.ranker == FIT:
+                result = fit(run.settings, Path(folder, "run"), device=device, progress=progress)
+                facts |= {"fit_seconds": round(result.seconds, 1), "steps": result.steps}
+                trust = run.settings.trust_remote_code
+                encoder = load_encoder(str(result.out), device=device, trust_remote_code=trust)
+            else:
+                encoder = load_encoder(run.settings.model, device=device, **run.settings.encoder_options)
+            where, precision = encoder.device.type, choose_precision(run.settings.precision, encoder.device)
+            options = {"measures": measures, "precision": precision, "progress": progress}
+            found = {s: evaluate(encoder, c, **options) for s, c in collections.items()}
+    kept = {}
+    for source, result in found.items():
+        say(f"{source}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items()))
+        per_query = {query: round(v, PER_QUERY_DIGITS) for query, v in result.per_query[measures[0]].items()}
+        kept[source] = {
+            "measures": result.measures,
+            "per_query": {measures[0]: per_query},
+            "content": inputs.find_collection_content(source),
+            "queries": len(collections[source].queries),
+            "documents": collections[source].document_count,
         }
-
-    def _make_encoder(self, run: Run, folder: Path) -> tuple[Encoder, dict]:
-        """The encoder to measure, trained in a folder below `folder`, and what a row says of the training."""
-        settings = run.settings
-        if run.ranker != FIT:
-            encoder = load_encoder(settings.model, device=self._device, **settings.encoder_options)
-            return encoder, NOT_TRAINED
-        result = fit(settings, folder / "run", device=self._device, progress=self._progress)
-        facts = {"fit_seconds": round(result.seconds, 1), "steps": result.steps, "lists": self._inputs.count_lists(run)}
-        return load_encoder(str(result.out), device=self._device, trust_remote_code=settings.trust_remote_code), facts
-
-    def _keep(self, source: str, result: Evaluation) -> dict:
-        """What a row keeps of a measurement, which is shown."""
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items())
-        say(f"{self._names[source]}: {shown}")
-        first, collection = self._grid.measures[0], self._inputs.collections[source]
-        per_query = {query: round(value, PER_QUERY_DIGITS) for query, value in result.per_query[first].items()}
-        content = self._inputs.find_collection_content(source)
-        return {"measures": result.measures, "per_query": {first: per_query}, "content": content, **_count(collection)}
+    return {
+        "run": run.record(),
+        "content": inputs.find_content(run),
+        "collections": kept,
+        **facts,
+        "device": where,
+        "precision": precision,
+    }
 
 
 def choose_rows(
     stored: Mapping[str, Sequence[dict]],
-    wanted: Mapping[Run, Sequence[str]],
+    runs: Sequence[Run],
     measures: Sequence[str],
-    inputs: GridInputs | None = None,
-    *,
-    tell: bool = False,
+    code: str | None = None,
+    inputs: Inputs | None = None,
 ) -> dict[str, dict]:
     """Key of a run -> its latest row that has all collections and measures wanted, for the runs that have one.
 
     Args:
-        stored: see GridRows.read.
-        wanted: see Grid.wanted.
+        stored: see Rows.read.
+        code: rows made by other code are left out, see digest_code; None takes them as they are.
         inputs: rows of other data, encoders or collections than these are left out; None takes them as they are.
-        tell: say how many rows are not used, and why.
     """
-    found, others = {}, Counter()
-    for run, sources in wanted.items():
-        there = stored.get(run.key, ())
-        rows = [row for row in there if _is_whole(row, sources, measures)]
-        same = [row for row in rows if inputs is None or _has_content(row, run, sources, inputs)]
-        if same:
-            found[run.key] = same[0]
-        elif rows:
-            others["done with data, an encoder or a collection that changed since: again"] += 1
-        elif there:
-            others["done without a measure or a collection that is wanted now: again"] += 1
-    others["done with other settings or collections than are planned now: kept, not used"] = len(
-        stored.keys() - {run.key for run in wanted}
-    )
-    for what, count in others.items() if tell else ():
-        if count:
-            say(f"{count} run{'s were' if count > 1 else ' was'} {what}")
+    found = {}
+    for run in runs:
+        for row in stored.get(run.key, ()):
+            same_code = code is None or row.get("code") == code
+            if same_code and _has_all(row, run, measures) and (inputs is None or _has_content(row, run, inputs)):
+                found.setdefault(run.key, row)
     return found
 
 
-def describe_collections(grid: Grid, rows: Mapping[str, dict], inputs: GridInputs | None) -> dict[str, dict]:
-    """Name shown -> source, queries and documents, without opening what a row tells."""
-    told = {s: c for row in rows.values() for s, c in row["collections"].items() if "documents" in c}
-    sizes = {}
-    for name, source in grid.collections.items():
-        if inputs is not None:
-            size = _count(inputs.collections[source])
-        elif source in told:
-            size = {key: told[source][key] for key in ("queries", "documents")}
-        else:
-            size = _count(open_collection(parse_source(source)))
-        sizes[name] = {"source": source, **size}
-    return sizes
+def _has_all(row: dict, run: Run, measures: Sequence[str]) -> bool:
+    there = [row["collections"].get(source, {}) for source in run.sources]
+    return all({*measures} <= c.get("measures", {}).keys() and measures[0] in c.get("per_query", {}) for c in there)
 
 
-def _count(collection: Collection) -> dict:
-    return {"queries": len(collection.queries), "documents": collection.document_count}
-
-
-def _is_whole(row: dict, sources: Sequence[str], measures: Sequence[str]) -> bool:
-    there = [row["collections"].get(source, {}) for source in sources]
-    return all(set(measures) <= c.get("measures", {}).keys() and measures[0] in c.get("per_query", {}) for c in there)
-
-
-def _has_content(row: dict, run: Run, sources: Sequence[str], inputs: GridInputs) -> bool:
+def _has_content(row: dict, run: Run, inputs: Inputs) -> bool:
     there = row["collections"]
-    measured = all(there[s].get("content") == inputs.find_collection_content(s) for s in sources)
+    measured = all(there[s].get("content") == inputs.find_collection_content(s) for s in run.sources)
     return measured and row.get("content") == inputs.find_content(run)
 
 
-def _describe_run(grid: Grid, cell: Cell, run: Run) -> str:
-    experiment = next(e for e in grid.experiments if e.name == cell.experiment)
-    if run.ranker == BM25:
-        return cell.system
-    if run.ranker != FIT:
-        return f"{cell.system} ({cell.encoder})"
-    varied = f", {experiment.vary} {cell.value}" if experiment.vary else ""
-    return f"{cell.system}, seed {run.settings.seed} ({cell.encoder}, {cell.data}{varied})"
+# --- what is made of rows
 
 
-def _show_time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+def make_document(
+    runs: Mapping[str, Sequence[Run]], rows: Mapping[str, dict], measures: Sequence[str], sources: Sequence[str]
+) -> dict:
+    """Everything measured so far, JSON-serialisable: what the table and the chart are made of.
+
+    Args:
+        runs: name of a row -> its runs.
+        rows: key of a run -> its row of rows.jsonl.
+    """
+    used = [rows[run.key] for planned in runs.values() for run in planned if run.key in rows]
+    sizes = {s: {k: c[k] for k in ("queries", "documents")} for r in used for s, c in r["collections"].items()}
+    records = {name: planned[0].record()["settings"] for name, planned in runs.items()}
+    return {
+        "command": command_line(),
+        "measures": list(measures),
+        "baseline": BASELINE if BASELINE in runs else None,
+        "done": len(used),
+        "planned": sum(map(len, runs.values())),
+        "settings": {name: {k: v for k, v in found.items() if k != "seed"} for name, found in records.items()},
+        "collections": {source: sizes[source] for source in sources if source in sizes},
+        "versions": collect_versions(used),
+        "rows": tabulate(runs, rows, measures, sources, [BASELINE]),
+    }
+
+
+def tabulate(
+    runs: Mapping[str, Sequence[Run]],
+    rows: Mapping[str, dict],
+    measures: Sequence[str],
+    sources: Sequence[str],
+    baselines: Sequence[str],
+) -> list[dict]:
+    """The rows of a table, JSON-serialisable: "system", its name, how many "runs" are done and "wanted", and "columns".
+
+    "columns" hold, for each collection and (if there are several) MEAN, the "mean" over seeds of every measure, "sd"
+    (None for a single run), each seed's "values", and "p": for each baseline the p-values of the first measure, each
+    query's mean over seeds against the baseline's. They are there where all runs of both are done, with several seeds
+    of what is trained, as seeds move a mean like queries do; and corrected (Holm) for the rows of the column.
+
+    Args:
+        runs, rows: see make_document.
+    Raises: GradretError when two runs were measured on different queries of the same collection.
+    """
+    done = {name: [rows[run.key] for run in planned if run.key in rows] for name, planned in runs.items()}
+    found = {name: summarise(done[name], sources, measures) for name in runs}
+    complete = [name for name, planned in runs.items() if len(done[name]) == len(planned)]
+    tested = [name for name in complete if runs[name][0].ranker != FIT or len(runs[name]) > 1]
+    per_query = {name: {s: mean_per_query(done[name], s, measures[0]) for s in sources} for name in tested}
+    for (baseline, column), p_values in compare_columns(per_query, baselines, sources).items():
+        for name, p in p_values.items():
+            found[name][column]["p"][baseline] = p
+    return [
+        {"system": name, "runs": len(done[name]), "wanted": len(planned), "columns": found[name]}
+        for name, planned in runs.items()
+    ]
+
+
+def collect_versions(rows: Sequence[dict]) -> list[dict]:
+    """What made the rows, each once; the versions name a GPU where there is one, also of runs that did without it."""
+    found: list[dict] = []
+    for row in rows:
+        there = row["versions"] | {"ran_on": row["device"], "precision": row.get("precision")}  # BM25 has none
+        if there not in found:
+            found.append(there)
+    return found
+
+
+def summarise(rows: Sequence[dict], sources: Sequence[str], measures: Sequence[str]) -> dict[str, dict]:
+    """Collection, and with several their mean -> "mean" over rows, "sd" and "values" of each measure; {} of no rows."""
+    if not rows:
+        return {}
+    by_seed = {source: [row["collections"][source]["measures"] for row in rows] for source in sources}
+    if len(sources) > 1:
+        seeds = zip(*by_seed.values(), strict=True)
+        by_seed[MEAN] = [{m: float(np.mean([values[m] for values in seed])) for m in measures} for seed in seeds]
+    columns = {}
+    for name, seeds in by_seed.items():
+        values = {m: [seed[m] for seed in seeds] for m in measures}
+        columns[name] = {
+            "mean": {m: float(np.mean(v)) for m, v in values.items()},
+            "sd": {m: float(np.std(v, ddof=1)) if len(v) > 1 else None for m, v in values.items()},
+            "values": values,
+            "p": {},
+        }
+    return columns
+
+
+def mean_per_query(rows: Sequence[dict], source: str, measure: str) -> dict[str, float]:
+    """Each query's mean over the rows. Raises: GradretError when they were measured on different queries."""
+    runs = [row["collections"][source]["per_query"][measure] for row in rows]
+    if any(run.keys() != runs[0].keys() for run in runs):
+        raise GradretError(f"{source}: rows differ in their queries, so it has changed since; measure with --fresh")
+    return {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
+
+
+def compare_columns(
+    per_query: Mapping[str, Mapping[str, Mapping[str, float]]], baselines: Sequence[str], sources: Sequence[str]
+) -> dict[tuple[str, str], dict[str, dict]]:
+    """(baseline, collection), and with several (baseline, MEAN) -> name -> p-values, see compare_systems.
+
+    Args:
+        per_query: name -> collection -> query -> value.
+    Raises: GradretError when two names have different queries of a collection.
+    """
+    families = {}
+    for baseline in (name for name in baselines if name in per_query):
+        differences = {name: {} for name in per_query if name != baseline}
+        for name, values in differences.items():
+            for source in sources:
+                try:
+                    values[source] = find_differences(per_query[name][source], per_query[baseline][source])
+                except ValueError as error:
+                    raise GradretError(f"{name}, {baseline} on {source}: {error}; measure with --fresh") from None
+        for source in sources:
+            families[baseline, source] = {name: [values[source]] for name, values in differences.items()}
+        if len(sources) > 1:
+            families[baseline, MEAN] = {name: list(values.values()) for name, values in differences.items()}
+    return dict(zip(families, compare_systems(list(families.values())), strict=True))
+
+
+# --- the table and the chart
+
+DASH = "–"
+LINE, COLUMN = 110, 15  # characters of a line and of a column's name
+
+
+def format_quality(document: dict) -> str:
+    """Tables for a terminal: with several collections one of the first measure, then one per collection."""
+    measures, rows = document["measures"], document["rows"]
+    columns = next((list(row["columns"]) for row in rows if row["columns"]), [])
+    seeds = max(row["wanted"] for row in rows)
+    seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    blocks = []
+    if len(columns) != 1:
+        p = _show_p_column(document, columns[-1]) if columns else []
+        cells = {name_column(c): [_show(row, c, measures[0]) for row in rows] for c in columns}
+        blocks.append(_format_rows(f"{measures[0]}, {seeds}", rows, cells | ({"p": p} if p else {})))
+    for column in columns:
+        size = document["collections"].get(column)
+        sizes = f": {size['queries']} queries, {size['documents']} documents" if size else ""
+        cells = {measure: [_show(row, column, measure) for row in rows] for measure in measures}
+        p = _show_p_column(document, column)
+        title = f"{name_column(column)}{sizes}, {seeds}"
+        blocks.append(_format_rows(title, rows, cells | ({f"p ({measures[0]})": p} if p else {})))
+    if any(column.get("p") for row in rows for column in row["columns"].values()):
+        note = f"p: paired randomisation test over queries against {document['baseline']}, Holm-corrected for the "
+        blocks.append(textwrap.fill(note + "systems compared", LINE))
+    if document["done"] < document["planned"]:
+        blocks.append(f"{document['done']} of {document['planned']} runs are done")
+    return "\n\n".join(blocks)
+
+
+def name_column(column: str) -> str:
+    """The column's name in a header."""
+    return "mean of collections" if column == MEAN else column
+
+
+def show_value(mean: float, sd: float | None = None) -> str:
+    """`0.6479 ± 0.0015`, or `0.6479` of a single run."""
+    return f"{mean:.4f}" if sd is None else f"{mean:.4f} ± {sd:.4f}"
+
+
+def show_p(p: float | None) -> str:
+    """`0.012`, `<0.001`, or a dash where nothing was tested."""
+    return DASH if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _show(row: dict, column: str, measure: str) -> str:
+    found = row["columns"].get(column)
+    return show_value(found["mean"][measure], found["sd"][measure]) if found else DASH
+
+
+def _show_p_column(document: dict, column: str) -> list[str]:
+    """The p-values of a column, row by row; [] where nothing is tested."""
+    baseline = document["baseline"]
+    found = [row["columns"].get(column, {}).get("p", {}).get(baseline) for row in document["rows"]]
+    if not any(found):
+        return []
+    return [
+        "" if row["system"] == baseline else show_p(p and p["randomisation_holm"])
+        for row, p in zip(document["rows"], found, strict=True)
+    ]
+
+
+def _format_rows(title: str, rows: Sequence[dict], cells: Mapping[str, Sequence[str]]) -> str:
+    """A table under its title; without the spreads where it would be too wide."""
+    header = ["system", *("\n".join(textwrap.wrap(name, COLUMN)) for name in cells)]
+    for spreads in (True, False):
+        lines = []
+        for row, *line in zip(rows, *cells.values(), strict=True):
+            missing = f" ({row['runs']}/{row['wanted']})" if 0 < row["runs"] < row["wanted"] else ""
+            lines.append([row["system"] + missing, *(c if spreads else c.split(" ± ")[0] for c in line)])
+        text = format_table(header, lines)
+        if max(map(len, text.splitlines())) <= LINE:
+            break
+    return f"{textwrap.fill(title, LINE)}\n{text}"
+
+
+def draw_quality(document: dict, path: Path) -> None:
+    """A PNG of the first measure: a panel per collection and for their mean, a bar per row, whiskers of one sd."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows, measure = document["rows"], document["measures"][0]
+    columns = next((list(row["columns"]) for row in rows if row["columns"]), [""])
+    with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a user's dollar sign opens no formula
+        figure = Figure(figsize=(2.4 + 2.3 * len(columns), 1.2 + 0.27 * len(rows)), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(columns), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, column in zip(panels, columns, strict=True):
+            found = [row["columns"].get(column) for row in rows]
+            draw_bars(axes, {row["system"]: f for row, f in zip(rows, found, strict=True)}, measure)
+            axes.set_title(name_column(column), fontsize=9, loc="left")
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def draw_bars(axes, columns: Mapping[str, dict | None], measure: str, primary: str | None = None) -> None:
+    """Horizontal bars from top to bottom: name -> what summarise gives of a column, None without a bar.
+
+    Args:
+        primary: the name whose bar is set off.
+    """
+    places = range(len(columns))
+    means = [column["mean"][measure] if column else 0.0 for column in columns.values()]
+    spread = [(column["sd"][measure] or 0.0) if column else 0.0 for column in columns.values()]
+    axes.barh(places, means, 0.72, color=[SET_OFF if name == primary else PLAIN for name in columns])
+    for place, column, mean, sd in zip(places, columns.values(), means, spread, strict=True):
+        if sd:
+            axes.errorbar(mean, place, xerr=sd, color=EDGE, capsize=2, linewidth=1)
+        text = f"{mean:.4f}" if column else DASH
+        axes.annotate(text, (mean + sd, place), (4, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(places, list(columns))
+    axes.set_ylim(len(columns) - 0.5, -0.5)  # the first row on top
+    axes.set_xlim(0, max(axes.get_xlim()[1], 1.3 * max(map(sum, zip(means, spread, strict=True)), default=1.0) or 1.0))
+    axes.locator_params(axis="x", nbins=4)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel(measure)

@@ -1,16 +1,14 @@
-"""Whether a difference between two systems could be chance: paired tests over queries, Holm's correction.
+"""Whether a difference between two systems could be chance: the paired randomisation test, Holm's correction.
 
 A sample is one array of differences a collection, each with a difference a query. The statistic is the mean over the
 collections of their mean differences, so each collection counts the same, whatever its number of queries; with one
-collection it is the plain mean. Every test is two-sided.
+collection it is the plain mean. Tests are two-sided.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-
-from gradret.console import GradretError
 
 DRAWS = 100_000
 SEED = 0
@@ -30,34 +28,27 @@ def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> 
     return differences
 
 
-def t_test(sample: Sample) -> float:
-    """p-value of the paired t-test of the mean over collections.
+def compare_systems(families: Sequence[Mapping[str, Sample]]) -> list[dict[str, dict[str, float | None]]]:
+    """p-values of several systems against one baseline, in one or more families of tests.
 
-    t = mean_c(m_c) / sqrt(sum_c(e_c)) * C, with m_c the mean difference of collection c out of C, e_c = s_c^2 / n_c its
-    squared standard error, and (sum e_c)^2 / sum(e_c^2 / (n_c - 1)) degrees of freedom: n - 1 for one collection.
-
-    Returns: nan when a collection has fewer than two queries, 1 when no query differs, 0 when all queries of each
-        collection differ by the same.
-    Raises: GradretError when SciPy is not installed.
-    Source: Welch, Biometrika 34 (1947); Satterthwaite, Biometrics Bulletin 2 (1946).
+    Args:
+        families: the name of a system -> its differences from the baseline. One correction is for a family.
+    Returns: for each family, the name -> {"randomisation": p, "randomisation_holm": p corrected}; None where the
+        test cannot be made.
     """
-    try:
-        from scipy.stats import t as student
-    except ImportError:
-        raise GradretError("significance tests need SciPy; install it: pip install 'gradret[bench]'") from None
-    if _is_too_small(sample):
-        return math.nan
-    mean = sum(float(d.mean()) for d in sample)
-    errors = [float(d.var(ddof=1)) / len(d) for d in sample]
-    if not sum(errors):
-        return 0.0 if mean else 1.0
-    freedom = sum(errors) ** 2 / sum(e**2 / (len(d) - 1) for e, d in zip(errors, sample, strict=True))
-    return float(2 * student.sf(abs(mean) / math.sqrt(sum(errors)), freedom))
-
-
-def randomisation_test(sample: Sample) -> float:
-    """p-value of the paired randomisation test of the mean over collections: see randomisation_tests."""
-    return randomisation_tests([sample])[0]
+    # Made together, the tests share the work of drawing signs.
+    found = iter(randomisation_tests([sample for family in families for sample in family.values()]))
+    tested = []
+    for family in families:
+        p_values = [next(found) for _ in family]
+        corrected = correct_holm(p_values)
+        tested.append(
+            {
+                name: {"randomisation": None if math.isnan(p) else p, "randomisation_holm": holm}
+                for name, p, holm in zip(family, p_values, corrected, strict=True)
+            }
+        )
+    return tested
 
 
 def randomisation_tests(samples: Sequence[Sample]) -> list[float]:

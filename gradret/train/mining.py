@@ -2,12 +2,11 @@
 
 import hashlib
 import math
+import os
 import re
-import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -31,23 +30,6 @@ from gradret.data.sources import MixedLists, Source, find_path, parse_source
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 from gradret.evaluation.search import embed_corpus, embed_texts, order_ranking, top_k
-
-
-@contextmanager
-def without(*names: str) -> Iterator[None]:
-    """Imports in here do not find these packages; what was loaded before stays.
-
-    JAX is such a one: bm25s and POT load it for functions not used here, and it takes most of a GPU's memory at once.
-    For the rest of the process they then go on without it.
-    """
-    hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: not to be found
-    try:
-        yield
-    finally:
-        for name in hidden:
-            del sys.modules[name]
-
 
 ENCODER, BM25 = "encoder", "bm25"
 KEYS = ("k", "grade", "from", "by", "skip", "every")
@@ -153,9 +135,11 @@ Ranker = Callable[[list[str], int], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 def import_bm25s(what: str) -> Any:
     """The package bm25s. Raises: GradretError when it is not installed, saying what needs it."""
+    # Where JAX is installed, bm25s loads it and runs it once, and JAX would take most of a GPU's memory at once. This
+    # is its own switch against that.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     try:
-        with without("jax"):
-            import bm25s
+        import bm25s
     except ModuleNotFoundError as error:
         if error.name != "bm25s":
             raise

@@ -18,7 +18,7 @@ from plain import (
     wasserstein_loss,
 )
 
-from gradret.bench.workloads import published_gaussian
+from benchmarks.speed.rivals import published_gaussian
 from gradret.loss import kernels
 from gradret.loss.functions import LOSS_FUNCTIONS, mix_losses
 from gradret.settings import LOSSES, FitSettings
@@ -236,7 +236,7 @@ def test_gaussian_equals_the_published_formula():
     torch.manual_seed(6)
     for b, n in ((8, 5), (5, 20), (16, 64)):
         scores, grades = torch.randn(b, n, **F64), torch.randint(0, 4, (b, n)).double()
-        expected = published_gaussian(scores, grades, 0.5)
+        expected = published_gaussian(scores, grades, temperature=0.5)
         found = gaussian_loss(scores, grades, temperature=0.5, targets="softmax")
         # eigenvalues near 0 carry an error of sqrt(eps) in the published form
         assert found.item() == pytest.approx(expected.item(), abs=2e-7)

@@ -156,7 +156,7 @@ def test_what_a_terminal_shows():
 def test_the_readmes_tables(tmp_path):
     path = tmp_path / "fit.json"
     path.write_text(json.dumps(make_result(MEMORY)))
-    from benchmarks.fit_table import make_tables
+    from benchmarks.tables import write_fit as make_tables
 
     assert make_tables(json.loads(path.read_text())) == [
         "| passages/s, 2 lists of 4 a batch | plain | gradient caching, 3 at once |",

@@ -2,23 +2,17 @@
 
 import json
 import math
-import sys
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, list_record
+from conftest import list_record
 
+from benchmarks import objectives
 from gradret.console import GradretError
 from gradret.data.lists import parse_list
-
-sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-try:
-    import objectives
-finally:
-    sys.path.pop(0)
 
 AXIS = {"targets": "gain", "ground": "grade"}
 OWN = {
@@ -212,16 +206,16 @@ def test_settings_that_are_done_are_skipped(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(objectives, "try_setting", try_setting)
     path = tmp_path / "rows.jsonl"
-    objectives.main(path)
+    objectives.main.callback(path)
     assert tuple(tried) == objectives.SETTINGS
     lines = path.read_text().splitlines()
     path.write_text("".join(line + "\n" for line in lines[:5] + lines[7:]))
-    objectives.main(path)
+    objectives.main.callback(path)
     assert tuple(tried[len(lines) :]) == objectives.SETTINGS[5:7]
     assert sorted(path.read_text().splitlines()) == sorted(lines)
     monkeypatch.setattr(objectives, "embed", None)  # nothing is left: nothing is embedded
-    objectives.main(path)
+    objectives.main.callback(path)
     path.write_text(lines[0] + "\n" + lines[1][:20])
     with pytest.raises(GradretError, match=r"rows.jsonl:2: not valid JSON"):
-        objectives.main(path)
+        objectives.main.callback(path)
     assert len(capsys.readouterr().out.splitlines()) == len(lines) + 2

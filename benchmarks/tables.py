@@ -1,0 +1,211 @@
+"""Which tables do the committed results make? Markdown, as it stands in the README, docs/ and benchmarks/README.md.
+
+    python -m benchmarks.tables quality [--measure R@100]    the README's main tables
+    python -m benchmarks.tables ablations                    what each setting does
+    python -m benchmarks.tables apart                        SciFact's claims that no list is near to
+    python -m benchmarks.tables loss|fit|gen [FILE.json]     speed, of docs/loss.md, training.md and generate.md
+
+The first three read results/quality/rows.jsonl (or --rows), the others results/NAME-cpu.json. Needs no data.
+"""
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from benchmarks.quality.plan import MEASURES, list_sources
+from benchmarks.quality.report import Results, show_cell, show_setting, write_table
+from benchmarks.quality.reported import REPORTED
+from benchmarks.script import RESULTS, Script
+from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p
+from gradret.files import read_object
+
+COLUMNS = {  # experiment, its column -> shown
+    ("main", "SciFact test"): "SciFact",
+    ("main", "Cranfield, even"): "Cranfield",
+    ("main", MEAN): "mean of both",
+    ("scifact-to-cranfield", "Cranfield, even"): "SciFact to Cranfield",
+    ("cranfield-to-scifact", "SciFact test"): "Cranfield to SciFact",
+    ("in-domain", MEAN): "held-out lists",
+}
+LISTS = (
+    *("cross_entropy", "InfoNCE", "gradret W1", "gradret W1, raw grades", "PyTorch W1", "PyTorch W1, by level"),
+    *("torch.compile W1", "POT W1", "gradret W2", "gradret W2, raw grades", "PyTorch W2", "PyTorch W2, by level"),
+    *("torch.compile W2", "POT W2", "SyCL Gaussian", "gradret Gaussian"),
+)
+CACHED = ", cached"
+
+
+# --- quality
+
+
+def write_quality(results: Results, measure: str) -> list[str]:
+    """For each encoder its systems' means and spreads; of the measure tested also how far the primary one is ahead.
+
+    Systems of one label stand for one another: each has its experiment's data.
+    """
+    plan, lines = results.plan, []
+    for encoder in plan.encoders:
+        found = {
+            (line["experiment"], line["column"], line["system"]): line
+            for _, line in results.find(encoder=encoder).iterrows()
+            if line["experiment"] in {experiment for experiment, _ in COLUMNS}
+        }
+        columns = [column for column in COLUMNS if (*column, plan.primary) in found]
+        if not columns:
+            continue
+        labels: dict[str, list[str]] = {}
+        for experiment, _ in COLUMNS:
+            for system in plan.experiments[experiment].systems:
+                labels.setdefault(plan.systems[system].label, []).append(system)
+        rows = {
+            label: [
+                show_cell(next((line for s in systems if (line := found.get((*column, s))) is not None), None), measure)
+                for column in columns
+            ]
+            for label, systems in labels.items()
+        }
+        shown = [COLUMNS[column] for column in columns]
+        lines += [*[""] * bool(lines), *write_table(f"{measure}, {encoder}", shown, rows)]
+        if measure == plan.measures[0]:
+            rows = {}
+            for baseline in plan.baselines:
+                cells = [_show_lead(plan, found, column, baseline, measure) for column in columns]
+                before = rows.setdefault(plan.systems[baseline].label, [DASH] * len(cells))
+                rows[plan.systems[baseline].label] = [b if c == DASH else c for b, c in zip(before, cells, strict=True)]
+            lines += ["", *write_table(f"{plan.systems[plan.primary].label} against", shown, rows)]
+    return lines
+
+
+def _show_lead(plan, found: dict, column: tuple[str, str], baseline: str, measure: str) -> str:
+    """The primary system's mean less a baseline's, the p-value of that, and in how many seeds it is above 0."""
+    ours, theirs = found.get((*column, plan.primary)), found.get((*column, baseline))
+    if ours is None or theirs is None or baseline not in ours["p"]:
+        return DASH
+    values, others = ours["values"][measure], theirs["values"][measure]
+    ahead = sum(a > b for a, b in zip(values, others * len(values) if len(others) == 1 else others, strict=True))
+    difference = ours["mean"][measure] - theirs["mean"][measure]
+    return f"{difference:+.4f} ({show_p(ours['p'][baseline]['randomisation_holm'])}; {ahead}/{len(values)})"
+
+
+def write_ablations(results: Results) -> list[str]:
+    """For each experiment that varies a setting, its systems' means over collections by value."""
+    lines = []
+    for name, experiment in results.plan.experiments.items():
+        if not experiment.vary:
+            continue
+        frame = results.find(experiment=name, column=MEAN)
+        at = {(line["system"], line["value"]): line for _, line in frame.iterrows()}
+        rows = {
+            results.plan.systems[system].label: [
+                show_cell(at.get((system, value)), results.plan.measures[0]) for value in experiment.values
+            ]
+            for system in experiment.systems
+        }
+        table = write_table(experiment.title, [*map(show_setting, experiment.values)], rows)
+        lines += [*[""] * bool(lines), *table]
+    return lines
+
+
+def write_apart(results: Results, chosen: set[str]) -> list[str]:
+    """The main table on all of SciFact's test claims, on the chosen ones, and on the others."""
+    source, rows = list_sources(results.plan, "main")[0], {}
+    for cell in results.cells:
+        if cell.experiment == "main" and results.is_done(cell):
+            per_query = results.per_query(cell)[source]
+            groups = [
+                per_query.values(),
+                [value for query, value in per_query.items() if query in chosen],
+                [value for query, value in per_query.items() if query not in chosen],
+            ]
+            name = f"{results.plan.systems[cell.system].label}, {cell.encoder}"
+            rows[name] = [f"{np.mean(list(group)):.4f}" for group in groups]
+    return write_table(f"{results.plan.measures[0]}, SciFact test", ["all", "apart", "near"], rows)
+
+
+# --- speed
+
+
+def write_loss(result: dict) -> list[str]:
+    """Losses by shape of the lists, and losses from embeddings."""
+    found = {("x".join(map(str, row["shape"])), row["row"]): row for row in result["rows"]}
+    shapes = list(dict.fromkeys(shape for shape, _ in found))
+    lists = [shape for shape in shapes if shape.count("x") == 1]
+    known = [name for name in LISTS if any((shape, name) in found for shape in lists)]
+    rows = {name: [_show_speed(found[shape, name]) for shape in lists] for name in known}
+    lines = write_table("forward + backward, ms (peak MiB)", [s.replace("x", " x ") for s in lists], rows)
+    for shape in (shape for shape in shapes if shape.count("x") == 2):
+        rows = {
+            name: [DASH, DASH] if row["skipped"] else [f"{row['both_ms']['median']:.0f}", f"{row['peak_mib']:.0f}"]
+            for (other, name), row in found.items()
+            if other == shape
+        }
+        title = f"from embeddings, {shape.replace('x', ' x ')}"
+        lines += ["", *write_table(title, ["forward + backward, ms", "peak MiB"], rows)]
+    return lines
+
+
+def _show_speed(row: dict) -> str:
+    if row["skipped"]:
+        return DASH
+    peak = row["peak_mib"]
+    return f"{row['both_ms']['median']:.3g}" + (f" ({peak:.0f})" if peak is not None and peak >= 1 else "")
+
+
+def write_fit(result: dict) -> list[str]:
+    """Passages a second without and with gradient caching, ratios, and peak memory."""
+    speeds = {row["row"]: f"{row['passages_per_s']['median']:.1f}" for row in result["rows"]}
+    rows = {name: [speeds[name], speeds[name + CACHED]] for name in speeds if not name.endswith(CACHED)}
+    for ratios, what, form in ((result["speed_ratios"], "", ".2f"), (result["step_ratios"], ", time of a step", ".3f")):
+        for name, ratio in ratios.items():
+            ours, theirs = name.split(" / ")
+            if not ours.endswith(CACHED):
+                both = (ratio, ratios[f"{ours}{CACHED} / {theirs}{CACHED}"])
+                rows[name + what] = [format(r["median"], form) for r in both]
+    size = f"{result['batch_lists']} lists of {result['passages_a_list']} a batch"
+    caching = f"gradient caching, {result['chunk']} at once"
+    lines = write_table(f"passages/s, {size}", ["plain", caching], rows)
+    if result["memory"]:
+        rows = {}
+        for row in result["memory"]:
+            how = f"gradient caching, {row['chunk']} at once" if row["chunk"] else "plain"
+            rows[f"{row['lists']} lists, {how}"] = [f"{row['peak_mib']:.0f}", f"{row['ratio']:.2f}"]
+        lines += ["", *write_table("one step", ["peak MiB", "ratio"], rows)]
+    return lines
+
+
+def write_gen(result: dict) -> list[str]:
+    """Tokens a second by system, without and with a grammar, and their ratio."""
+    rows: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        rows.setdefault(row["system"], []).append(f"{row['tokens_per_s']['median']:.1f}")
+    rows["gradret / loop"] = [f"{ratio['median']:.2f}" for ratio in result["ratios"].values()]
+    return write_table(f"tokens/s, {result['sequences']} sequences", ["without grammar", "with grammar"], rows)
+
+
+SPEED = {"loss": write_loss, "fit": write_fit, "gen": write_gen}
+
+
+@click.command(cls=Script)
+@click.argument("table", type=click.Choice(("quality", "ablations", "apart", *SPEED)))
+@click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--rows", type=click.Path(path_type=Path), help="Of quality, ablations and apart: a rows.jsonl.")
+@click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
+def main(table, file, rows, measure):
+    """Print a table made of committed results."""
+    if table in SPEED:
+        lines = SPEED[table](read_object(file or RESULTS / f"{table}-cpu.json"))
+    else:
+        path = rows or RESULTS / "quality" / ROWS_FILE
+        if table == "quality":
+            lines = write_quality(Results(REPORTED, path, {experiment for experiment, _ in COLUMNS}), measure)
+        elif table == "ablations":
+            lines = write_ablations(Results(REPORTED, path, [n for n, e in REPORTED.experiments.items() if e.vary]))
+        else:
+            chosen = set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split())
+            lines = write_apart(Results(REPORTED, path, ["main"]), chosen)
+    click.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The plans of quality: their runs, which rows they find, and the tables and charts of the committed results."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from conftest import REPOSITORY
+
+from benchmarks import tables
+from benchmarks.quality import PLANS, report, run
+from benchmarks.quality.development import DEVELOPMENT
+from benchmarks.quality.plan import Experiment, Plan, System, list_cells, list_runs
+from benchmarks.quality.reported import REPORTED
+from benchmarks.script import RESULTS
+from gradret.bench.quality import FIT, UNTRAINED, Rows, choose_rows
+from gradret.settings import FitSettings
+
+
+def make_plan(**changes) -> Plan:
+    values = {
+        "measures": ("nDCG@10",),
+        "baselines": ("infonce",),
+        "primary": "ours",
+        "settings": {"epochs": 1.0, "temperature": 0.1},
+        "encoders": {"small": {"model": "m", "layers": 1}, "large": {"model": "m", "temperature": 0.2}},
+        "tuned": {"large": {"ours": {"learning_rate": 1e-3}}},
+        "data": {"lists": ("a.jsonl", "b.jsonl?sample=1")},
+        "collections": {"A": "a/test", "B": "b/test"},
+        "systems": {
+            "untrained": System("untrained", ranker=UNTRAINED),
+            "infonce": System("InfoNCE", {"loss": "infonce"}),
+            "ours": System("ours", {"temperature": 0.3}),
+        },
+        "experiments": {"main": Experiment("Main", seeds=2), "few": Experiment("Few", collections=("A",), seeds=1)},
+    }
+    return Plan(**values | changes)
+
+
+def test_what_a_cell_runs_by_hand():
+    cells = {(c.experiment, c.encoder, c.system): c.runs for c in list_cells(make_plan())}
+    assert len(cells) == 12
+    first, second = cells["main", "large", "ours"]
+    expected = FitSettings(
+        model="m",
+        data=("a.jsonl", "b.jsonl?sample=1"),
+        exclude=("a/test", "b/test"),
+        epochs=1.0,
+        temperature=0.3,  # the system's goes over the encoder's, which goes over the plan's
+        learning_rate=1e-3,
+    )
+    assert (first.ranker, first.settings, first.sources) == (FIT, expected, ("a/test", "b/test"))
+    assert second.settings.seed == 1 and second.title == "ours, seed 1 (large, lists)"
+    assert cells["main", "small", "infonce"][0].settings.layers == 1
+    assert [run.ranker for run in cells["main", "small", "untrained"]] == [UNTRAINED]
+
+
+def test_equal_runs_are_one_with_all_collections():
+    plan = make_plan()
+    runs = list_runs(plan)
+    assert len(runs) == 10 and len({run.key for run in runs}) == 10
+    assert all(run.sources == ("a/test", "b/test") for run in runs)
+    del plan.experiments["main"]
+    assert all(run.sources == ("a/test",) for run in list_runs(plan))
+
+
+def test_what_is_varied():
+    shuffled = Experiment("Noise", vary="shuffle", values={0.0: {}, 0.4: {"source": "shuffle=0.4"}}, seeds=1)
+    hot = Experiment("Hot", vary="temperature", values={0.9: {"temperature": 0.9}}, seeds=1)
+    cells = list_cells(make_plan(experiments={"noise": shuffled, "hot": hot}))
+    found = {(c.experiment, c.value): c.runs[0].settings for c in cells if c.system == "ours" and c.encoder == "small"}
+    assert found["noise", 0.0].data == ("a.jsonl", "b.jsonl?sample=1")
+    assert found["noise", 0.4].data == ("a.jsonl?shuffle=0.4", "b.jsonl?sample=1&shuffle=0.4")
+    assert found["hot", 0.9].temperature == 0.9
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_run_has_a_committed_row(plan):
+    folder, chosen = PLANS[plan]
+    runs = list_runs(chosen)
+    stored = Rows(RESULTS / folder / "rows.jsonl").read()
+    assert len(runs) == {"reported": 412, "development": 159}[plan]
+    assert stored.keys() == {run.key for run in runs}
+    assert choose_rows(stored, runs, chosen.measures).keys() == stored.keys()
+
+
+def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
+    folder = REPOSITORY / "benchmarks" / "queries"
+    ids = {path.stem: set(path.read_text().split()) for path in folder.iterdir()}
+    assert len(ids) == 5 and all(ids.values())
+    assert not ids["dev-cranfield"] & ids["held-out-cranfield"]
+    assert not ids["dev-scifact"] & ids["held-out-scifact"]
+    assert all(int(i) % 2 for i in ids["dev-cranfield"] | ids["held-out-cranfield"])  # the even ones are reported
+    for plan in (REPORTED, DEVELOPMENT):
+        assert all({*run.settings.exclude} == {*plan.collections.values()} for run in list_runs(plan))
+    assert not {*REPORTED.collections.values()} & {*DEVELOPMENT.collections.values()}
+    assert not any("test" in source or "even" in source for source in DEVELOPMENT.collections.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines", "page"),
+    [
+        (["loss"], 30, "docs/loss.md"),
+        (["gen"], 5, "docs/generate.md"),
+        (["fit"], 14, "docs/training.md"),
+        (["quality"], 55, "README.md"),
+        (["quality", "--measure", "R@100"], 33, "benchmarks/README.md"),
+        (["quality", "--measure", "RR@10"], 33, "benchmarks/README.md"),
+        (["ablations"], 66, "benchmarks/README.md"),
+    ],
+)
+def test_the_tables_of_the_documents_are_the_results(arguments, lines, page):
+    table = CliRunner().invoke(tables.main, arguments).stdout.strip()
+    assert len(table.splitlines()) == lines
+    text = (REPOSITORY / page).read_text()
+    assert [part for part in table.split("\n\n") if part not in text] == []
+
+
+def test_the_claims_apart_from_any_list():
+    table = CliRunner().invoke(tables.main, ["apart"]).stdout.splitlines()
+    assert len(table) == 30 and table[0] == "| nDCG@10, SciFact test | all | apart | near |"
+    # 199 claims are apart, 101 near.
+    _, name, every, apart, near, _ = (cell.strip() for cell in table[2].split("|"))
+    assert name == "BM25, three-layers"
+    assert (199 * float(apart) + 101 * float(near)) / 300 == pytest.approx(float(every), abs=1e-4)
+
+
+def test_the_report_shows_tests_and_how_far_curves_fall(tmp_path, monkeypatch):
+    kept = {name: REPORTED.experiments[name] for name in ("control", "noise")}
+    monkeypatch.setattr(report, "PLANS", {"reported": ("quality", Plan(**{**vars(REPORTED), "experiments": kept}))})
+    result = CliRunner().invoke(report.main, ["--charts", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in result.stdout.splitlines() if "|" in line}
+    assert lines["| InfoNCE, highest grade positive"][-2:] == ["+0.0218", "<0.001 |"]
+    assert lines["| InfoNCE, grades 1 to 3 positive"][-2:] == ["-0.0162", "– |"]
+    assert "| shuffled grades, the default loss" in lines
+    assert "runs are done; made by" in result.stdout and "- commit 17bcb7cf0238, torch 2.13.0+cpu" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"control.png", "noise.png"}
+
+
+def test_without_rows_or_lists_a_command_ends_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IR_DATASETS_HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    for command, arguments, message in (
+        (
+            report.main,
+            ["--rows", "rows.jsonl"],
+            "rows.jsonl: holds no row of the plan; python -m benchmarks.quality.run",
+        ),
+        (tables.main, ["quality", "--rows", "no.jsonl"], "no.jsonl: holds no row of the plan"),
+        (run.main, ["--out", "out", "--plan", "reported"], "is not there"),
+    ):
+        monkeypatch.setattr(run, "list_runs", lambda plan: list_runs(make_plan(collections={"L": "graded/no.jsonl"})))
+        result = CliRunner().invoke(command, arguments)
+        assert (result.exit_code, result.stderr.count("\n")) == (1, 1), result.stderr
+        assert message.replace("is not there", "graded/no.jsonl: no such file") in result.stderr
+
+
+def test_a_shard_does_its_own_runs(tmp_path, monkeypatch):
+    taken = []
+
+    def do_runs(runs, out, **options):
+        taken.append([run.title for run in runs])
+        return {run.key: {} for run in runs}, None
+
+    monkeypatch.setattr(run, "do_runs", do_runs)
+    monkeypatch.setattr(run, "PLANS", {"reported": ("quality", make_plan())})
+    for shard in ("1/2", "2/2"):
+        result = CliRunner().invoke(run.main, ["--shard", shard, "--out", str(tmp_path)])
+        assert result.stdout == f"5 of 5 runs are done: {tmp_path}/rows.jsonl\n"
+    every = [run.title for run in list_runs(make_plan())]
+    assert sorted(taken[0] + taken[1]) == sorted(every) and taken[0] == every[::2]
+
+
+def test_a_row_of_the_committed_ones_is_whole():
+    row = json.loads((RESULTS / "quality" / "rows.jsonl").read_text().splitlines()[-1])
+    assert row["versions"]["commit"] and "code" not in row and "defaults" not in row
