@@ -25,7 +25,7 @@ import torch
 from benchmarks.script import Script, command_line
 from benchmarks.speed.fit_lists import WORDS, choose_lists, draw_fit_batches, passage_texts
 from benchmarks.speed.fit_memory import check_memory, measure_memory
-from benchmarks.speed.fit_report import RIVAL, SYSTEMS, describe_lengths, format_fit_speed, summarize_times
+from benchmarks.speed.fit_report import LOSSES, RIVAL, SYSTEMS, describe_lengths, format_fit_speed, summarize_times
 from benchmarks.speed.fit_rivals import (
     Rival,
     find_losses,
@@ -41,7 +41,7 @@ from gradret.distributed import ALONE
 from gradret.encoder.load import choose_device, choose_precision, load_encoder
 from gradret.encoder.model import Encoder
 from gradret.files import open_folder, versions, write_json
-from gradret.settings import PRECISIONS, FitSettings
+from gradret.settings import DEFAULT_LOSS, PRECISIONS, FitSettings
 from gradret.train.batches import Batch, collate
 from gradret.train.gradients import Objective
 from gradret.train.loop import Inputs, Trainer
@@ -122,7 +122,7 @@ def measure_fit(
             times = _time_rounds(rival, chunk, steps, rounds, str(where), folder)
         if others.share is not None and others.share > MOST_OTHER_LOAD:
             say(f"others took {others.share:.0%} of the processors' time meanwhile; better run it again")
-        one_step = replace(base, data=(str(folder / "many.jsonl"),), loss="wasserstein")
+        one_step = replace(base, data=(str(folder / "many.jsonl"),), loss=DEFAULT_LOSS)
         peaks = measure_memory(one_step, memory, chunk, str(where), folder) if memory else []
     return {
         "versions": versions() | rival_versions(),
@@ -183,10 +183,10 @@ def compare_losses(encoder: Encoder, rival: Rival, chunk: int, folder: Path) -> 
 
 
 def time_losses(encoder: Encoder, lists: Sequence[RankingList], settings: FitSettings) -> dict[str, dict]:
-    """Milliseconds of infonce and wasserstein alone, as a step computes them from a batch's embeddings, in turns."""
+    """Milliseconds of infonce and the default loss, as a step computes them from a batch's embeddings, in turns."""
     batch = collate(lists)
     queries, documents = (part.requires_grad_() for part in _embed(encoder, batch))
-    objectives = {name: Objective(replace(settings, loss=name), 0.0) for name in ("infonce", "wasserstein")}
+    objectives = {name: Objective(replace(settings, loss=loss), 0.0) for name, loss in LOSSES.items()}
     times: dict[str, list[float]] = {name: [] for name in objectives}
     for _ in range(LOSS_REPEATS + 1):
         for name, objective in objectives.items():
@@ -219,7 +219,7 @@ def _time_rounds(
             if system.trainer == RIVAL:
                 found = time_trainer(rival, cached, steps, folder / "trainer")
             else:
-                settings = replace(rival.settings, loss=system.loss, chunk=cached)
+                settings = replace(rival.settings, loss=LOSSES[system.loss], chunk=cached)
                 try:
                     found = time_fit(settings, device)
                 except Interrupted:

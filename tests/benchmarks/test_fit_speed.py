@@ -22,10 +22,10 @@ CPU = torch.device("cpu")
 ROWS = [
     "sentence-transformers",
     "gradret infonce",
-    "gradret wasserstein",
+    "gradret default loss",
     "sentence-transformers, cached",
     "gradret infonce, cached",
-    "gradret wasserstein, cached",
+    "gradret default loss, cached",
 ]
 SPEED_RATIOS = [f"{ours} / {ROWS[0] if i < 2 else ROWS[3]}" for i, ours in enumerate(ROWS[1:3] + ROWS[4:])]
 STEP_RATIOS = [f"{ROWS[2]} / {ROWS[1]}", f"{ROWS[5]} / {ROWS[4]}"]
@@ -73,10 +73,10 @@ def spread(value: float) -> dict:
 TIMES = {
     "sentence-transformers": [[100, 300], [200, 200]],
     "gradret infonce": [[50, 50], [100, 100]],
-    "gradret wasserstein": [[50, 60], [100, 110]],
+    "gradret default loss": [[50, 60], [100, 110]],
     "sentence-transformers, cached": [[400, 400], [400, 400]],
     "gradret infonce, cached": [[200, 200], [200, 200]],
-    "gradret wasserstein, cached": [[200, 202], [202, 202]],
+    "gradret default loss, cached": [[200, 202], [202, 202]],
 }
 
 
@@ -91,7 +91,7 @@ def make_result(memory=()) -> dict:
         "chunk": 3,
         "tokens": {"mean": 51.6, "p10": 12.0, "p50": 40.0, "p90": 99.4, "max": 128},
         "other_load": 0.034,
-        "loss_alone": {"infonce": spread(0.75), "wasserstein": spread(1.5)},
+        "loss_alone": {"infonce": spread(0.75), "default loss": spread(1.5)},
         "memory": list(memory),
         **summarize_times(TIMES, 8),
     }
@@ -140,10 +140,10 @@ def test_what_a_terminal_shows():
     assert cells[0] == ["sentence-transformers", "40.0", "[40.0-40.0]", "200"]
     assert cells[1] == ["gradret", "infonce", "120.0", "[96.0-144.0]", "75", "3.00", "[2.40-3.60]"]
     assert cells[4] == ["gradret", "infonce,", "cached", "40.0", "[40.0-40.0]", "200", "2.00", "[2.00-2.00]"]
-    assert lines[10].startswith("time of a step, gradret wasserstein / gradret infonce: 1.050 [1.000-")
+    assert lines[10].startswith("time of a step, gradret default loss / gradret infonce: 1.050 [1.000-")
     # of the 75 ms of a step of gradret infonce
     assert lines[12] == (
-        "of it the loss alone, forward and backward: infonce 0.75 ms (1.00%), wasserstein 1.50 ms (2.00%)"
+        "of it the loss alone, forward and backward: infonce 0.75 ms (1.00%), default loss 1.50 ms (2.00%)"
     )
     assert [line.split() for line in lines[-2:]] == [
         ["16", "lists", "none", "800", "1.00"],
@@ -163,10 +163,10 @@ def test_the_readmes_tables(tmp_path):
         "|---|---:|---:|",
         "| sentence-transformers | 40.0 | 20.0 |",
         "| gradret infonce | 120.0 | 40.0 |",
-        "| gradret wasserstein | 110.8 | 39.7 |",
+        "| gradret default loss | 110.8 | 39.7 |",
         "| gradret infonce / sentence-transformers | 3.00 | 2.00 |",
-        "| gradret wasserstein / sentence-transformers | 2.77 | 1.99 |",
-        "| gradret wasserstein / gradret infonce, time of a step | 1.050 | 1.010 |",
+        "| gradret default loss / sentence-transformers | 2.77 | 1.99 |",
+        "| gradret default loss / gradret infonce, time of a step | 1.050 | 1.010 |",
         "",
         "| one step | peak MiB | ratio |",
         "|---|---:|---:|",
@@ -359,7 +359,7 @@ def test_command_prints_and_writes_every_row(tmp_path, tiny_encoder, trainer):
     for row in found["rows"]:
         assert 0 < row["passages_per_s"]["p20"] <= row["passages_per_s"]["median"] <= row["passages_per_s"]["p80"]
     assert found["loss_error"] < fit_speed.SAME_LOSS
-    assert found["loss_alone"].keys() == {"infonce", "wasserstein"}
+    assert found["loss_alone"].keys() == {"infonce", "default loss"}
     shape = ("batch_lists", "passages_a_list", "chunk", "steps", "rounds", "device")
     assert [found[name] for name in shape] == [3, 4, 4, 1, 2, "cpu"]
     assert found["tokens"]["max"] == 64 and found["encoder"]["document_max_length"] == 64
