@@ -79,7 +79,7 @@ def write_random_gguf(
             random model writes what a test needs; then the output has a matrix of its own, in float32.
         chat_template: Jinja, None for a model without one.
         quantized: Q8_0 weights, otherwise float32.
-    Raises: GradretError when the package gguf is missing or the file can not be written.
+    Raises: GradretError when the package gguf is missing or the file cannot be written.
     """
     try:
         import gguf
@@ -158,6 +158,6 @@ def write_random_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     except OSError as error:
-        raise GradretError(f"{path}: can not be written ({error.strerror})") from error
+        raise GradretError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         writer.close()

@@ -42,8 +42,8 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
             grade of their list.
 
     Returns: counts: queries, documents, judgements.
-    Raises: GradretError when the lists can not be read, a doc_id has two texts, the format can not say a grade or an
-        id, or `out` is taken or can not be written; no half of it stays then.
+    Raises: GradretError when the lists cannot be read, a doc_id has two texts, the format cannot say a grade or an
+        id, or `out` is taken or cannot be written; no half of it stays then.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
@@ -62,7 +62,7 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
         finally:
             shutil.rmtree(work)
     except OSError as error:
-        raise GradretError(f"{out}: can not be written ({error.strerror})") from error
+        raise GradretError(f"{out}: cannot be written ({error.strerror})") from error
     return counts
 
 

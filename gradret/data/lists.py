@@ -163,13 +163,13 @@ class Line(NamedTuple):
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file opened for reading bytes. Raises: GradretError when it can not be."""
+    """The file opened for reading bytes. Raises: GradretError when it cannot be."""
     try:
         return open(path, "rb")
     except FileNotFoundError:
         raise GradretError(f"{path}: no such file") from None
     except OSError as error:
-        raise GradretError(f"{path}: can not be read ({error.strerror})") from None
+        raise GradretError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def decode_text(line: bytes, where: str) -> str:
@@ -201,7 +201,7 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line
 
     Args:
         desc: of a progress bar that shows up where reading takes long; "" for none.
-    Raises: GradretError when the file can not be read or is not UTF-8.
+    Raises: GradretError when the file cannot be read or is not UTF-8.
     """
     with open_file(path) as file:
         bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
@@ -211,7 +211,7 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line
                     yield line
                     bar.update(line.offset - bar.n)
             except OSError as error:
-                raise GradretError(f"{path}: can not be read ({error.strerror})") from error
+                raise GradretError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def decode_json(line: str | bytes, where: str) -> Any:

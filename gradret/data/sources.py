@@ -87,7 +87,7 @@ def parse_source(text: str) -> Source:
             raise GradretError(f"{text}: {key} '{value}' is not {expected}") from None
     if options.get("labels") == "judged" and "grades" in options:
         raise GradretError(
-            f"{text}: judged grades are any real numbers, which grades= can not list; "
+            f"{text}: judged grades are any real numbers, which grades= cannot list; "
             "leave out one of the two, or use labels=agreed"
         )
     return Source(name, **options)

@@ -93,7 +93,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
         raise GradretError(f"{name}: no such directory, and the hub has no such model") from None
     except Exception as error:  # the hub's client raises whatever its HTTP library does
         raise GradretError(
-            f"{name}: not whole in the local cache, and the hub can not be reached ({tell_reason(error)}); "
+            f"{name}: not whole in the local cache, and the hub cannot be reached ({tell_reason(error)}); "
             f"give a local directory{demo}"
         ) from error
     if find_weights(directory) is None:

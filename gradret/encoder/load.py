@@ -94,7 +94,7 @@ def _load_parts(
             raise GradretError(
                 f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
             ) from error
-        raise GradretError(f"{name}: can not be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
+        raise GradretError(f"{name}: cannot be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     # A pooler is no part of an embedding here; anything else that is missing would be random.
@@ -114,7 +114,7 @@ def _keep_layers(model_config: PretrainedConfig, layers: int, name: str) -> None
     """Make the model as shallow as that; weights of later layers are then not read."""
     there = getattr(model_config, "num_hidden_layers", None)
     if there is None or layers > there:
-        raise GradretError(f"{name}: has {there or 'no countable'} layers, of which {layers} can not be kept")
+        raise GradretError(f"{name}: has {there or 'no countable'} layers, of which {layers} cannot be kept")
     model_config.num_hidden_layers = layers
     if getattr(model_config, "layer_types", None):  # of decoders whose layers differ
         model_config.layer_types = model_config.layer_types[:layers]

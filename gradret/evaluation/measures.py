@@ -41,7 +41,7 @@ def split_measures(text: str) -> list[str]:
 def parse_measures(names: Sequence[str], depth: int | None = None) -> dict[str, Any]:
     """ir_measures' measure objects by their canonical names, each once.
 
-    Raises: GradretError when a name is unknown, ir_measures can not compute it, or it looks below `depth`.
+    Raises: GradretError when a name is unknown, ir_measures cannot compute it, or it looks below `depth`.
     """
     import ir_measures
 
@@ -129,7 +129,7 @@ def measure_run(
     """Measure a ranking against the collection's qrels, over the collection's queries.
 
     The ranking counts as it stands: ir_measures' providers, which break ties in different ways, are given ranks
-    for scores, and plain numbers for ids, which some of them can not read otherwise. A query for which nothing was
+    for scores, and plain numbers for ids, which some of them cannot read otherwise. A query for which nothing was
     found counts as 0.
     """
     import ir_measures

@@ -261,7 +261,7 @@ class CorpusStore:
     def append(self, parts: Sequence[np.ndarray]) -> None:
         """Write (n, D) vectors behind those that are there; in a folder, record them once they are on disk.
 
-        Raises: GradretError when they can not be written.
+        Raises: GradretError when they cannot be written.
         """
         with self._explaining_errors():
             if self._file is None:  # only now: a cache that is whole may be one that cannot be written to
@@ -387,13 +387,13 @@ def write_run(
 ) -> None:
     """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has.
 
-    Raises: GradretError when an id holds white space, which the format can not carry, and nothing is written; or when
-        the file can not be written.
+    Raises: GradretError when an id holds white space, which the format cannot carry, and nothing is written; or when
+        the file cannot be written.
     """
     for query_id, ranking in run.items():
         for doc_id, _ in ranking:
             if query_id.split() != [query_id] or doc_id.split() != [doc_id]:
-                raise GradretError(f"{path}: a TREC run can not hold the ids '{query_id}' and '{doc_id}': white space")
+                raise GradretError(f"{path}: a TREC run cannot hold the ids '{query_id}' and '{doc_id}': white space")
     rankings = show_bar(run.items(), desc=f"writing {path}", unit="query", delay=PATIENCE_S)
     try:
         with open(path, "w", encoding="utf-8") as file:
@@ -401,4 +401,4 @@ def write_run(
                 for rank, (doc_id, score) in enumerate(ranking, 1):
                     file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
     except OSError as error:
-        raise GradretError(f"{path}: can not be written ({error.strerror})") from None
+        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None

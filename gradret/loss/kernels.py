@@ -12,7 +12,7 @@ compiled: Any = None  # the module, where it was built and loads
 missing: str | None = None  # why it is not there
 
 try:
-    from gradret import _kernels as compiled
+    import gradret._kernels as compiled
 except ModuleNotFoundError:
     missing = "gradret was built without them"
 except ImportError as error:  # built, but a library that it needs is not there

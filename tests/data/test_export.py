@@ -219,7 +219,7 @@ def test_nothing_is_overwritten(two_lists, tmp_path, form):
 
 
 def test_places_and_lists_that_are_not_there(two_lists, tmp_path):
-    with pytest.raises(GradretError, match=r"can not be written \(File exists\)|\(Not a directory\)"):
+    with pytest.raises(GradretError, match=r"cannot be written \(File exists\)|\(Not a directory\)"):
         export_lists(str(two_lists), "beir", two_lists / "below" / "it")
     with pytest.raises(GradretError, match=r"nowhere\.jsonl: no such file"):
         export_lists(str(tmp_path / "nowhere.jsonl"), "beir", tmp_path / "out")
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, form):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount here")
     try:
-        with pytest.raises(GradretError, match=r"out: can not be written \(No space left on device\)"):
+        with pytest.raises(GradretError, match=r"out: cannot be written \(No space left on device\)"):
             export_lists(str(SAMPLE_FILE), form, disk / "out")
         assert list(disk.iterdir()) == []
     finally:

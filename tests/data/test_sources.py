@@ -45,7 +45,7 @@ def test_spelling():
         ("a?queries=", "a?queries=: queries '' is not even, odd or a file"),
         (
             "a?labels=judged&grades=3",
-            "a?labels=judged&grades=3: judged grades are any real numbers, which grades= can not list; "
+            "a?labels=judged&grades=3: judged grades are any real numbers, which grades= cannot list; "
             "leave out one of the two, or use labels=agreed",
         ),
         ("a?grades=x:1", "grade map 'x:1': expected OLD:NEW or GRADE, separated by commas, got 'x:1'"),

@@ -166,7 +166,7 @@ def test_names_that_lead_nowhere():
     with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
         load_encoder("./nowhere")
     with pytest.raises(
-        GradretError, match="^nobody/nothing: not whole in the local cache, and the hub can not be reached"
+        GradretError, match="^nobody/nothing: not whole in the local cache, and the hub cannot be reached"
     ):
         load_encoder("nobody/nothing")
     with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):
@@ -240,10 +240,10 @@ def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
     with pytest.raises(GradretError, match="half: 16 weights are not in its safetensors, encoder.layer.1"):
         load_encoder(str(tmp_path / "half"))
     (tmp_path / "half" / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(GradretError, match="half: can not be loaded as an encoder"):
+    with pytest.raises(GradretError, match="half: cannot be loaded as an encoder"):
         load_encoder(str(tmp_path / "half"))
     shutil.copytree(tiny_encoder, tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(GradretError, match="mute: (its tokenizer knows no words|can not be loaded)"):
+    with pytest.raises(GradretError, match="mute: (its tokenizer knows no words|cannot be loaded)"):
         load_encoder(str(tmp_path / "mute"))
 
 
@@ -271,7 +271,7 @@ def test_the_fingerprint_follows_the_tokenizer_and_for_documents_not_the_query_s
         ({"query_max_length": 2}, "maximum length 2 is not between 3 and 64 tokens"),
         ({"device": "nonsense"}, "device 'nonsense' is not there"),
         ({"pooling": "max"}, "pooling 'max' is not one of mean, cls, last"),
-        ({"layers": 9}, "has 2 layers, of which 9 can not be kept"),
+        ({"layers": 9}, "has 2 layers, of which 9 cannot be kept"),
     ],
 )
 def test_options_that_do_not_fit_the_encoder(tiny_encoder, options, message):

@@ -145,7 +145,7 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
     run = search(encoder, collection, embed_corpus(encoder, collection, tmp_path), depth=2)
     assert sorted(doc_id for doc_id, _ in run["q"]) == ["a", "b"]
     write_run(tmp_path / "run", run)
-    with pytest.raises(GradretError, match="can not hold the ids 'q' and 'a b': white space"):
+    with pytest.raises(GradretError, match="cannot hold the ids 'q' and 'a b': white space"):
         write_run(tmp_path / "spaces", {"q": [("a b", 1.0)]})
     first = (tmp_path / "run").read_text().splitlines()[0].split(" ")
     assert (first[:4], first[5]) == (["q", "Q0", "b", "1"], "gradret")

@@ -129,7 +129,7 @@ def read(body, request, warn=lambda line: None) -> Reply:
         ({"content": ""}, "stop", ("", "stop")),
         ({"content": None}, "length", ("", "length")),
         ({"content": None, "reasoning_content": "hm"}, "stop", ("", "stop")),
-        ({"content": None, "refusal": "I can not"}, "stop", ("I can not", "stop")),
+        ({"content": None, "refusal": "I cannot"}, "stop", ("I cannot", "stop")),
         ({"content": [{"type": "thinking"}, {"type": "text", "text": "a"}, {"text": "b"}]}, "stop", ("ab", "stop")),
         ({"content": "half \ud800"}, "stop", ("half ?", "stop")),
         ({"content": "bad"}, "content_filter", ("bad", "refused")),

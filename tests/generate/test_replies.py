@@ -117,7 +117,7 @@ def takes(vocabulary, grammar: str, text: str, end: bool = True) -> bool:
     import llama_cpp as api
 
     sampler = api.llama_sampler_init_grammar(vocabulary, grammar.encode(), b"root")
-    assert sampler, "llama.cpp can not read the grammar"
+    assert sampler, "llama.cpp cannot read the grammar"
     content = text.encode("utf-8", "surrogatepass")
     tokens = (api.llama_token * (len(content) + 8))()
     count = api.llama_tokenize(vocabulary, content, len(content), tokens, len(tokens), False, False)
