@@ -75,7 +75,7 @@ def measure_fit(
         max_length: tokens read of a query or passage, unless the settings name another or the encoder reads fewer.
         steps: timed for each row in each round, after one that is not.
         rounds: each visits every row, every other one backwards.
-        memory: lists a batch of which the peak memory is measured, too, see fit_memory.measure_memory.
+        memory: lists per batch of which the peak memory is measured, too, see fit_memory.measure_memory.
     Returns: a JSON-serialisable document. "rows" hold passages_per_s over rounds and step_ms over steps, each as
         median, p20 and p80; "speed_ratios" are of passages a second within a round; "step_ratios" are of the times of
         the same step; "loss_alone" is the time of forward and backward from embeddings to the loss;

@@ -33,11 +33,11 @@ def check_memory(device: torch.device) -> None:
 def measure_memory(
     settings: FitSettings, sizes: Sequence[int], chunk: int, device: str, folder: Path
 ) -> list[dict[str, float | None]]:
-    """Peak memory of a run of one step with so many lists a batch, each in a process of its own.
+    """Peak memory of a run of one step with so many lists per batch, each in a process of its own.
 
     Args:
         settings: whose data holds max(sizes) lists at least; batch_lists, chunk and max_steps are replaced.
-        sizes: lists a batch; the first is measured without gradient caching, too, and first.
+        sizes: lists per batch; the first is measured without gradient caching, too, and first.
         chunk: passages that gradient caching encodes at once.
         folder: an empty one, for the runs.
     Returns: lists, chunk, peak_mib, and the ratio of that to the first's.

@@ -1,6 +1,6 @@
 """Driving sentence-transformers' own trainer on the batches and settings of a gradret run.
 
-B is the number of lists a batch. A list's one passage of the highest grade is the positive, its others are negatives.
+B is the number of lists per batch. A list's one passage of the highest grade is the positive, its others are negatives.
 """
 
 import importlib.util

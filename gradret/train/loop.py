@@ -271,7 +271,7 @@ def check_grades(settings: FitSettings, summary: ListsSummary, mining: Mining | 
         where = "a batch of one list" if settings.in_batch else "without --in-batch a list"
         raise GradretError(
             f"loss {settings.loss}: contrast sets passages with target mass against those without, and {where} has "
-            f"none here: the lowest grade is {lowest:g}; train with --in-batch and two lists a batch or more, or "
+            f"none here: the lowest grade is {lowest:g}; train with --in-batch and two lists per batch or more, or "
             "choose a --loss without contrast, such as wasserstein"
         )
 
@@ -323,7 +323,7 @@ class Trainer:
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""
             done = f"{self.state.step} of {inputs.steps} steps done"
             say(f"data: {inputs.describe()}")
-            say(f"fit: {loss}, {done}, {inputs.batch_lists} lists a batch{chunk}{shared}, {out}")
+            say(f"fit: {loss}, {done}, {inputs.batch_lists} lists per batch{chunk}{shared}, {out}")
 
     def restore(self) -> RunState:
         """The last checkpoint, from the first process to all."""

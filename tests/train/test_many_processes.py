@@ -91,7 +91,7 @@ def uninterrupted(tiny_encoder, tmp_path_factory) -> Path:
     result = run(2, *arguments(tiny_encoder, out))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"{out}: {STEPS} steps") == 1
-    assert "6 lists a batch by 2 processes" in result.stderr
+    assert "6 lists per batch by 2 processes" in result.stderr
     assert "Warning" not in result.stderr
     return out
 
