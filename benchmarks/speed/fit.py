@@ -23,6 +23,7 @@ import click
 import torch
 
 from benchmarks.script import Script, command_line
+from benchmarks.speed.clock import OtherLoad, synchronize
 from benchmarks.speed.fit_lists import WORDS, choose_lists, draw_fit_batches, passage_texts
 from benchmarks.speed.fit_memory import check_memory, measure_memory
 from benchmarks.speed.fit_report import LOSSES, RIVAL, SYSTEMS, describe_lengths, format_fit_speed, summarize_times
@@ -34,7 +35,7 @@ from benchmarks.speed.fit_rivals import (
     rival_versions,
     time_trainer,
 )
-from gradret.bench.loss import OtherLoad, find_percentiles, synchronize
+from gradret.bench.loss import find_percentiles
 from gradret.console import GradretError, Interrupted, say
 from gradret.data.lists import RankingList, write_lists
 from gradret.distributed import ALONE

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gradret.bench.loss import synchronize
+from benchmarks.speed.clock import synchronize
 from gradret.console import GradretError
 from gradret.data.lists import RankingList
 from gradret.encoder.model import EncoderConfig

@@ -21,6 +21,8 @@ from gradret.bench.loss import (
     gain_targets,
     integrate_quantiles,
     textbook_wasserstein,
+    true_gaussian,
+    true_wasserstein,
 )
 
 
@@ -128,7 +130,7 @@ def list_rivals(workload: Lists | Embeddings, orders: Sequence[int], *, compiled
 
     def add(name: str, loss, prepared, order: int, **options) -> None:
         bound = partial(loss, scores, prepared, order=order, temperature=TEMPERATURE)
-        found.append(Row(name, order, (scores,), bound, "wasserstein", **options))
+        found.append(Row(name, order, (scores,), bound, true_wasserstein, **options))
 
     for order in orders:
         add(f"PyTorch W{order}, presorted", sorted_wasserstein, sort_grades(grades, order), order)
@@ -159,4 +161,4 @@ def _gaussian_row(workload: Lists) -> Row:
         reason = f"eigenvalues of a {N} x {N} float64 matrix take too long on {workload.device}"
         return Row(name, skipped=f"{reason}; measured up to {limit}")
     loss = partial(published_gaussian, workload.scores, workload.grades, temperature=TEMPERATURE)
-    return Row(name, None, (workload.scores,), loss, "gaussian" if B <= limit else None, external=True)
+    return Row(name, None, (workload.scores,), loss, true_gaussian if B <= limit else None, external=True)

@@ -1,19 +1,16 @@
 """Speed and peak memory of losses side by side: each is checked against float64, then all are timed in turns.
 
 B is the number of lists or queries, N of documents, D of dimensions. From top to bottom: the measurement
-(measure_speed), the tensors and rows of a shape (Lists, Embeddings), their float64 truth, the clock, the table and the
-chart. benchmarks/speed/loss.py adds rows of other libraries.
+(measure_speed), the tensors and rows of a shape (Lists, Embeddings), their truth in float64, the table and the chart.
+benchmarks/speed/loss.py adds rows of other libraries.
 """
 
-import gc
 import math
-import os
 import pkgutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from gradret.bench import format_table, memory
 from gradret.console import PATIENCE_S, GradretError, say, show_bar
@@ -39,14 +37,12 @@ DEFAULT_SHAPES = {
 }
 TEMPERATURE = 0.05
 AXIS = {"targets": "gain", "ground": "grade"}  # of the rows W1 and W2
-DEFAULT, INFONCE = "gradret default loss", "InfoNCE"
 BASELINE = "cross_entropy"  # of the scores as they are: InfoNCE without its division by the temperature
 # A list's graded documents, others are 0: a few, as in judged collections; the highest grade is always there.
 LIST_GRADES = (3.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0)
-TRUTH_ELEMENTS = 1 << 20  # float64 truth is computed in blocks of about so many scores
+TRUTH_ELEMENTS = 1 << 20  # the truth is computed in blocks of about so many scores
 LARGEST_MATRIX = {"cpu": 1024, "cuda": 4096}  # above it a float64 decomposition takes a minute
 LONGEST_STEP_S = 20.0
-MOST_OTHER_LOAD = 0.1
 # Highest errors against float64: of a loss, relative, and of the lists' gradient, relative to its norm. Half types
 # round the gradient and, where scores are a matrix product, the scores.
 TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (1e-4, 2e-2), "float16": (1e-4, 2e-2)}
@@ -54,16 +50,9 @@ PRODUCT_TOLERANCES = {"float32": (1e-4, 1e-2), "bfloat16": (3e-2, 2e-1), "float1
 SUM_TOLERANCE = 0.1  # a gradient that is a sum over lists holds those near a tie, too
 # InfoNCE divides scores of a half type in that type; singular values near 0 cost the Gaussian half its digits.
 OTHER_TOLERANCE = 3e-2
-TIMES = ("forward_ms", "backward_ms", "both_ms", "wall_ms")
 FEWEST_REPEATS = 3
 ROW_S = 1.5  # timing a row takes about this long, if its fewest repeats allow it
-BURST_S = 1e-3  # a sample on the host is the mean of as many calls as fill this,
-MOST_CALLS = 50  # up to so many
-FLUSH_BYTES = 256 << 20  # beyond any GPU's L2 cache
-FLUSH_S = 5e-5  # writing them takes longer than this
-MOST_FLUSHES = 40
-COPY_BYTES = 1 << 30
-COPY_REPEATS = 20
+SAMPLE_S = 1e-3  # a sample is the mean of as many calls as fill this
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ class Row:
         order: the p of W_p^p, None for other losses.
         inputs: what the loss is differentiated in.
         loss: computes the scalar loss, None when the row is skipped.
-        truth: the name of what it must equal, see Lists.truth, None when there is none.
+        truth: true_wasserstein or another function like it, which the loss must equal; None where there is none.
         skipped: why it is not measured.
         external: whether another library computes it: where that fails or is wrong, the row is skipped alone.
     """
@@ -84,39 +73,20 @@ class Row:
     order: int | None = None
     inputs: tuple[Tensor, ...] = ()
     loss: Callable[[], Tensor] | None = None
-    truth: str | None = None
+    truth: Callable | None = None
     skipped: str | None = None
     external: bool = False
 
 
-class TrueGradient(NamedTuple):
-    """d loss / d input in float64 for the input's first rows; where `defined` (b,) is False it jumps."""
-
-    values: Tensor
-    defined: Tensor | None = None
-
-
 class Truth(NamedTuple):
-    """A loss in float64, and the gradients of a Wasserstein loss in the row's inputs."""
+    """A loss and its gradients in float64, one for each input; where `defined` (B,) is False, a list's jumps.
+
+    Without `defined`, gradients are not compared.
+    """
 
     loss: float
-    gradients: tuple[TrueGradient, ...] = ()
-
-
-class Step(NamedTuple):
-    """One forward and backward: seconds until it is done, and until the host is free again."""
-
-    seconds: float
-    host_s: float
-
-
-class Sample(NamedTuple):
-    """Milliseconds of one forward and backward; wall_ms only on CUDA."""
-
-    forward_ms: float
-    backward_ms: float
-    both_ms: float
-    wall_ms: float | None
+    gradients: tuple[Tensor, ...] = ()
+    defined: Tensor | None = None
 
 
 def measure_speed(
@@ -142,12 +112,10 @@ def measure_speed(
         more: "module:function" that gives further rows, see make_rows.
         keep: called with what there is after each shape.
 
-    Returns: a JSON-serialisable document. A row of "rows" holds its shape and name, times in ms as medians with 20 and
-        80 percentiles, both_ms relative to cross_entropy's on that shape, peak memory in MiB above the inputs, its
-        errors against float64, and, where it was not measured, the reason as "skipped". On CUDA the times are the
-        device's, with an empty cache; wall_ms is one step on an idle device by the host's clock; floor_fraction is the
-        time to move a score, a gradient and one byte of grade for every element at copy_gb_s, over both_ms.
-        "other_load" is the share of the processors' time that other processes took while a shape was timed.
+    Returns: a JSON-serialisable document. A row of "rows" holds its shape and name, the times of forward alone and of
+        both in ms as medians with 20 and 80 percentiles, both_ms relative to cross_entropy's on that shape, peak
+        memory in MiB above the inputs, its errors against float64, and, where it was not measured, the reason as
+        "skipped".
     Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then.
     """
     began = time.monotonic()
@@ -156,7 +124,7 @@ def measure_speed(
     chosen = shapes or DEFAULT_SHAPES["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
         device = torch.empty(0, device=device).device  # with its number
-        torch.cuda.set_device(device)  # events and memory counts are the current device's
+        torch.cuda.set_device(device)  # the timer's waiting and memory counts are the current device's
     result = {
         "versions": versions(),
         "path": backend(device),
@@ -165,15 +133,11 @@ def measure_speed(
         "dtype": dtype,
         "temperature": TEMPERATURE,
         "threads": torch.get_num_threads(),
-        "copy_gb_s": measure_copy(device) if device.type == "cuda" else None,
         "peak_resolution_mib": memory.peak_resolution(device),
-        "other_load": {},
         "rows": [],
     }
     for shape in [*chosen, *([retrieval] if retrieval else [])]:
-        rows, share = measure_shape(shape, device=device, dtype=dtype, orders=orders, repeats=repeats, more=more)
-        result["rows"] += _compare(rows, shape, dtype, result["copy_gb_s"])
-        result["other_load"][name_shape(shape)] = share
+        result["rows"] += measure_shape(shape, device=device, dtype=dtype, orders=orders, repeats=repeats, more=more)
         result["seconds"] = round(time.monotonic() - began, 1)
         keep(result)
     return result
@@ -187,34 +151,28 @@ def measure_shape(
     orders: Sequence[int],
     repeats: int,
     more: str | None = None,
-) -> tuple[list[dict], float | None]:
-    """The rows of one shape, (B, N) or (B, N, D), and what others took of the processors; see measure_speed."""
+) -> list[dict]:
+    """The rows of one shape, (B, N) or (B, N, D); see measure_speed."""
     where = name_shape(shape)
     say(f"{where}: checking against float64")
     workload = make_workload(shape, dtype, str(device))
-    truths: dict[tuple, Truth | None] = {(None, None): None}
-    entries, rows, steps = [], [], []
+    truths: dict[tuple, Truth] = {}
+    entries, measured = [], []
     for row in make_rows(workload, orders, more):
         entry = {"shape": list(shape), "dtype": dtype, "row": row.name, "order": row.order, "skipped": row.skipped}
-        later = (*TIMES, "repeats", "times_cross_entropy", "floor_fraction", "peak_mib", "peak_reason")
-        entry |= dict.fromkeys(
-            (*later, "gradient_finite", "loss_error", "gradient_errors", "worst_list_gradient_error")
-        )
+        later = ("forward_ms", "both_ms", "repeats", "times_cross_entropy", "peak_mib", "peak_reason")
+        entry |= dict.fromkeys((*later, "gradient_finite", "loss_error", "gradient_errors"))
         entries.append(entry)
         if row.skipped is None:
-            key = (row.truth, row.order if row.truth == "wasserstein" else None)
-            if key not in truths:
-                truths[key] = workload.truth(*key)
-            step = _prepare(row, where, truths[key], entry, device)
+            key = row.truth, row.order
+            if row.truth is not None and key not in truths:
+                truths[key] = find_truth(workload, *key)
+            step_s = _prepare(row, where, truths.get(key), entry)
             if entry["skipped"] is None:
-                rows.append(row)
-                steps.append(step)
-    say(f"{where}: timing {len(rows)} rows in turns")
-    measured = [entry for entry in entries if entry["skipped"] is None]
-    with OtherLoad() as others:
-        samples = time_in_turns(rows, steps, repeats, device)
-    if others.share is not None and others.share > MOST_OTHER_LOAD:
-        say(f"{where}: others took {others.share:.0%} of the processors' time meanwhile; better run it again")
+                measured.append((row, entry, step_s))
+    say(f"{where}: timing {len(measured)} rows in turns")
+    rows = [row for row, _, _ in measured]
+    times = time_in_turns(rows, [step_s for _, _, step_s in measured], repeats)
     say(f"{where}: measuring peak memory")
     if device.type == "cuda":
         peaks = ((memory.measure_cuda_peak(partial(run_once, row)), None) for row in rows)
@@ -223,9 +181,12 @@ def measure_shape(
         peaks = memory.measure_cpu_peaks("gradret.bench.loss:make_call", [row.name for row in rows], arguments)
     else:
         peaks = ((None, f"PyTorch counts no peak on {device.type}") for _ in rows)
-    for entry, taken, (peak, reason) in zip(measured, samples, peaks, strict=True):
-        entry |= summarize(taken) | {"peak_mib": peak, "peak_reason": reason}
-    return entries, others.share
+    for (_, entry, _), taken, (peak, reason) in zip(measured, times, peaks, strict=True):
+        entry |= taken | {"peak_mib": peak, "peak_reason": reason}
+    baseline = entries[-1]["both_ms"]  # make_rows puts it last
+    for _, entry, _ in measured if baseline else ():
+        entry["times_cross_entropy"] = entry["both_ms"]["median"] / baseline["median"]
+    return entries
 
 
 def name_shape(shape: Sequence[int]) -> str:
@@ -248,32 +209,25 @@ def check_row(row: Row, truth: Truth | None) -> dict:
     loss_error = abs(found - truth.loss) / abs(truth.loss)
     if not loss_error <= (OTHER_TOLERANCE if row.order is None else loss_limit):
         raise GradretError(f"the loss is {found:.8g}, float64 says {truth.loss:.8g}")
-    errors, worst = [], None
+    errors = []
     for gradient, true in zip(gradients, truth.gradients, strict=True) if truth.gradients else ():
-        gradient = (gradient[: len(true.values)] / scale).to(true.values)
-        error, norm = (gradient - true.values).norm(dim=-1), true.values.norm(dim=-1)
-        if true.defined is not None:
-            error, norm = error[true.defined], norm[true.defined]
-            worst = (error / norm).max().item()
-        errors.append((error.norm() / norm.norm()).item())
-        if not errors[-1] <= (SUM_TOLERANCE if true.defined is None else gradient_limit):
+        limit, difference = SUM_TOLERANCE, (gradient / scale).to(true) - true
+        if not errors:  # the first input has a row for each list, the documents' gradient sums over lists
+            limit, difference, true = gradient_limit, difference[truth.defined], true[truth.defined]
+        errors.append((difference.norm() / true.norm()).item())
+        if not errors[-1] <= limit:
             raise GradretError(f"the gradient is {errors[-1]:.2g} of its norm off from float64")
-    return {
-        "gradient_finite": finite,
-        "loss_error": loss_error,
-        "gradient_errors": errors,
-        "worst_list_gradient_error": worst,
-    }
+    return {"gradient_finite": finite, "loss_error": loss_error, "gradient_errors": errors}
 
 
-def _prepare(row: Row, where: str, truth: Truth | None, entry: dict, device: torch.device) -> Step | None:
-    """Check a row and time one step, or note in the entry why it is skipped."""
+def _prepare(row: Row, where: str, truth: Truth | None, entry: dict) -> float | None:
+    """Check a row and time one step in seconds, or note in the entry why it is skipped."""
     try:
         entry |= check_row(row, truth)  # the first call, in which a compiled row compiles
-        step = measure_step(row, device)
-        if step.seconds > LONGEST_STEP_S:
-            entry["skipped"] = f"a step takes {step.seconds:.0f} s, more than {LONGEST_STEP_S:.0f} s"
-        return step
+        step_s = _make_timer(partial(run_once, row)).blocked_autorange(min_run_time=0).mean  # of one call
+        if step_s > LONGEST_STEP_S:
+            entry["skipped"] = f"a step takes {step_s:.0f} s, more than {LONGEST_STEP_S:.0f} s"
+        return step_s
     except torch.cuda.OutOfMemoryError:
         entry["skipped"] = "out of device memory"
     except GradretError as error:
@@ -288,19 +242,45 @@ def _prepare(row: Row, where: str, truth: Truth | None, entry: dict, device: tor
     return None
 
 
-def _compare(entries: list[dict], shape: Sequence[int], dtype: str, copy_gb_s: float | None) -> list[dict]:
-    """Fill in what relates rows to cross_entropy and to the device's copy rate."""
-    (baseline,) = (entry for entry in entries if entry["row"].endswith(BASELINE))
-    # A score read, its gradient written, a byte of grade level read.
-    floor_bytes = shape[0] * shape[1] * (2 * getattr(torch, dtype).itemsize + 1)
-    for entry in entries:
-        if entry["skipped"] is not None:
-            continue
-        if baseline["skipped"] is None:
-            entry["times_cross_entropy"] = entry["both_ms"]["median"] / baseline["both_ms"]["median"]
-        if copy_gb_s and entry["order"] is not None and len(shape) == 2:
-            entry["floor_fraction"] = floor_bytes / copy_gb_s / 1e6 / entry["both_ms"]["median"]
-    return entries
+def run_once(row: Row) -> None:
+    """One forward and backward; what they made is freed."""
+    torch.autograd.grad(row.loss(), row.inputs)
+
+
+def time_in_turns(rows: Sequence[Row], steps_s: Sequence[float], repeats: int) -> list[dict]:
+    """Times of each row, whose step takes about steps_s: "forward_ms", "both_ms", and the number of "repeats".
+
+    Rounds visit the rows one after the other, so that what slows the machine for a while slows all of them. Slow rows
+    sit out some rounds.
+    """
+    timers = [(_make_timer(row.loss), _make_timer(partial(run_once, row))) for row in rows]
+    fewest = min(FEWEST_REPEATS, repeats)
+    every = [max(1, min(repeats // fewest, round(repeats * step_s / ROW_S))) for step_s in steps_s]
+    samples: list[list[tuple[float, ...]]] = [[] for _ in rows]
+    for turn in show_bar(range(repeats if rows else 0), desc="timing", unit="round", delay=PATIENCE_S):
+        for pair, apart, found in zip(timers, every, samples, strict=True):
+            if turn % apart == 0:
+                # Its warm-up also clears what the row before left in caches and in waiting threads.
+                found.append(tuple(1e3 * timer.blocked_autorange(min_run_time=SAMPLE_S).median for timer in pair))
+    return [
+        {
+            "repeats": len(found),
+            "forward_ms": find_percentiles([forward for forward, _ in found]),
+            "both_ms": find_percentiles([both for _, both in found]),
+        }
+        for found in samples
+    ]
+
+
+def _make_timer(call: Callable[[], object]) -> Timer:
+    """A timer that waits for an accelerator and collects no garbage; by itself it would set one thread."""
+    return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+
+
+def find_percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 20 and 80 percentile."""
+    p20, median, p80 = np.percentile(values, [20, 50, 80])
+    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
 
 
 # --- tensors and rows of a shape
@@ -310,7 +290,8 @@ class Lists:
     """Lists of graded documents with their scores: cosine-like, higher for higher grades, of spread 3 in the softmax.
 
     Attributes:
-        scores: (B, N) in dtype, requires grad. grades: (B, N) float32. positive: (B,) int64, a column of grade 3.
+        inputs: (scores,), (B, N) in dtype, requires grad. grades: (B, N) float32. positive: (B,) int64, a column of
+            grade 3.
     """
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str):
@@ -326,29 +307,30 @@ class Lists:
         self.positive = columns[:, 0].contiguous()
         scores = torch.randn(B, N, generator=random, device=self.device).mul_(0.15).add_(self.grades, alpha=0.1)
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
+        self.inputs = (self.scores,)
 
-    def rows(self, orders: Sequence[int]) -> list[Row]:
+    def make_rows(self, orders: Sequence[int]) -> list[Row]:
         """gradret's exact losses with grades prepared once and raw, a plain one; gradret's others; PyTorch's."""
         scores, grades, found = self.scores, self.grades, []
+        prepared = prepare_grades(grades, **AXIS)
         for order in orders:
+            options = {"order": order, "temperature": TEMPERATURE}
             for name, loss in (
-                (f"gradret W{order}", partial(wasserstein_loss, scores, self._prepared, temperature=TEMPERATURE)),
-                (
-                    f"gradret W{order}, raw grades",
-                    partial(wasserstein_loss, scores, grades, temperature=TEMPERATURE, **AXIS),
-                ),
-                (f"PyTorch W{order}", partial(textbook_wasserstein, scores, grades, temperature=TEMPERATURE)),
+                (f"gradret W{order}", partial(wasserstein_loss, scores, prepared, **options)),
+                (f"gradret W{order}, raw grades", partial(wasserstein_loss, scores, grades, **options, **AXIS)),
+                (f"PyTorch W{order}", partial(textbook_wasserstein, scores, grades, **options)),
             ):
-                found.append(Row(name, order, (scores,), partial(loss, order=order), "wasserstein"))
+                found.append(Row(name, order, self.inputs, loss, true_wasserstein))
         fit = {name: getattr(FitSettings(), name) for name in ("order", "targets", "ground")}
         mixed = partial(mix_losses, DEFAULT_LOSS, scores, grades, temperature=TEMPERATURE, **fit)
         infonce = partial(infonce_loss, scores, self.positive, TEMPERATURE)
+        plain = partial(nnf.cross_entropy, scores, self.positive)
         return [
             *found,
-            Row(DEFAULT, None, (scores,), mixed, DEFAULT),
+            Row("gradret default loss", None, self.inputs, mixed, true_default),
             self._gaussian_row(),
-            Row(INFONCE, None, (scores,), infonce, INFONCE),
-            Row(BASELINE, None, (scores,), partial(nnf.cross_entropy, scores, self.positive), BASELINE),
+            Row("InfoNCE", None, self.inputs, infonce, true_infonce),
+            Row(BASELINE, None, self.inputs, plain, true_cross_entropy),
         ]
 
     def _gaussian_row(self) -> Row:
@@ -359,47 +341,15 @@ class Lists:
             reason = f"singular values of a {B} x {B} float64 matrix take too long on {self.device}"
             return Row(name, skipped=f"{reason}; measured up to {limit}")
         loss = partial(gaussian_loss, self.scores, self.grades, temperature=TEMPERATURE, targets="softmax")
-        return Row(name, None, (self.scores,), loss, "gaussian")
-
-    @cached_property
-    def _prepared(self):
-        return prepare_grades(self.grades, **AXIS)
-
-    def truth(self, name: str, order: int | None) -> Truth:
-        """In float64: "wasserstein" of an order, with gradients; another row's name or "gaussian", without."""
-        B, N = self.shape
-        if name == "gaussian":
-            return Truth(true_gaussian(*self._block(0, B), TEMPERATURE).item())
-        total, gradients = 0.0, []
-        for begin in range(0, B, step := max(1, TRUTH_ELEMENTS // N)):
-            scores, grades = self._block(begin, begin + step)
-            positive = self.positive[begin : begin + step].to(scores.device)
-            if name == BASELINE:
-                total += nnf.cross_entropy(scores, positive, reduction="sum").item()
-            elif name == INFONCE:
-                total += nnf.cross_entropy(scores / TEMPERATURE, positive, reduction="sum").item()
-            elif name == DEFAULT:
-                total += true_default(scores, grades, TEMPERATURE).sum().item()
-            else:
-                scores.requires_grad_(begin == 0)
-                values, defined = true_wasserstein(scores, grades, order, TEMPERATURE)
-                total += values.sum().item()
-                if begin == 0:
-                    gradients.append(TrueGradient(torch.autograd.grad(values.sum() / B, scores)[0], defined))
-        return Truth(total / B, tuple(gradients))
-
-    def _block(self, begin: int, end: int) -> tuple[Tensor, Tensor]:
-        """Some lists' scores in float64 and their grades, on a device that has float64."""
-        device = "cpu" if self.device.type == "mps" else self.device
-        return self.scores.detach()[begin:end].to(device, torch.float64), self.grades[begin:end].to(device)
+        return Row(name, None, self.inputs, loss, true_gaussian)
 
 
 class Embeddings:
     """Queries and documents of length 1; each query has up to four documents of its own, grades 3, 2, 1, 0, others 0.
 
     Attributes:
-        queries: (B, D), documents: (N, D), in dtype, require grad. grades: rows, columns and grades, (G,) each.
-        positive: (B,) int64, the column of the document of grade 3.
+        inputs: (queries (B, D), documents (N, D)), in dtype, require grad.
+        graded: rows, columns and grades, (G,) each. positive: (B,) int64, the column of the document of grade 3.
     """
 
     def __init__(self, shape: Sequence[int], dtype: str, device: str):
@@ -411,79 +361,44 @@ class Embeddings:
         rows = torch.arange(B, device=self.device).repeat_interleave(own)
         columns = torch.arange(B * own, device=self.device) % N
         grades = torch.tensor([3.0, 2.0, 1.0, 0.0], device=self.device)[:own].repeat(B)
-        self.grades, self.positive = (rows, columns, grades), columns[::own].contiguous()
+        self.graded, self.positive = (rows, columns, grades), columns[::own].contiguous()
         noise = torch.randn(B, D, generator=random, device=self.device)
         queries = noise.index_add_(0, rows, documents[columns] * grades[:, None] / 4)
         dtype = getattr(torch, dtype)
-        self.queries, self.documents = (
-            nnf.normalize(x, dim=-1).to(dtype).requires_grad_() for x in (queries, documents)
-        )
+        self.inputs = tuple(nnf.normalize(x, dim=-1).to(dtype).requires_grad_() for x in (queries, documents))
 
-    def rows(self, orders: Sequence[int]) -> list[Row]:
+    @property
+    def grades(self) -> Tensor:
+        """(B, N), made anew each time."""
+        rows, columns, grades = self.graded
+        return torch.zeros(self.shape[:2], device=self.device).index_put_((rows, columns), grades)
+
+    def make_rows(self, orders: Sequence[int]) -> list[Row]:
         """The fused loss, the same loss on the B x N matrix of scores, and cross_entropy on it."""
-        inputs = self.queries, self.documents
+        pairs, prepared = prepare_pairs(*self.graded, self.shape[:2], **AXIS), prepare_grades(self.grades, **AXIS)
         found = []
         for order in orders:
             for name, loss in (
-                (f"fused scoring W{order}", partial(self._fused, self._pairs)),
-                (f"fused scoring W{order}, raw grades", partial(self._fused, self.grades, **AXIS)),
-                (f"score matrix W{order}", partial(self._by_matrix, self._prepared)),
+                (f"fused scoring W{order}", partial(self._fused, pairs)),
+                (f"fused scoring W{order}, raw grades", partial(self._fused, self.graded, **AXIS)),
+                (f"score matrix W{order}", partial(self._by_matrix, prepared)),
                 (f"score matrix W{order}, raw grades", partial(self._by_matrix, **AXIS)),
             ):
-                found.append(Row(name, order, inputs, partial(loss, order=order), "wasserstein"))
-        return [*found, Row(f"score matrix {BASELINE}", None, inputs, self._cross_entropy, BASELINE)]
+                found.append(Row(name, order, self.inputs, partial(loss, order=order), true_wasserstein))
+        return [*found, Row(f"score matrix {BASELINE}", None, self.inputs, self._cross_entropy, true_cross_entropy)]
 
     def _fused(self, grades, **options) -> Tensor:
-        return wasserstein_retrieval_loss(self.queries, self.documents, grades, temperature=TEMPERATURE, **options)
+        return wasserstein_retrieval_loss(*self.inputs, grades, temperature=TEMPERATURE, **options)
 
     def _by_matrix(self, grades=None, **options) -> Tensor:
         """Without grades, their matrix is made in the call."""
-        grades = self._matrix_grades() if grades is None else grades
-        return wasserstein_loss(self.queries @ self.documents.T, grades, temperature=TEMPERATURE, **options)
+        queries, documents = self.inputs
+        grades = self.grades if grades is None else grades
+        return wasserstein_loss(queries @ documents.T, grades, temperature=TEMPERATURE, **options)
 
     def _cross_entropy(self) -> Tensor:
-        return nnf.cross_entropy(self.queries @ self.documents.T, self.positive)
-
-    def _matrix_grades(self) -> Tensor:
-        rows, columns, grades = self.grades
-        return torch.zeros(self.shape[:2], device=self.device).index_put_((rows, columns), grades)
-
-    @cached_property
-    def _prepared(self):
-        return prepare_grades(self._matrix_grades(), **AXIS)
-
-    @cached_property
-    def _pairs(self):
-        return prepare_pairs(*self.grades, self.shape[:2], **AXIS)
-
-    def truth(self, name: str, order: int | None) -> Truth:
-        """In float64: "wasserstein" of an order, with gradients, or "cross_entropy", without."""
-        B, N, _ = self.shape
-        documents = self._wide(self.documents).requires_grad_()
-        rows, columns, grades = (x.to(documents.device) for x in self.grades)
-        total, queries_gradient, documents_gradient = 0.0, None, torch.zeros_like(documents)
-        for begin in range(0, B, step := max(1, TRUTH_ELEMENTS // N)):
-            queries = self._wide(self.queries[begin : begin + step]).requires_grad_()
-            scores = queries @ documents.T
-            if name == BASELINE:
-                positive = self.positive[begin : begin + step].to(scores.device)
-                total += nnf.cross_entropy(scores, positive, reduction="sum").item()
-                continue
-            inside = (rows >= begin) & (rows < begin + len(queries))
-            matrix = torch.zeros_like(scores).index_put_(
-                (rows[inside] - begin, columns[inside]), grades[inside].double()
-            )
-            values, defined = true_wasserstein(scores, matrix, order, TEMPERATURE)
-            total += values.sum().item()
-            of_queries, of_documents = torch.autograd.grad(values.sum() / B, (queries, documents))
-            documents_gradient += of_documents
-            queries_gradient = queries_gradient or TrueGradient(of_queries, defined)
-        if name == BASELINE:
-            return Truth(total / B)
-        return Truth(total / B, (queries_gradient, TrueGradient(documents_gradient)))
-
-    def _wide(self, x: Tensor) -> Tensor:
-        return x.detach().to("cpu" if x.device.type == "mps" else x.device, torch.float64)
+        queries, documents = self.inputs
+        return nnf.cross_entropy(queries @ documents.T, self.positive)
 
 
 def make_workload(shape: Sequence[int], dtype: str, device: str) -> Lists | Embeddings:
@@ -497,7 +412,7 @@ def make_rows(workload: Lists | Embeddings, orders: Sequence[int], more: str | N
     It is given by name so that another process can make the same rows.
     """
     further = pkgutil.resolve_name(more)(workload, orders) if more else []
-    *rows, baseline = workload.rows(orders)
+    *rows, baseline = workload.make_rows(orders)
     return [*rows, *further, baseline]
 
 
@@ -538,12 +453,63 @@ def integrate_quantiles(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
     return (widths * (f - g).square()).sum(-1)
 
 
-# --- truth in float64
+# --- truth in float64. Each true_ function of a row takes a block's scores (b, N), grades (b, N), positives' columns
+# (b,) and the order. It gives each list's loss (b,) and where its gradient is defined, None not to compare gradients.
 
 
-def true_wasserstein(scores: Tensor, grades: Tensor, order: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Each list's W_p^p with gain targets, by true_transport."""
-    return true_transport(torch.softmax(scores / temperature, -1), gain_targets(grades.double()), grades, order)
+def find_truth(workload: Lists | Embeddings, truth: Callable, order: int | None) -> Truth:
+    """The mean of a truth over all lists and its gradients in the workload's inputs, block by block."""
+    device = "cpu" if workload.device.type == "mps" else workload.device  # which has no float64
+    inputs = [x.detach().to(device, torch.float64).requires_grad_() for x in workload.inputs]
+    grades, positive = workload.grades.to(device), workload.positive.to(device)
+    B, N = workload.shape[:2]
+    size = B if truth is true_gaussian else max(1, TRUTH_ELEMENTS // N)  # the Gaussians are fitted over the batch
+    total, found = 0.0, []
+    for block in (slice(begin, begin + size) for begin in range(0, B, size)):
+        scores = inputs[0][block] if len(inputs) == 1 else inputs[0][block] @ inputs[1].T
+        values, defined = truth(scores, grades[block], positive[block], order)
+        total += values.sum().item()
+        if defined is not None:
+            (values.sum() / B).backward()
+            found.append(defined)
+    return Truth(total / B, tuple(x.grad for x in inputs), torch.cat(found)) if found else Truth(total / B)
+
+
+def true_wasserstein(scores: Tensor, grades: Tensor, _: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """W_p^p with gain targets, by true_transport."""
+    return true_transport(torch.softmax(scores / TEMPERATURE, -1), gain_targets(grades.double()), grades, order)
+
+
+def true_cross_entropy(scores: Tensor, _: Tensor, positive: Tensor, __: None) -> tuple[Tensor, None]:
+    """The positive's cross-entropy, without a temperature."""
+    return nnf.cross_entropy(scores, positive, reduction="none"), None
+
+
+def true_infonce(scores: Tensor, _: Tensor, positive: Tensor, __: None) -> tuple[Tensor, None]:
+    """The positive's cross-entropy at the temperature."""
+    return nnf.cross_entropy(scores / TEMPERATURE, positive, reduction="none"), None
+
+
+def true_default(scores: Tensor, grades: Tensor, _: Tensor, __: None) -> tuple[Tensor, None]:
+    """The default loss: .15 W_2^2 on the roots of grades + .85 contrast, with root targets."""
+    logits, roots = scores / TEMPERATURE, grades.double().sqrt()
+    q = roots / roots.sum(-1, keepdim=True)
+    others = logits.masked_fill(q > 0, -torch.inf).logsumexp(-1, keepdim=True)
+    contrast = (q * (torch.logaddexp(logits, others) - logits)).sum(-1)
+    return 0.15 * true_transport(torch.softmax(logits, -1), q, roots, 2)[0] + 0.85 * contrast, None
+
+
+def true_gaussian(scores: Tensor, grades: Tensor, _: Tensor, __: None) -> tuple[Tensor, None]:
+    """The batch's squared 2-Wasserstein distance of two Gaussians, for every list; the root's trace as nuclear norm.
+
+    Of p = softmax(scores / TEMPERATURE) and q = softmax(grades), as Gaussians fitted over the batch.
+
+    Source: Mathiasen and Hvilshøj, arXiv 2009.14075.
+    """
+    p, q = torch.softmax(scores / TEMPERATURE, -1), torch.softmax(grades.double(), -1)
+    e_p, e_q = p - p.mean(0), q - q.mean(0)
+    traces = e_p.square().sum() + e_q.square().sum() - 2 * torch.linalg.matrix_norm(e_p @ e_q.T, "nuc")
+    return ((p.mean(0) - q.mean(0)).square().sum() + traces / (len(p) - 1)).expand(len(p)), None
 
 
 def true_transport(p: Tensor, q: Tensor, places: Tensor, order: int) -> tuple[Tensor, Tensor]:
@@ -572,241 +538,37 @@ def true_transport(p: Tensor, q: Tensor, places: Tensor, order: int) -> tuple[Te
     return between @ gaps.square() + 2 * pairs.sum((1, 2)), defined
 
 
-def true_default(scores: Tensor, grades: Tensor, temperature: float) -> Tensor:
-    """(B,): each list's default loss, .15 W_2^2 on the roots of grades + .85 contrast, with root targets."""
-    logits, roots = scores / temperature, grades.double().sqrt()
-    q = roots / roots.sum(-1, keepdim=True)
-    others = logits.masked_fill(q > 0, -torch.inf).logsumexp(-1, keepdim=True)
-    contrast = (q * (torch.logaddexp(logits, others) - logits)).sum(-1)
-    return 0.15 * true_transport(torch.softmax(logits, -1), q, roots, 2)[0] + 0.85 * contrast
-
-
-def true_gaussian(scores: Tensor, grades: Tensor, temperature: float) -> Tensor:
-    """The squared 2-Wasserstein distance of two Gaussians in float64, the root's trace as a nuclear norm.
-
-    Of p = softmax(scores / temperature) and q = softmax(grades), as Gaussians fitted over the batch.
-
-    Source: Mathiasen and Hvilshøj, arXiv 2009.14075.
-    """
-    p, q = torch.softmax(scores.double() / temperature, -1), torch.softmax(grades.double(), -1)
-    e_p, e_q = p - p.mean(0), q - q.mean(0)
-    traces = e_p.square().sum() + e_q.square().sum() - 2 * torch.linalg.matrix_norm(e_p @ e_q.T, "nuc")
-    return (p.mean(0) - q.mean(0)).square().sum() + traces / (len(p) - 1)
-
-
-# --- the clock
-
-
-def run_once(row: Row) -> None:
-    """One forward and backward; what they made is freed."""
-    torch.autograd.grad(row.loss(), row.inputs)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def measure_step(row: Row, device: torch.device) -> Step:
-    """One forward and backward with the device idle before it."""
-    synchronize(device)
-    began = time.perf_counter()
-    run_once(row)
-    returned = time.perf_counter()
-    synchronize(device)
-    return Step(time.perf_counter() - began, returned - began)
-
-
-class HostTimer:
-    """Samples by the host's clock, waiting for the device after forward and after backward."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def take_sample(self, row: Row, step: Step) -> Sample:
-        calls = min(MOST_CALLS, math.ceil(BURST_S / step.seconds))
-        forward_s = backward_s = 0.0
-        if calls > 1:
-            run_once(row)  # what the row before left in caches and in waiting threads is not this row's
-        for _ in range(calls):
-            began = time.perf_counter()
-            loss = row.loss()
-            synchronize(self.device)
-            middle = time.perf_counter()
-            torch.autograd.grad(loss, row.inputs)
-            synchronize(self.device)
-            forward_s += middle - began
-            backward_s += time.perf_counter() - middle
-        scale = 1e3 / calls
-        return Sample(forward_s * scale, backward_s * scale, (forward_s + backward_s) * scale, None)
-
-
-class CudaTimer:
-    """Samples of the device's own time, from CUDA events, and of the time one call takes on the host's clock.
-
-    Writes to a large buffer come before each: they empty the L2 cache, and they last until the host has launched the
-    whole step, so that the events do not count the host's share. Where a loss itself waits for the device they do.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self._buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def take_sample(self, row: Row, step: Step) -> Sample:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        torch.cuda.synchronize(self.device)
-        for _ in range(min(MOST_FLUSHES, 1 + math.ceil(1.5 * step.host_s / FLUSH_S))):
-            self._buffer.zero_()
-        events[0].record()
-        loss = row.loss()
-        events[1].record()
-        gradients = torch.autograd.grad(loss, row.inputs)
-        events[2].record()
-        torch.cuda.synchronize(self.device)
-        del loss, gradients
-        forward_ms, backward_ms = events[0].elapsed_time(events[1]), events[1].elapsed_time(events[2])
-        self._buffer.zero_()
-        return Sample(forward_ms, backward_ms, forward_ms + backward_ms, 1e3 * measure_step(row, self.device).seconds)
-
-
-def time_in_turns(rows: Sequence[Row], steps: Sequence[Step], repeats: int, device: torch.device) -> list[list[Sample]]:
-    """Samples of each row: `repeats` rounds visit the rows one after the other; slow rows sit out some rounds."""
-    timer = CudaTimer(device) if device.type == "cuda" else HostTimer(device)
-    counts = [max(FEWEST_REPEATS, min(repeats, int(ROW_S / max(step.seconds, BURST_S)))) for step in steps]
-    rounds = max(counts, default=0)
-    samples: list[list[Sample]] = [[] for _ in rows]
-    with _no_collection():
-        for turn in show_bar(range(rounds), desc="timing", unit="round", delay=PATIENCE_S):
-            for row, step, count, found in zip(rows, steps, counts, samples, strict=True):
-                if (turn + 1) * count // rounds > turn * count // rounds:  # spread evenly over the rounds
-                    found.append(timer.take_sample(row, step))
-    return samples
-
-
-def summarize(samples: Sequence[Sample]) -> dict:
-    """Median, 20 and 80 percentile of each time, None where there is none, and the number of samples."""
-    found: dict = {"repeats": len(samples)}
-    for name, values in zip(Sample._fields, zip(*samples, strict=True), strict=True):
-        if values[0] is None:
-            found[name] = None
-        else:
-            found[name] = find_percentiles(values)
-    return found
-
-
-def measure_copy(device: torch.device) -> float:
-    """Median rate of copying 1 GiB within a CUDA device, bytes read and written, in GB/s (1e9)."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    times_ms = []
-    for _ in range(COPY_REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize(device)
-        times_ms.append(begin.elapsed_time(end))
-    return 2 * COPY_BYTES / float(np.median(times_ms)) / 1e6
-
-
-class OtherLoad:
-    """Counts, while it is entered, what other processes take of the host's processors; Linux only.
-
-    Two threads wait for each other many times in a loss; with a third one beside them on two cores, each wait can
-    take a whole time slice, several milliseconds, and ratios within a run are lost, too.
-
-    Attributes:
-        share: of all processors' time, 0 to 1; None where it is not known.
-    """
-
-    def __init__(self):
-        self.share: float | None = None
-
-    def __enter__(self):
-        self._began = _read_processor_s()
-        return self
-
-    def __exit__(self, *_):
-        ended = _read_processor_s()
-        if self._began is not None and ended is not None and ended[1] > self._began[1]:
-            others_s, all_s = (after - before for before, after in zip(self._began, ended, strict=True))
-            self.share = max(0.0, others_s / all_s)
-
-
-def _read_processor_s() -> tuple[float, float] | None:
-    """Seconds that others, guests of the same machine among them, and all together had on all processors."""
-    try:
-        first = Path("/proc/stat").read_text().split("\n", 1)[0].split()
-    except OSError:
-        return None
-    # user nice system idle iowait irq softirq steal, in ticks; see proc_stat(5)
-    ticks = [int(field) for field in first[1:9]]
-    tick_s = 1 / os.sysconf("SC_CLK_TCK")
-    own = os.times()
-    return (sum(ticks) - ticks[3] - ticks[4]) * tick_s - own.user - own.system, sum(ticks) * tick_s
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection inside, which would hit some row by chance."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def find_percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, 20 and 80 percentile."""
-    p20, median, p80 = np.percentile(values, [20, 50, 80])
-    return {"median": float(median), "p20": float(p20), "p80": float(p80)}
-
-
 # --- the table and the chart
 
 
 def format_speed(result: dict) -> str:
-    """One table a shape: times with their 20 and 80 percentiles, relative to cross_entropy, and peak memory.
+    """One table per shape: forward and backward together, relative to cross_entropy, peak memory, and the larger error.
 
-    Below it, what was skipped and why.
+    Errors are relative and against float64, of the loss and of its gradients. Below each table stands what was skipped
+    and why.
     """
-    on_cuda = result["copy_gb_s"] is not None
     blocks = []
     for shape, rows in _group_by_shape(result).items():
-        header = ["", "forward ms", "backward ms", "both ms [20-80 %]", "x cross_entropy", "peak MiB"]
-        header += ["one call ms", "of copy rate"] if on_cuda else []
         cells, notes = [], []
         for row in rows:
             if row["skipped"]:
                 notes.append(f"not measured: {row['row']}: {row['skipped']}")
                 continue
             both, ratio = row["both_ms"], row["times_cross_entropy"]
-            line = [
-                row["row"],
-                *(_show_digits(row[time]["median"]) for time in ("forward_ms", "backward_ms")),
-                f"{_show_digits(both['median'])} [{_show_digits(both['p20'])}-{_show_digits(both['p80'])}]",
-                "" if ratio is None else f"{ratio:.2f}",
-                _show_peak(row["peak_mib"], result["peak_resolution_mib"]),
-            ]
-            if on_cuda:
-                share = row["floor_fraction"]
-                line += [_show_digits(row["wall_ms"]["median"]), "" if share is None else f"{share:.0%}"]
-            cells.append(line)
+            errors = [] if row["loss_error"] is None else [row["loss_error"], *row["gradient_errors"]]
+            cells.append(
+                [
+                    row["row"],
+                    f"{_show_digits(both['median'])} [{_show_digits(both['p20'])}-{_show_digits(both['p80'])}]",
+                    "" if ratio is None else f"{ratio:.2f}",
+                    _show_peak(row["peak_mib"], result["peak_resolution_mib"]),
+                    f"{max(errors):.0e}" if errors else "",
+                ]
+            )
         notes += [f"peak MiB: {reason}" for reason in dict.fromkeys(row["peak_reason"] for row in rows) if reason]
-        load = result["other_load"][shape]
-        busy = "" if load is None else f", {load:.0%} of the processors' time went to others"
-        title = f"{shape} {result['dtype']}, {result['threads']} threads{busy}"
+        header = ["", "forward + backward ms [20-80 %]", "x cross_entropy", "peak MiB", "error"]
+        title = f"{shape} {result['dtype']}, {result['threads']} threads"
         blocks.append("\n".join([title, format_table(header, cells), *notes]))
-    if on_cuda:
-        blocks.append(
-            f"copy rate {result['copy_gb_s']:.0f} GB/s: 100 % reads scores and levels and writes gradients once"
-        )
     return "\n\n".join(blocks)
 
 
@@ -844,7 +606,7 @@ def draw_speed(result: dict, path: Path) -> None:
 def _group_by_shape(result: dict) -> dict[str, list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in result["rows"]:
-        groups.setdefault("x".join(map(str, row["shape"])), []).append(row)
+        groups.setdefault(name_shape(row["shape"]), []).append(row)
     return groups
 
 
