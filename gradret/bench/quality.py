@@ -13,12 +13,13 @@ import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import filelock
 import numpy as np
@@ -80,9 +81,11 @@ def measure_quality(
     """
     if len(set(settings.values())) < len(settings):
         raise GradretError(f"--losses {','.join(settings)}: the same loss stands there twice")
-    measures, sources = canonical_measures(measures), tuple(dict.fromkeys(datasets))
+    measures, sources = tuple(parse_measures(measures, DEFAULT_DEPTH)), tuple(dict.fromkeys(datasets))
+    if not measures:
+        raise GradretError("--measures names none; name one at least, such as nDCG@10")
     first = next(iter(settings.values()))
-    encoder, data = short_name(first.model), "+".join(first.data)
+    encoder, data = Path(first.model).name or first.model, "+".join(first.data)
     exclude = tuple(sorted({*first.exclude, *sources}))
     runs = {UNTRAINED: [Run(UNTRAINED, replace(first, exclude=exclude), sources, f"{UNTRAINED} ({encoder})")]}
     for name, chosen in settings.items():
@@ -97,19 +100,6 @@ def measure_quality(
         replace_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
     return document, error
-
-
-def canonical_measures(names: Sequence[str]) -> tuple[str, ...]:
-    """ir_measures' names as it writes them, each once. Raises: GradretError when one is not known, or none is named."""
-    found = tuple(parse_measures(names, DEFAULT_DEPTH))
-    if not found:
-        raise GradretError("--measures names none; name one at least, such as nDCG@10")
-    return found
-
-
-def short_name(model: str) -> str:
-    """The last part of a model's path or repository."""
-    return model.rstrip("/").rpartition("/")[2] or model
 
 
 # --- a run and its row
@@ -132,11 +122,10 @@ class Run:
     title: str
 
     def record(self) -> dict:
-        """All that decides its outcome, as JSON gives it back."""
-        chosen = {name: getattr(self.settings, name) for name in RECORDED[self.ranker]}
+        """All that decides its outcome, JSON-serialisable."""
         return {
             "ranker": self.ranker,
-            "settings": {name: list(v) if isinstance(v, tuple) else v for name, v in chosen.items()},
+            "settings": {name: getattr(self.settings, name) for name in RECORDED[self.ranker]},
         }
 
     @cached_property
@@ -148,9 +137,8 @@ class Run:
 def find_key(record: Mapping) -> str:
     """The key of a run's record. A setting that it lacks, as there was none yet, counts as the default."""
     defaults = {f.name: f.default for f in fields(FitSettings) if f.name in RECORDED.get(record["ranker"], ())}
-    defaults = {name: list(v) if isinstance(v, tuple) else v for name, v in defaults.items()}
     whole = {**record, "settings": {**defaults, **record["settings"]}}
-    return hashlib.blake2b(json.dumps(whole, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return _digest([json.dumps(whole, sort_keys=True).encode()])
 
 
 def digest_code() -> str:
@@ -245,76 +233,71 @@ class Inputs:
 
     Attributes:
         collections: source -> collection, of those measured and those whose queries are not trained on.
+        content: key of a run -> fingerprints of what its settings name: a row of other content is not the run's.
+        lists: key of a run that trains -> how many lists it trains on.
     Raises: GradretError when anything cannot be read, or a package is not installed, that a run would need.
     """
 
     def __init__(self, runs: Sequence[Run]):
         self.collections: dict[str, Collection] = {}
-        self._lists: dict[tuple, tuple[str, ListsSummary]] = {}
-        self._digests: dict[object, str] = {}  # of encoders, of pools to mine from, of collections
-        self._content: dict[str, dict] = {}
+        self.content: dict[str, dict[str, str]] = {}
+        self.lists: dict[str, int] = {}
+        self._found: dict[tuple, Any] = {}
         for run in runs:
             for source in (*run.sources, *(run.settings.exclude if run.ranker == FIT else ())):
                 self._open(source)
-            self._content[run.key] = self._check(run)
+            self._check(run)
 
-    def find_content(self, run: Run) -> dict:
-        """Fingerprints of what the run's settings name: a row of other content is not this run's."""
-        return self._content[run.key]
-
-    def find_collection_content(self, source: str) -> str:
+    def digest_collection(self, source: str) -> str:
         """A fingerprint of a collection's queries, judgments and documents; of ir_datasets', of how many there are."""
-        if source not in self._digests:
+
+        def digest() -> str:
             collection = self.collections[source]
             told = [collection.queries, collection.qrels, collection.document_count]
             known = isinstance(collection, IrDatasetsCollection)  # its files have one content for all
             documents = () if known else (f"\0{d.doc_id}\0{d.content}".encode() for d in collection.documents())
-            self._digests[source] = _digest(chain([json.dumps(told).encode()], documents))
-        return self._digests[source]
+            return _digest(chain([json.dumps(told).encode()], documents))
 
-    def count_lists(self, run: Run) -> int | None:
-        """The lists a run is trained on; None for what is not trained."""
-        return len(self._check_lists(run.settings)[1].kept) if run.ranker == FIT else None
+        return self._once(("collection", source), digest)
+
+    def _once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._found:
+            self._found[key] = make()
+        return self._found[key]
 
     def _open(self, source: str) -> Collection:
         if source not in self.collections:
             self.collections[source] = open_collection(parse_source(source))
         return self.collections[source]
 
-    def _check(self, run: Run) -> dict:
-        """What find_content tells. What needs no reading, such as a measure's name, fit itself checks at once."""
-        settings = run.settings
+    def _check(self, run: Run) -> None:
+        """Fill in content and lists. What needs no reading, such as a measure's name, fit itself checks at once."""
+        settings, content = run.settings, self.content.setdefault(run.key, {})
         if run.ranker == BM25:
             import_bm25s("the row BM25")
-            return {}
-        content = {"encoder": self._digest_encoder(settings)}
+            return
+        options = settings.encoder_options
+        content["encoder"] = self._once(
+            ("encoder", settings.model, *options.values()),
+            lambda: load_encoder(settings.model, device="cpu", **options).fingerprint(),
+        )
         if run.ranker == FIT:
             mining = parse_mining(settings.mine) if settings.mine else None
             if mining is not None and mining.source is not None:
-                if mining.source not in self._digests:
-                    self._digests[mining.source] = open_pool(mining.source).fingerprint
-                content["pool"] = self._digests[mining.source]
-            content["data"], summary = self._check_lists(settings)
+                pool = mining.source
+                content["pool"] = self._once(("pool", pool), lambda: open_pool(pool).fingerprint)
+            key = ("lists", settings.data, settings.exclude, settings.dev, settings.weighs_from_zero, settings.seed)
+            content["data"], summary = self._once(key, lambda: self._check_lists(settings))
+            self.lists[run.key] = len(summary.kept)
             check_grades(settings, summary, mining)
-        return content
 
     def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
-        name = settings.data, settings.exclude, settings.dev, settings.weighs_from_zero, settings.seed
-        if name not in self._lists:
-            lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
-            measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
-            queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-            summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
-            # A file of queries that selects others changes what is kept, and no source.
-            self._lists[name] = _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
-        return self._lists[name]
-
-    def _digest_encoder(self, settings: FitSettings) -> str:
-        name = (settings.model, *settings.encoder_options.values())
-        if name not in self._digests:
-            encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)
-            self._digests[name] = encoder.fingerprint()
-        return self._digests[name]
+        lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
+        measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
+        queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+        summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
+        # A file of queries that selects others changes what is kept, and no source.
+        return _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -411,7 +394,7 @@ def measure_row(
     Raises: GradretError; Interrupted.
     """
     collections = {source: inputs.collections[source] for source in run.sources}
-    facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.count_lists(run)}
+    facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.lists.get(run.key)}
     if run.ranker == BM25:
         where, precision = "cpu", None
         found = {s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, measures) for s, c in collections.items()}
@@ -434,13 +417,13 @@ def measure_row(
         kept[source] = {
             "measures": result.measures,
             "per_query": {measures[0]: per_query},
-            "content": inputs.find_collection_content(source),
+            "content": inputs.digest_collection(source),
             "queries": len(collections[source].queries),
             "documents": collections[source].document_count,
         }
     return {
         "run": run.record(),
-        "content": inputs.find_content(run),
+        "content": inputs.content[run.key],
         "collections": kept,
         **facts,
         "device": where,
@@ -465,21 +448,18 @@ def choose_rows(
     found = {}
     for run in runs:
         for row in stored.get(run.key, ()):
-            same_code = code is None or row.get("code") == code
-            if same_code and _has_all(row, run, measures) and (inputs is None or _has_content(row, run, inputs)):
+            if code is not None and row.get("code") != code:
+                continue
+            there = [row["collections"].get(source, {}) for source in run.sources]
+            wanted = all({*measures} <= c.get("measures", {}).keys() and measures[0] in c["per_query"] for c in there)
+            if wanted and (inputs is None or _is_of(row, run, inputs)):
                 found.setdefault(run.key, row)
     return found
 
 
-def _has_all(row: dict, run: Run, measures: Sequence[str]) -> bool:
-    there = [row["collections"].get(source, {}) for source in run.sources]
-    return all({*measures} <= c.get("measures", {}).keys() and measures[0] in c.get("per_query", {}) for c in there)
-
-
-def _has_content(row: dict, run: Run, inputs: Inputs) -> bool:
-    there = row["collections"]
-    measured = all(there[s].get("content") == inputs.find_collection_content(s) for s in run.sources)
-    return measured and row.get("content") == inputs.find_content(run)
+def _is_of(row: dict, run: Run, inputs: Inputs) -> bool:
+    measured = all(row["collections"][s].get("content") == inputs.digest_collection(s) for s in run.sources)
+    return measured and row.get("content") == inputs.content[run.key]
 
 
 # --- what is made of rows
@@ -532,6 +512,10 @@ def tabulate(
     found = {name: summarise(done[name], sources, measures) for name in runs}
     complete = [name for name, planned in runs.items() if len(done[name]) == len(planned)]
     tested = [name for name in complete if runs[name][0].ranker != FIT or len(runs[name]) > 1]
+    for source in sources:
+        queries = [row["collections"][source]["per_query"][measures[0]].keys() for name in tested for row in done[name]]
+        if any(found_there != queries[0] for found_there in queries):
+            raise GradretError(f"{source}: rows differ in their queries, so it has changed since; measure with --fresh")
     per_query = {name: {s: mean_per_query(done[name], s, measures[0]) for s in sources} for name in tested}
     for (baseline, column), p_values in compare_columns(per_query, baselines, sources).items():
         for name, p in p_values.items():
@@ -573,10 +557,8 @@ def summarise(rows: Sequence[dict], sources: Sequence[str], measures: Sequence[s
 
 
 def mean_per_query(rows: Sequence[dict], source: str, measure: str) -> dict[str, float]:
-    """Each query's mean over the rows. Raises: GradretError when they were measured on different queries."""
+    """Each query's mean over rows of the same queries."""
     runs = [row["collections"][source]["per_query"][measure] for row in rows]
-    if any(run.keys() != runs[0].keys() for run in runs):
-        raise GradretError(f"{source}: rows differ in their queries, so it has changed since; measure with --fresh")
     return {query: sum(run[query] for run in runs) / len(runs) for query in runs[0]}
 
 
@@ -586,22 +568,19 @@ def compare_columns(
     """(baseline, collection), and with several (baseline, MEAN) -> name -> p-values, see compare_systems.
 
     Args:
-        per_query: name -> collection -> query -> value.
-    Raises: GradretError when two names have different queries of a collection.
+        per_query: name -> collection -> query -> value, of the same queries for all names.
     """
     families = {}
     for baseline in (name for name in baselines if name in per_query):
-        differences = {name: {} for name in per_query if name != baseline}
-        for name, values in differences.items():
-            for source in sources:
-                try:
-                    values[source] = find_differences(per_query[name][source], per_query[baseline][source])
-                except ValueError as error:
-                    raise GradretError(f"{name}, {baseline} on {source}: {error}; measure with --fresh") from None
-        for source in sources:
-            families[baseline, source] = {name: [values[source]] for name, values in differences.items()}
+        differences = {
+            name: [find_differences(values[s], per_query[baseline][s]) for s in sources]
+            for name, values in per_query.items()
+            if name != baseline
+        }
+        for number, source in enumerate(sources):
+            families[baseline, source] = {name: [samples[number]] for name, samples in differences.items()}
         if len(sources) > 1:
-            families[baseline, MEAN] = {name: list(values.values()) for name, values in differences.items()}
+            families[baseline, MEAN] = differences
     return dict(zip(families, compare_systems(list(families.values())), strict=True))
 
 
@@ -619,22 +598,48 @@ def format_quality(document: dict) -> str:
     seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
     blocks = []
     if len(columns) != 1:
-        p = _show_p_column(document, columns[-1]) if columns else []
-        cells = {name_column(c): [_show(row, c, measures[0]) for row in rows] for c in columns}
-        blocks.append(_format_rows(f"{measures[0]}, {seeds}", rows, cells | ({"p": p} if p else {})))
+        cells = {name_column(column): (column, measures[0]) for column in columns}
+        blocks.append(_format_block(document, f"{measures[0]}, {seeds}", cells, "p"))
     for column in columns:
         size = document["collections"].get(column)
         sizes = f": {size['queries']} queries, {size['documents']} documents" if size else ""
-        cells = {measure: [_show(row, column, measure) for row in rows] for measure in measures}
-        p = _show_p_column(document, column)
+        cells = {measure: (column, measure) for measure in measures}
         title = f"{name_column(column)}{sizes}, {seeds}"
-        blocks.append(_format_rows(title, rows, cells | ({f"p ({measures[0]})": p} if p else {})))
+        blocks.append(_format_block(document, title, cells, f"p ({measures[0]})"))
     if any(column.get("p") for row in rows for column in row["columns"].values()):
         note = f"p: paired randomisation test over queries against {document['baseline']}, Holm-corrected for the "
         blocks.append(textwrap.fill(note + "systems compared", LINE))
     if document["done"] < document["planned"]:
         blocks.append(f"{document['done']} of {document['planned']} runs are done")
     return "\n\n".join(blocks)
+
+
+def _format_block(document: dict, title: str, cells: Mapping[str, tuple[str, str]], p_name: str) -> str:
+    """A table under its title; without the spreads where it would be too wide.
+
+    Args:
+        cells: header -> column and measure. The p-values of the last one's column follow, where something is tested.
+    """
+    rows, baseline = document["rows"], document["baseline"]
+    last = next(reversed(cells.values()), ("",))[0]
+    p_values = [row["columns"].get(last, {}).get("p", {}).get(baseline) for row in rows]
+    header = ["system", *("\n".join(textwrap.wrap(name, COLUMN)) for name in [*cells, *([p_name] * any(p_values))])]
+    for spreads in (True, False):
+        lines = []
+        for row, p in zip(rows, p_values, strict=True):
+            missing = f" ({row['runs']}/{row['wanted']})" if 0 < row["runs"] < row["wanted"] else ""
+            line = [row["system"] + missing]
+            for column, measure in cells.values():
+                found = row["columns"].get(column)
+                sd = found["sd"][measure] if found and spreads else None
+                line.append(show_value(found["mean"][measure], sd) if found else DASH)
+            if any(p_values):
+                line.append("" if row["system"] == baseline else show_p(p and p["randomisation_holm"]))
+            lines.append(line)
+        text = format_table(header, lines)
+        if max(map(len, text.splitlines())) <= LINE:
+            break
+    return f"{textwrap.fill(title, LINE)}\n{text}"
 
 
 def name_column(column: str) -> str:
@@ -650,37 +655,6 @@ def show_value(mean: float, sd: float | None = None) -> str:
 def show_p(p: float | None) -> str:
     """`0.012`, `<0.001`, or a dash where nothing was tested."""
     return DASH if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _show(row: dict, column: str, measure: str) -> str:
-    found = row["columns"].get(column)
-    return show_value(found["mean"][measure], found["sd"][measure]) if found else DASH
-
-
-def _show_p_column(document: dict, column: str) -> list[str]:
-    """The p-values of a column, row by row; [] where nothing is tested."""
-    baseline = document["baseline"]
-    found = [row["columns"].get(column, {}).get("p", {}).get(baseline) for row in document["rows"]]
-    if not any(found):
-        return []
-    return [
-        "" if row["system"] == baseline else show_p(p and p["randomisation_holm"])
-        for row, p in zip(document["rows"], found, strict=True)
-    ]
-
-
-def _format_rows(title: str, rows: Sequence[dict], cells: Mapping[str, Sequence[str]]) -> str:
-    """A table under its title; without the spreads where it would be too wide."""
-    header = ["system", *("\n".join(textwrap.wrap(name, COLUMN)) for name in cells)]
-    for spreads in (True, False):
-        lines = []
-        for row, *line in zip(rows, *cells.values(), strict=True):
-            missing = f" ({row['runs']}/{row['wanted']})" if 0 < row["runs"] < row["wanted"] else ""
-            lines.append([row["system"] + missing, *(c if spreads else c.split(" ± ")[0] for c in line)])
-        text = format_table(header, lines)
-        if max(map(len, text.splitlines())) <= LINE:
-            break
-    return f"{textwrap.fill(title, LINE)}\n{text}"
 
 
 def draw_quality(document: dict, path: Path) -> None:

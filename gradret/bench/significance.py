@@ -5,7 +5,6 @@ collections of their mean differences, so each collection counts the same, whate
 collection it is the plain mean. Tests are two-sided.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,9 +19,7 @@ Sample = Sequence[np.ndarray]
 
 
 def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> np.ndarray:
-    """(n,) float64, ours - theirs of each query, paired by id. Raises: ValueError when the queries differ."""
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"both systems must be measured on the same queries, got {len(ours)} and {len(theirs)}")
+    """(n,) float64, ours - theirs of each query, paired by id."""
     differences = np.array([ours[query] - theirs[query] for query in ours], dtype=np.float64)
     differences[np.abs(differences) < ROUNDING] = 0.0
     return differences
@@ -41,17 +38,12 @@ def compare_systems(families: Sequence[Mapping[str, Sample]]) -> list[dict[str, 
     tested = []
     for family in families:
         p_values = [next(found) for _ in family]
-        corrected = correct_holm(p_values)
-        tested.append(
-            {
-                name: {"randomisation": None if math.isnan(p) else p, "randomisation_holm": holm}
-                for name, p, holm in zip(family, p_values, corrected, strict=True)
-            }
-        )
+        both = zip(family, p_values, correct_holm(p_values), strict=True)
+        tested.append({name: {"randomisation": p, "randomisation_holm": corrected} for name, p, corrected in both})
     return tested
 
 
-def randomisation_tests(samples: Sequence[Sample]) -> list[float]:
+def randomisation_tests(samples: Sequence[Sample]) -> list[float | None]:
     """p-values of paired randomisation tests: how often do random signs give a mean as far from 0 as the real ones?
 
     If the two systems do not differ, each query's difference may as well have the other sign. With 16 differing
@@ -59,22 +51,20 @@ def randomisation_tests(samples: Sequence[Sample]) -> list[float]:
     p = (1 + count) / (1 + draws). The draws have one seed and depend on the number of queries alone, so a p-value does
     not depend on which tests are made together; together they share the work of drawing.
 
-    Returns: as many; nan when a collection has fewer than two queries, 1 when no query differs.
+    Returns: as many; None when a collection has fewer than two queries, 1 when no query differs.
     Source: Smucker, Allan, Carterette, A Comparison of Statistical Significance Tests for IR Evaluation, CIKM 2007.
     """
-    found: list[float] = []
+    found: list[float | None] = [None] * len(samples)
     drawn: dict[int, list[tuple[int, np.ndarray]]] = {}
     for number, sample in enumerate(samples):
-        if _is_too_small(sample):
-            found.append(math.nan)
+        if not sample or any(len(d) < 2 for d in sample):
             continue
         weights = np.concatenate([d / (len(d) * len(sample)) for d in sample])
         differing = weights[weights != 0]  # the sign of 0 changes nothing
         if 2 ** len(differing) <= DRAWS:
             bits = np.arange(2 ** len(differing))[:, None] >> np.arange(len(differing)) & 1
-            found.append(int(_count_extremes(bits, differing[:, None])[0]) / len(bits))
+            found[number] = int(_count_extremes(bits, differing[:, None])[0]) / len(bits)
         else:
-            found.append(math.nan)
             drawn.setdefault(len(weights), []).append((number, weights))
     for tests in drawn.values():
         counts = _draw_signs(np.stack([weights for _, weights in tests], axis=1))
@@ -86,22 +76,18 @@ def randomisation_tests(samples: Sequence[Sample]) -> list[float]:
 def correct_holm(p_values: Sequence[float | None]) -> list[float | None]:
     """p-values corrected for having made all these tests (Holm's step-down method).
 
-    The i-th smallest of m is multiplied by m - i + 1, is at least the one before it and at most 1. None or nan stands
-    for a test that was not made: it does not count in m and stays None.
+    The i-th smallest of m is multiplied by m - i + 1, is at least the one before it and at most 1. None stands for a
+    test that was not made: it does not count in m and stays None.
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979).
     """
-    made = sorted((p, i) for i, p in enumerate(p_values) if p is not None and not math.isnan(p))
+    made = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, i) in enumerate(made):
         highest = max(highest, min(1.0, p * (len(made) - rank)))
         corrected[i] = highest
     return corrected
-
-
-def _is_too_small(sample: Sample) -> bool:
-    return not sample or any(len(d) < 2 for d in sample)
 
 
 def _draw_signs(weights: np.ndarray) -> np.ndarray:

