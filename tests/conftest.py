@@ -60,6 +60,17 @@ def make_tiny_encoder(directory: Path, *, dropout: float = 0.1) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def known_losses():
+    """The table of losses is as it was after a test of plans, which register one more."""
+    from gradret.settings import LOSSES
+
+    before = dict(LOSSES)
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_encoder(tmp_path_factory) -> Path:
     return make_tiny_encoder(tmp_path_factory.mktemp("tiny"))

@@ -249,8 +249,7 @@ def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
     assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein:.15+contrast:.85"]
     document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
     assert document["command"] == """gradret bench 'it'"'"'s'"""
-    (experiment,) = document["experiments"]
-    for row in experiment["rows"]:
+    for row in document["rows"]:
         column = row["columns"]["sample?queries=even"]
         values = column["values"]["nDCG@10"]
         assert len(values) == (1 if row["system"] == "untrained" else 2)

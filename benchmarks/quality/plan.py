@@ -10,8 +10,6 @@ from benchmarks.quality.controls import register
 from gradret.bench.quality import BM25, FIT, UNTRAINED, Run
 from gradret.settings import FitSettings
 
-register()  # the loss `sorted`, which only these plans have
-
 
 @dataclass(frozen=True)
 class System:
@@ -124,6 +122,7 @@ def _make_runs(plan: Plan, experiment: Experiment, encoder: str, name: str, valu
     sources = tuple(plan.collections[shown] for shown in experiment.collections or plan.collections)
     option = varied.pop("source", "")
     data = system.data or experiment.data
+    register()  # the loss `sorted`, which only these plans have
     settings = FitSettings(
         **plan.settings
         | plan.encoders[encoder]

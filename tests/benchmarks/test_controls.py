@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from gradret import settings
 from gradret.loss import functions
 from gradret.settings import FitSettings
 
@@ -36,9 +35,6 @@ def test_it_does_not_know_which_document_has_which_grade():
 def test_it_is_a_loss_once_it_is_registered(monkeypatch):
     with pytest.raises(ValueError, match="loss 'sorted': 'sorted' is not one of"):
         FitSettings(loss="sorted")
-    monkeypatch.setattr(settings, "LOSSES", dict(settings.LOSSES))
-    monkeypatch.setattr(functions, "LOSS_FUNCTIONS", dict(functions.LOSS_FUNCTIONS))
-    monkeypatch.setattr(functions, "LOSSES", settings.LOSSES)
     controls["register"]()
     assert FitSettings(loss="sorted").takes("targets") and not FitSettings(loss="sorted").takes("order")
     assert functions.mix_losses("sorted", torch.zeros(1, 2), torch.ones(1, 2), order=2) == 0
