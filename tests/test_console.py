@@ -52,6 +52,7 @@ def commands(tiny_encoder, tmp_path_factory):
     )
 
 
+@pytest.mark.nightly
 def test_progress_on_a_terminal_and_none_with_quiet(commands):
     for *command, bar in commands:
         loud, shown = run_in_a_terminal(*(str(part).format("loud") for part in command))
@@ -74,6 +75,7 @@ def test_what_is_waited_for_is_named_and_goes_away(commands):
     assert "loading" not in shown.split("fit: ", 1)[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_others_are_quiet_on_a_terminal(tiny_gguf, tiny_encoder, tmp_path):
     (tmp_path / "queries.tsv").write_text("q1\twhy do cats purr\n")

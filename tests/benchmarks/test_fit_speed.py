@@ -349,6 +349,7 @@ def test_steps_are_counted_after_the_first(make_rival, tmp_path):
     assert len(times) == 2 and all(0 < ms < 60_000 for ms in times)
 
 
+@pytest.mark.nightly
 def test_command_prints_and_writes_every_row(tmp_path, tiny_encoder, trainer):
     options = ["--model", tiny_encoder, "--batch-lists", 3, "--steps", 1, "--rounds", 2, "--chunk", 4]
     result = invoke(*options, "--device", "cpu", "--memory", "2,8", "--out", tmp_path)

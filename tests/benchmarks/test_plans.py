@@ -150,7 +150,8 @@ def test_without_rows_or_lists_a_command_ends_with_one_line(tmp_path, monkeypatc
         (tables.main, ["quality", "--rows", "no.jsonl"], "no.jsonl: holds no row of the plan"),
         (run.main, ["--out", "out", "--plan", "reported"], "is not there"),
     ):
-        monkeypatch.setattr(run, "list_runs", lambda plan: list_runs(make_plan(collections=dict.fromkeys("AB", "graded/no.jsonl"))))
+        plan = make_plan(collections=dict.fromkeys("AB", "graded/no.jsonl"))
+        monkeypatch.setattr(run, "list_runs", lambda _, plan=plan: list_runs(plan))
         result = CliRunner().invoke(command, arguments)
         assert (result.exit_code, result.stderr.count("\n")) == (1, 1), (result.stderr, result.exception)
         assert message.replace("is not there", "graded/no.jsonl: no such file") in result.stderr

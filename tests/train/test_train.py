@@ -274,6 +274,7 @@ def test_wrong_settings():
         FitSettings(weights="bfloat16")
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_million_lists_train_in_600_mib_above_the_model(tiny_encoder, tmp_path):
     """The same two steps on a file of a million lists and on the sample: the peaks differ by the index alone."""
