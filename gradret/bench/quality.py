@@ -25,7 +25,6 @@ import filelock
 import numpy as np
 from tqdm import tqdm
 
-import gradret
 from gradret.bench import format_table
 from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GradretError, Interrupted, StopRequest, command_line, say
@@ -143,7 +142,7 @@ def find_key(record: Mapping) -> str:
 
 def digest_code() -> str:
     """A digest of the files of the package that decide a run's outcome, see DECIDING."""
-    root = Path(gradret.__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(path for name in DECIDING for path in (root / name, *(root / name).rglob("*.py")) if path.is_file())
     return _digest(part for path in files for part in (str(path.relative_to(root)).encode(), path.read_bytes()))
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import gradret
 from gradret.console import GradretError
 from gradret.encoder.model import Encoder, autocast
 
@@ -54,7 +53,7 @@ def read_field(path: str | os.PathLike, name: str, unit: int = 1024) -> int:
 
 def fresh_environment(**variables: str) -> dict[str, str]:
     """The environment for a process that must find this very package."""
-    package = str(Path(gradret.__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
     return {**os.environ, "PYTHONPATH": paths, **variables}
 
