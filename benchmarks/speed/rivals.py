@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gradret.bench.loss import (
-    LARGEST_MATRIX,
     TEMPERATURE,
     Embeddings,
     Lists,
     Row,
     gain_targets,
     integrate_quantiles,
+    refuse_gaussian,
     textbook_wasserstein,
     true_gaussian,
     true_wasserstein,
@@ -145,20 +145,12 @@ def list_rivals(workload: Lists | Embeddings, orders: Sequence[int], *, compiled
             add(f"POT W{order}", pot_wasserstein, grades, order, external=True)
         else:
             found.append(Row(f"POT W{order}", order, skipped="POT is not installed; install it: pip install POT"))
-    return [*found, _gaussian_row(workload)]
+    gaussian = partial(published_gaussian, scores, grades, temperature=TEMPERATURE)
+    truth = None if refuse_gaussian("", workload.shape[0], workload) else true_gaussian
+    skipped = refuse_gaussian("eigenvalues", workload.shape[1], workload)
+    return [*found, Row("SyCL Gaussian", None, workload.inputs, gaussian, truth, skipped, external=True)]
 
 
 def list_compiled_rivals(workload: Lists | Embeddings, orders: Sequence[int]) -> list[Row]:
     """list_rivals, with what torch.compile makes of them."""
     return list_rivals(workload, orders, compiled=True)
-
-
-def _gaussian_row(workload: Lists) -> Row:
-    (B, N), name, limit = workload.shape, "SyCL Gaussian", LARGEST_MATRIX.get(workload.device.type, 0)
-    if B < 2:
-        return Row(name, skipped="a covariance needs two lists")
-    if N > limit:
-        reason = f"eigenvalues of a {N} x {N} float64 matrix take too long on {workload.device}"
-        return Row(name, skipped=f"{reason}; measured up to {limit}")
-    loss = partial(published_gaussian, workload.scores, workload.grades, temperature=TEMPERATURE)
-    return Row(name, None, (workload.scores,), loss, true_gaussian if B <= limit else None, external=True)

@@ -107,7 +107,7 @@ def measure_speed(
         device: where the tensors are.
         dtype: of scores and embeddings: "float32", "bfloat16" or "float16".
         orders: of W_p^p, from 1 and 2.
-        repeats: samples of a row at most; slow rows take fewer, three at least.
+        repeats: samples of a row at most; slow rows take fewer, but three.
         retrieval: (B, N, D), queries, documents and dimensions of embeddings; None leaves that part out.
         more: "module:function" that gives further rows, see make_rows.
         keep: called with what there is after each shape.
@@ -325,23 +325,26 @@ class Lists:
         mixed = partial(mix_losses, DEFAULT_LOSS, scores, grades, temperature=TEMPERATURE, **fit)
         infonce = partial(infonce_loss, scores, self.positive, TEMPERATURE)
         plain = partial(nnf.cross_entropy, scores, self.positive)
+        gaussian = partial(gaussian_loss, scores, grades, temperature=TEMPERATURE, targets="softmax")
+        skipped = refuse_gaussian("singular values", self.shape[0], self)
         return [
             *found,
             Row("gradret default loss", None, self.inputs, mixed, true_default),
-            self._gaussian_row(),
+            Row("gradret Gaussian", None, self.inputs, gaussian, true_gaussian, skipped),
             Row("InfoNCE", None, self.inputs, infonce, true_infonce),
             Row(BASELINE, None, self.inputs, plain, true_cross_entropy),
         ]
 
-    def _gaussian_row(self) -> Row:
-        (B, _), name, limit = self.shape, "gradret Gaussian", LARGEST_MATRIX.get(self.device.type, 0)
-        if B < 2:
-            return Row(name, skipped="a covariance needs two lists")
-        if B > limit:
-            reason = f"singular values of a {B} x {B} float64 matrix take too long on {self.device}"
-            return Row(name, skipped=f"{reason}; measured up to {limit}")
-        loss = partial(gaussian_loss, self.scores, self.grades, temperature=TEMPERATURE, targets="softmax")
-        return Row(name, None, self.inputs, loss, true_gaussian)
+
+def refuse_gaussian(what: str, size: int, lists: Lists) -> str | None:
+    """Why a Gaussian loss of these lists is not measured that needs `what` of a matrix (size, size); None to do it."""
+    limit = LARGEST_MATRIX.get(lists.device.type, 0)
+    if lists.shape[0] < 2:
+        return "a covariance needs two lists"
+    if size > limit:
+        matrix = f"a {size} x {size} float64 matrix"
+        return f"{what} of {matrix} take too long on {lists.device}; measured up to {limit}"
+    return None
 
 
 class Embeddings:
@@ -458,7 +461,7 @@ def integrate_quantiles(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
 
 
 def find_truth(workload: Lists | Embeddings, truth: Callable, order: int | None) -> Truth:
-    """The mean of a truth over all lists and its gradients in the workload's inputs, block by block."""
+    """The mean of a truth over all lists, block by block; of a Wasserstein loss also its gradients in the inputs."""
     device = "cpu" if workload.device.type == "mps" else workload.device  # which has no float64
     inputs = [x.detach().to(device, torch.float64).requires_grad_() for x in workload.inputs]
     grades, positive = workload.grades.to(device), workload.positive.to(device)
@@ -466,10 +469,11 @@ def find_truth(workload: Lists | Embeddings, truth: Callable, order: int | None)
     size = B if truth is true_gaussian else max(1, TRUTH_ELEMENTS // N)  # the Gaussians are fitted over the batch
     total, found = 0.0, []
     for block in (slice(begin, begin + size) for begin in range(0, B, size)):
-        scores = inputs[0][block] if len(inputs) == 1 else inputs[0][block] @ inputs[1].T
-        values, defined = truth(scores, grades[block], positive[block], order)
+        with torch.set_grad_enabled(order is not None):
+            scores = inputs[0][block] if len(inputs) == 1 else inputs[0][block] @ inputs[1].T
+            values, defined = truth(scores, grades[block], positive[block], order)
         total += values.sum().item()
-        if defined is not None:
+        if order is not None:
             (values.sum() / B).backward()
             found.append(defined)
     return Truth(total / B, tuple(x.grad for x in inputs), torch.cat(found)) if found else Truth(total / B)

@@ -85,7 +85,7 @@ def test_rivals_are_measured_beside_gradrets(no_peaks):
 
 def test_what_cannot_be_measured_says_why(monkeypatch, no_peaks):
     monkeypatch.setattr(rivals.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(rivals, "LARGEST_MATRIX", {"cpu": 15})
+    monkeypatch.setattr(speed, "LARGEST_MATRIX", {"cpu": 15})
     rows = measure(orders=(1,))
     assert rows["POT W1"]["skipped"] == "POT is not installed; install it: pip install POT"
     assert rows["SyCL Gaussian"]["skipped"] == (
