@@ -170,6 +170,7 @@ def measure_shape(
             step_s = _prepare(row, where, truths.get(key), entry)
             if entry["skipped"] is None:
                 measured.append((row, entry, step_s))
+    truths.clear()  # on the largest shapes they are gigabytes, which rows may need
     say(f"{where}: timing {len(measured)} rows in turns")
     rows = [row for row, _, _ in measured]
     times = time_in_turns(rows, [step_s for _, _, step_s in measured], repeats)

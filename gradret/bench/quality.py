@@ -580,7 +580,7 @@ def compare_columns(
             families[baseline, source] = {name: [samples[number]] for name, samples in differences.items()}
         if len(sources) > 1:
             families[baseline, MEAN] = differences
-    return dict(zip(families, compare_systems(list(families.values())), strict=True))
+    return compare_systems(families)
 
 
 # --- the table and the chart

@@ -6,6 +6,7 @@ collection it is the plain mean. Tests are two-sided.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ ROUNDING = 1e-9  # below what a measure kept to 4 digits can differ by, above th
 TIE = 1e-11  # of the sum of the weights: two sums of the same terms in another order differ by less
 
 Sample = Sequence[np.ndarray]
+Key = TypeVar("Key")
 
 
 def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> np.ndarray:
@@ -25,21 +27,21 @@ def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> 
     return differences
 
 
-def compare_systems(families: Sequence[Mapping[str, Sample]]) -> list[dict[str, dict[str, float | None]]]:
+def compare_systems(families: Mapping[Key, Mapping[str, Sample]]) -> dict[Key, dict[str, dict[str, float | None]]]:
     """p-values of several systems against one baseline, in one or more families of tests.
 
     Args:
-        families: the name of a system -> its differences from the baseline. One correction is for a family.
-    Returns: for each family, the name -> {"randomisation": p, "randomisation_holm": p corrected}; None where the
-        test cannot be made.
+        families: family -> name of a system -> its differences from the baseline. One correction is for a family.
+    Returns: family -> name -> {"randomisation": p, "randomisation_holm": p corrected}; None where the test cannot be
+        made.
     """
     # Made together, the tests share the work of drawing signs.
-    found = iter(randomisation_tests([sample for family in families for sample in family.values()]))
-    tested = []
-    for family in families:
+    found = iter(randomisation_tests([sample for family in families.values() for sample in family.values()]))
+    tested = {}
+    for key, family in families.items():
         p_values = [next(found) for _ in family]
         both = zip(family, p_values, correct_holm(p_values), strict=True)
-        tested.append({name: {"randomisation": p, "randomisation_holm": corrected} for name, p, corrected in both})
+        tested[key] = {name: {"randomisation": p, "randomisation_holm": corrected} for name, p, corrected in both}
     return tested
 
 

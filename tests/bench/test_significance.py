@@ -90,14 +90,14 @@ def test_what_cannot_be_tested():
 
 def test_families_are_corrected_apart():
     ones, small = [np.ones(3)], [np.array([3.0, 2.0, -1.0])]
-    first, second = compare_systems([{"a": ones, "b": small, "c": [np.array([1.0])]}, {"a": ones}])
-    assert first == {
+    found = compare_systems({"first": {"a": ones, "b": small, "c": [np.array([1.0])]}, "second": {"a": ones}})
+    assert found["first"] == {
         "a": {"randomisation": 0.25, "randomisation_holm": 0.5},
         "b": {"randomisation": 0.5, "randomisation_holm": 0.5},
         "c": {"randomisation": None, "randomisation_holm": None},
     }
-    assert second == {"a": {"randomisation": 0.25, "randomisation_holm": 0.25}}
-    assert compare_systems([]) == [] and compare_systems([{}]) == [{}]
+    assert found["second"] == {"a": {"randomisation": 0.25, "randomisation_holm": 0.25}}
+    assert compare_systems({}) == {} and compare_systems({"none": {}}) == {"none": {}}
 
 
 @settings(max_examples=60, deadline=None)
