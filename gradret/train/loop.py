@@ -266,6 +266,11 @@ def check_grades(settings: FitSettings, summary: ListsSummary, mining: Mining | 
             f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
             f"--positive-from {settings.positive_from:g}; give a lower grade"
         )
+    if settings.positive_from is not None and settings.positive_from > summary.highest:
+        raise GradretError(
+            f"loss {settings.loss}: no passage has grade {settings.positive_from:g} or above; the highest is "
+            f"{summary.highest:g}; lower --positive-from"
+        )
     lowest = min(summary.lowest, find_lowest_added(settings, summary, mining))
     if settings.contrasts and lowest > 0:
         where = "a batch of one list" if settings.in_batch else "without --in-batch a list"

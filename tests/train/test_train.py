@@ -383,6 +383,15 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
         fit(small(tiny_encoder, loss="infonce", positive_from=1, mine="k=1,grade=1"), tmp_path / "positive")
 
 
+def test_positives_from_a_grade_that_no_passage_has_are_refused(tiny_encoder, tmp_path):
+    with pytest.raises(GradretError) as error:
+        fit(small(tiny_encoder, loss="infonce", positive_from=5), tmp_path / "out")
+    assert str(error.value) == (
+        "loss infonce: no passage has grade 5 or above; the highest is 3; lower --positive-from"
+    )
+    assert fit(small(tiny_encoder, loss="infonce", positive_from=3), tmp_path / "out").loss > 0
+
+
 def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_path, write_jsonl, capsys):
     """What is mined would be as good as their best, so a positive."""
     names = {"a": (3, 0), "b": (1, 0), "c": (3, 1), "d": (0, 0), "e": (0.5,)}
