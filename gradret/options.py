@@ -119,8 +119,9 @@ def set_option(kind: type, group: str | None = None) -> Decorator:
         if name in own:
             raise ValueError(f"'{name}' has an option of its own: {own[name]}")
         if name not in rare:
-            (near,) = get_close_matches(name, [*rare, *own], n=1, cutoff=0.0)
-            raise ValueError(f"'{name}' is not a setting here; did you mean {own.get(near, near)}?")
+            near = get_close_matches(name, [*rare, *own], n=1)
+            hint = f"did you mean {own.get(near[0], near[0])}?" if near else "see the end of --help"
+            raise ValueError(f"'{name}' is not a setting here; {hint}")
         try:
             return name, parse_setting(rare[name], value)
         except ValueError as error:

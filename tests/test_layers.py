@@ -40,7 +40,10 @@ def module_name(path: Path) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of the package that a file imports, anywhere in it, as `folder.module`."""
+    """Modules of the package that a file imports, anywhere in it, as `folder.module`.
+
+    Nothing imports the package's root, which loads everything, nor benchmarks/, which is not installed.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -50,6 +53,8 @@ def imported_modules(path: Path) -> set[str]:
             names = [alias.name for alias in node.names]
         else:
             continue
+        modules = [node.module] if isinstance(node, ast.ImportFrom) else names
+        assert [m for m in modules if m == "gradret" or m.split(".")[0] == "benchmarks"] == [], path
         found |= {name.removeprefix("gradret.") for name in names if name.startswith("gradret.")}
     return found
 

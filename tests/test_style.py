@@ -1,5 +1,6 @@
 """The linter's and formatter's word, and what the documents promise."""
 
+import re
 import subprocess
 import sys
 
@@ -19,3 +20,24 @@ def test_the_readme_opens_with_its_two_commands():
     blocks = (REPOSITORY / "README.md").read_text().split("```")[1::2]
     assert blocks[0].startswith("sh\n") and "gradret bench" in blocks[0]
     assert blocks[1].startswith("sh\n") and "pytest" in blocks[1]
+
+
+def test_the_documents_name_what_is_there():
+    """Links, anchors and paths of files in the repository."""
+    pages = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"), REPOSITORY / "benchmarks" / "README.md"]
+    missing = []
+    for page in pages:
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if path.startswith("http"):
+                continue
+            file = page.parent / path if path else page
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor and file.is_file() else []
+            slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            if not file.exists() or (anchor and anchor not in slugs):
+                missing.append(f"{page.name}: {target}")
+        for path in re.findall(r"`((?:tests|csrc|benchmarks|docs)/[\w/.-]+\.\w+)`", text):
+            if not (REPOSITORY / path).exists():
+                missing.append(f"{page.name}: {path}")
+    assert missing == []

@@ -8,6 +8,7 @@ done before its last checkpoint.
 """
 
 import math
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -550,7 +551,7 @@ class Trainer:
 
     def resume_command(self) -> str:
         """What continues this run."""
-        return f"{self.processes.launcher} fit --out {self.out} --resume"
+        return f"{self.processes.launcher} fit --out {shlex.quote(str(self.out))} --resume"
 
     def told_once(self, message: str, kind: type[GradretError] = GradretError) -> GradretError:
         """What all processes raise at once, and only the first one tells."""
