@@ -114,19 +114,26 @@ def train(
         if processes.is_first:
             directory = RunDirectory(out, settings, inputs.content, resume=resume, precision=inputs.precision)
     try:
-        lines = directory.read_lines(METRICS) if directory is not None and directory.finished else None
-        lines = processes.broadcast(lines)
-        trainer = Trainer(inputs, directory, out, progress and processes.is_first) if lines is None else None
+        done = read_result(directory, settings) if directory is not None and directory.finished else None
+        done = processes.broadcast(done)
+        trainer = None if done is not None else Trainer(inputs, directory, out, progress and processes.is_first)
         if directory is not None and tensorboard:
             directory.open_board()  # of the steps that the trainer has kept
         if trainer is None:
-            last: dict[str, Any] = lines[-1] if lines else {"step": 0, "loss": None}
-            return FitResult(out, last["step"], last["loss"], None, None, 0.0, was_finished=True)
+            return done
         trainer.loop()
         return trainer.finish(began)
     finally:
         if directory is not None:
             directory.close()
+
+
+def read_result(directory: RunDirectory, settings: FitSettings) -> FitResult:
+    """What a finished run left, as its files tell it."""
+    last: dict[str, Any] = (directory.read_lines(METRICS) or [{"step": 0, "loss": None}])[-1]
+    measured = [(line[settings.dev_measure], line["step"]) for line in directory.read_lines(DEV)]
+    dev, dev_step = max(measured, key=lambda pair: pair[0], default=(None, None))  # the first of equals, as in training
+    return FitResult(directory.directory, last["step"], last["loss"], dev, dev_step, 0.0, was_finished=True)
 
 
 def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:

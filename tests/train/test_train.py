@@ -189,6 +189,8 @@ def test_patience_ends_a_run_that_no_longer_gets_better(tiny_encoder, tmp_path, 
     )  # fmt: skip
     result = fit(settings, tmp_path / "out")
     assert (result.steps, result.dev, result.dev_step) == (6, 0.5, 2)  # an equal value is no new best
+    again = fit(settings, tmp_path / "out", resume=True)
+    assert (again.was_finished, again.steps, again.dev, again.dev_step) == (True, 6, 0.5, 2)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| steps | 6 |" in card
     assert "| **2 (best, saved)** | **0.5000** |" in card
