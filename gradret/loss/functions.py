@@ -5,6 +5,9 @@ list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softma
 of y (0 below grade 0); or the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far
 mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that
 0 to 1 is further than 2 to 3.
+
+A document whose score is -inf takes part as absent. Only wasserstein_loss keeps its target mass, as the distance stays
+finite. A row without another score counts as 0.
 """
 
 from collections.abc import Callable
@@ -153,16 +156,14 @@ def kl_loss(
 ) -> Tensor:
     """Mean KL(q || p), p = softmax(scores / temperature): the listwise cross-entropy less the entropy of q.
 
-    Args, Returns, Raises: as wasserstein_loss, without order. A row whose scores are all -inf counts as 0, as there.
+    Args, Returns, Raises: as wasserstein_loss, without order.
     Source: ListNet, Cao et al. (ICML 2007).
     """
     check_reduction(reduction)
     weights, mask = _target_weights(scores, grades, targets, temperature, mask)
     logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
-    predicted = (mask & (logits != -torch.inf)).any(-1, keepdim=True)  # there is no p without a finite score
-    logits = logits.masked_fill(~predicted, 0)
-    q = normalize_mass(weights.to(logits.dtype)) * predicted
-    cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # a score of -inf without target mass costs nothing
+    q = normalize_mass(weights.to(logits.dtype))
+    cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # what is absent costs nothing
     return reduce_lists((torch.xlogy(q, q) - cross).sum(-1), reduction)
 
 
@@ -207,7 +208,6 @@ def ranknet_loss(
     Source: RankNet, Burges et al. (ICML 2005).
     """
     mask = _check_list(scores, grades, temperature, mask)
-    mask = mask & (scores != -torch.inf)  # pairs with a score of -inf are settled
     logits = (_widen(scores) / temperature).masked_fill(~mask, 0)
     pair = (grades[:, :, None] > grades[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # (B, N, N)
     terms = nnf.softplus(logits[:, None, :] - logits[:, :, None]) * pair
@@ -257,9 +257,11 @@ def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None
 def _check_list(
     scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None, targets: str | Tensor = "gain"
 ) -> Tensor:
+    """The mask, without documents of score -inf. Raises: ValueError."""
     _check_scores(scores, grades.shape, temperature)
     check_grades(grades, targets, mask)
-    return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    present = scores != -torch.inf
+    return present if mask is None else mask & present
 
 
 def _target_weights(

@@ -391,6 +391,19 @@ def test_rows_of_minus_infinity_alone_count_as_nothing(name):
     assert (scores.grad == 0).all()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_documents_of_minus_infinity_take_part_as_absent(name):
+    scores = torch.tensor([[-math.inf] * 4, [-math.inf, 1.0, 0.5, -math.inf], [2.0, 0.0, 1.0, 3.0]], requires_grad=True)
+    grades, present = torch.tensor([[3, 2, 0, 0]] * 3), scores.detach() != -math.inf
+    value = CALLS[name](scores, grades)
+    value.backward()
+    assert value.isfinite() and value > 0
+    assert (scores.grad[~present] == 0).all() and scores.grad.isfinite().all()
+    assert CALLS[name](scores[:1].detach(), grades[:1]).item() == 0
+    if not name.startswith("wasserstein"):  # which keeps the target mass
+        assert value.item() == CALLS[name](scores.detach().masked_fill(~present, 0), grades, mask=present).item()
+
+
 @pytest.mark.parametrize("name", ["kl", "wasserstein", "wasserstein 2"])
 def test_a_row_without_predicted_mass_counts_as_nothing(name):
     scores = torch.tensor([[-math.inf] * 3, [0.0, 1.0, 2.0]], requires_grad=True)
