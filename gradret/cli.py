@@ -16,6 +16,7 @@ from gradret.console import (
     ToldElsewhere,
     be_quiet,
     command_line,
+    count_of,
     count_processes,
     require_one,
     say,
@@ -53,7 +54,7 @@ from gradret.settings import (
 )
 
 POSITIVE = click.IntRange(min=1)
-JSON = option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+JSON = option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 QUIET = option(
     "--quiet",
     "-q",
@@ -145,7 +146,7 @@ def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | 
             raise click.UsageError(f"--{flag} is for {need}")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Train an encoder on graded lists.")
 @setting_options(FitSettings)
 @option("--out", group=FIRST, default="gradret-model", type=click.Path(), help="Where the encoder and its run go.")
 @DEVICE
@@ -159,7 +160,7 @@ def fit(out, device, resume, tensorboard, as_json, **given):
 
     SOURCE is a JSONL file of ranking lists, a BEIR directory (DIR or DIR:SPLIT), an ir_datasets id, or `sample`, the
     bundled lists. After a '?' come options joined by '&': grades=1:3,0 (use these grades, 1 as 3), sample=K (at most
-    K passages a query), queries=even|odd|FILE, labels=judged|agreed (of lists that gen --judge wrote). Without any
+    K passages per query), queries=even|odd|FILE, labels=judged|agreed (of lists that gen --judge wrote). Without any
     option it trains on the bundled sample.
 
     \b
@@ -192,10 +193,11 @@ def fit(out, device, resume, tensorboard, as_json, **given):
     if as_json:
         click.echo(json.dumps(document))
     elif result.was_finished:
-        click.echo(f"{result.out}: already finished, {result.steps} steps")
+        click.echo(f"{result.out}: already finished, {count_of(result.steps, 'step')}")
     else:
         best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""
-        click.echo(f"{result.out}: {result.steps} steps, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
+        steps = count_of(result.steps, "step")
+        click.echo(f"{result.out}: {steps}, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
 
 
 def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
@@ -223,7 +225,7 @@ def _read_settings(out: str) -> dict:
     return stored
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Let an LLM write graded lists for queries.")
 @click.argument("queries")
 @option("--out", group=QUERIES, default="lists.jsonl", type=click.Path(), help="Where the lists go.")
 @option(
@@ -281,7 +283,7 @@ def gen(
     """An LLM writes, for every query, a passage at each relevance grade.
 
     QUERIES is a JSONL file (query_id and query, or BEIR's _id and text), a TSV file (id, query), a text file with a
-    query a line, a BEIR directory, an ir_datasets id, or - for standard input.
+    query per line, a BEIR directory, an ir_datasets id, or - for standard input.
 
     Lists are appended to --out one by one; the same command goes on where it was stopped. What fails the checks is
     tried again with another seed, then recorded beside --out with the reason. A key for --endpoint is read from
@@ -330,18 +332,18 @@ def gen(
         record = settings_record(prompts, engine.identity, given["request_options"])
         journal.resume(record, mix=mix_settings, retry_rejects=retry_rejects)
         journal.check_queries(wanted)
-        say(f"gen: {len(wanted)} queries, {engine.describe()}")
+        say(f"gen: {count_of(len(wanted), 'query', 'queries')}, {engine.describe()}")
         summary = generate(wanted, engine, prompts, checks, journal)
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
     click.echo(json.dumps(document) if as_json else format_summary(document))
     if unanswered := summary.rejected[NO_REPLY]:
         raise GradretError(
-            f"{unanswered} queries got no reply (last: {summary.last_error}); "
-            "run the same command again to ask for them"
+            f"{count_of(unanswered, 'query', 'queries')} got no reply (last: {summary.last_error}); "
+            "run the same command again to ask for what is missing"
         )
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Convert lists to and from other formats.")
 @click.argument("source")
 @option("--format", "form", required=True, type=click.Choice(FORMS))
 @option("--out", required=True, type=click.Path(), help="Folder; for tevatron and lists, file.")
@@ -396,12 +398,12 @@ def parse_retrieval_shape(text):
     return () if text == "none" else parse_shape(text, "BxNxD", RETRIEVAL_SHAPE)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, short_help="Time losses and measure their peak memory.")
 @option(
     "--shapes",
     type=Parsed("shapes", parse_shapes),
     metavar="BxN,...",
-    help="Lists x documents a list. [default: 16x64,128x1024,512x4096; on CUDA 512x4096,8192x1024,4096x65536]",
+    help="Lists x documents per list. [default: 16x64,128x1024,512x4096; on CUDA 512x4096,8192x1024,4096x65536]",
 )
 @option(
     "--retrieval",
@@ -412,7 +414,7 @@ def parse_retrieval_shape(text):
 )
 @option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of the scores.")
 @option("--order", default="both", type=click.Choice(["1", "2", "both"]), help="The p of W_p^p.")
-@option("--repeats", default=30, type=POSITIVE, help="Samples a row; slow rows take fewer.")
+@option("--repeats", default=30, type=POSITIVE, help="Samples per row; slow rows take fewer.")
 @option("--out", default="gradret-bench", type=click.Path(), help="Where loss.json and loss.png go.")
 @DEVICE
 @QUIET
@@ -421,7 +423,8 @@ def loss(shapes, retrieval, dtype, order, repeats, out, device, as_json):
     """Time losses side by side, forward and backward, and measure their peak memory.
 
     The exact Wasserstein losses of orders 1 and 2: gradret's, with grades prepared once and raw, and in plain PyTorch.
-    Beside them the default loss, gradret's Gaussian loss, InfoNCE with one positive a list, and F.cross_entropy alone.
+    Beside them the default loss, gradret's Gaussian loss, InfoNCE with one positive per list, and F.cross_entropy
+    alone.
     From embeddings: scoring fused with the loss against a matrix of all scores.
 
     Every row is first checked against float64. The rows take turns within one process, so compare within one run only.
@@ -470,12 +473,12 @@ class Bench(click.Group):
         return super().parse_args(ctx, args)
 
 
-@click.group(cls=Bench)
+@click.group(cls=Bench, short_help="Measure retrieval quality or speed.")
 def bench():
     """Measure retrieval quality, or the speed of losses. Without a command: quality, on the bundled sample."""
 
 
-@bench.command(cls=Command)
+@bench.command(cls=Command, short_help="Train with each loss and compare (the default).")
 @option(
     "--data",
     group=FIRST,
@@ -497,7 +500,7 @@ def bench():
     default=f"infonce,{DEFAULT_LOSS}",
     help="Rows, separated by commas, each spelled as --loss of fit.",
 )
-@option("--seeds", group=FIRST, default=3, type=POSITIVE, help="Runs a loss.")
+@option("--seeds", group=FIRST, default=3, type=POSITIVE, help="Runs per loss.")
 @option(
     "--out",
     group=FIRST,
@@ -561,7 +564,7 @@ def _split_measures(text: str) -> list[str]:
     return split_measures(text)
 
 
-@bench.command("eval", cls=Command)
+@bench.command("eval", cls=Command, short_help="Measure one encoder on one collection.")
 @setting_options(FitSettings, only=("model", *FitSettings().encoder_options))
 @option(
     "--dataset",
@@ -570,7 +573,7 @@ def _split_measures(text: str) -> list[str]:
     metavar="SOURCE",
     help="BEIR directory, ir_datasets id or ranking-list file.",
 )
-@option("--queries", group=DATA, metavar="even|odd|FILE", help="Only these queries; FILE holds an id a line.")
+@option("--queries", group=DATA, metavar="even|odd|FILE", help="Only these queries; FILE holds one id per line.")
 @option("--grade-map", group=DATA, metavar="OLD=NEW,...", help="Other values for some grades of the qrels.")
 @option(
     "--drop-self/--keep-self",
@@ -634,7 +637,8 @@ def evaluate_command(
             encoder = load_encoder(settings.model, device=where, **settings.encoder_options)
             precision = choose_precision(precision, encoder.device)
         if processes.is_first:
-            size = f"{len(collection.queries)} queries, {collection.document_count} documents"
+            size = count_of(len(collection.queries), "query", "queries")
+            size += f", {count_of(collection.document_count, 'document')}"
             shared = f", {processes.size} processes" if processes.size > 1 else ""
             say(f"eval: {settings.model} on {dataset}, {size}{shared}")
         result = evaluate(

@@ -53,6 +53,11 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def count_of(number: int, one: str, many: str | None = None) -> str:
+    """The number with its noun: "1 list", "2 lists"; `many` is a plural that is not `one` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def require_one(what: str, instead: str = "") -> None:
     """Refuse what has no use for several processes. Raises: GradretError."""
     if count_processes() > 1:

@@ -34,6 +34,12 @@ def test_help_loads_no_torch(command):
     assert result.stderr.strip() == "[]"
 
 
+@pytest.mark.parametrize("group", [(), ("bench",)])
+def test_no_help_of_a_command_is_cut_off(group):
+    help_text = invoke(*group, "--help").stdout
+    assert "Commands:" in help_text and "..." not in help_text.partition("Commands:")[2]
+
+
 def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
     result = invoke("fit", "--temperature", "nan")
@@ -169,7 +175,7 @@ def test_rare_settings_are_set_by_name(tiny_encoder, tmp_path):
     assert (settings["clip"], settings["layers"]) == (2.0, 1)
     assert "| `--set clip` | 2 |" in (out / "README.md").read_text()
     same = invoke("fit", "--resume", "--out", out, "--set", "clip=2")
-    assert same.stdout == f"{out}: already finished, 1 steps\n"
+    assert same.stdout == f"{out}: already finished, 1 step\n"
     other = invoke("fit", "--resume", "--out", out, "--set", "clip=3")
     message = "holds another run, with clip=2.0 where 3.0 is asked for; choose another --out"
     assert (other.exit_code, other.stderr) == (1, f"Error: {out}: {message}\n")
@@ -201,7 +207,7 @@ def test_lists_of_one_grade_are_kept_and_reported(write_jsonl, tiny_encoder, tmp
     data = write_jsonl("data.jsonl", [list_record("a"), list_record("b", (2, 2))])
     result = invoke("fit", "--data", data, "--model", tiny_encoder, "--out", tmp_path / "out")
     assert result.exit_code == 0
-    assert "data: 2 lists, 6 passages, grades 0 to 3; 1 lists whose grades are all equal, kept\n" in result.stderr
+    assert "data: 2 lists, 6 passages, grades 0 to 3; 1 list whose grades are all equal, kept\n" in result.stderr
 
 
 def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ class Sizes(click.ParamType):
 @click.option("--memory", type=Sizes(), metavar="LISTS,...", help="Measure the peak memory of such batches, too.")
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where fit.json goes.")
 @click.option("--device", help="As of fit.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON document instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def main(model, layers, batch_lists, precision, memory, out, as_json, **given):
     """Time gradret fit against sentence-transformers' own trainer, on the same batches."""
     open_folder(out, "fit.json")

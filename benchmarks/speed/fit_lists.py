@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from gradret.console import GradretError
+from gradret.console import GradretError, count_of
 from gradret.data.lists import Passage, RankingList, read_lists
 from gradret.data.sources import MixedLists, check_lists, find_path, parse_source
 from gradret.settings import SAMPLE
@@ -59,7 +59,8 @@ def choose_lists(data: Sequence[str], count: int, seed: int = 0) -> list[Ranking
         best = grades.count(max(grades))
         if len(grades) != length or length < 2 or best > 1:
             raise GradretError(
-                f"{entry.where}: list '{entry.query_id}' has {len(grades)} passages, {best} of its highest grade; "
+                f"{entry.where}: list '{entry.query_id}' has {count_of(len(grades), 'passage')}, "
+                f"{best} of its highest grade; "
                 f"expected {max(2, length)} with one of the highest, as sentence-transformers' loss takes one positive "
                 "and the same number of negatives for each query: choose with SOURCE?grades=..., or leave --data out"
             )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gradret.bench.memory import MIB
-from gradret.console import GradretError, say
+from gradret.console import GradretError, count_of, say
 from gradret.settings import FitSettings
 from gradret.train.loop import fit
 from gradret.train.memory import fresh_environment, is_peak_known, peak_bytes
@@ -45,7 +45,7 @@ def measure_memory(
     """
     rows = []
     for number, (lists, cached) in enumerate([(sizes[0], None), *((size, chunk) for size in sizes)]):
-        say(f"memory: {lists} lists" + (f", chunks of {cached}" if cached else ""))
+        say(f"memory: {count_of(lists, 'list')}" + (f", chunks of {cached}" if cached else ""))
         run = replace(settings, batch_lists=lists, chunk=cached, max_steps=1)
         peak = _measure_run(run, device, folder / f"memory-{number}")
         rows.append({"lists": lists, "chunk": cached, "peak_mib": round(peak, 1)})
@@ -54,6 +54,7 @@ def measure_memory(
 
 def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
     job = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
+    step = f"--memory: a step of {count_of(settings.batch_lists, 'list')}"
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.speed.fit_memory"],
@@ -65,10 +66,10 @@ def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise GradretError(f"--memory: a step of {settings.batch_lists} lists took more than {LONGEST_S} s") from None
+        raise GradretError(f"{step} took more than {LONGEST_S} s") from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
-        raise GradretError(f"--memory: a step of {settings.batch_lists} lists failed ({reason}); take smaller sizes")
+        raise GradretError(f"{step} failed ({reason}); take smaller sizes")
     return json.loads(done.stdout.splitlines()[-1])
 
 

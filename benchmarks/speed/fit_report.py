@@ -70,8 +70,8 @@ def format_fit_speed(result: dict) -> str:
     load, tokens = result["other_load"], result["tokens"]
     lines = [
         f"{result['model']}, {result['precision']} on {result['device']}, {result['threads']} threads, "
-        f"{result['batch_lists']} lists of {result['passages_a_list']} passages a batch, chunks of {result['chunk']}",
-        f"tokens a passage: mean {tokens['mean']:.0f}, 10 % {tokens['p10']:.0f}, median {tokens['p50']:.0f}, "
+        f"{result['batch_lists']} lists of {result['passages_a_list']} passages per batch, chunks of {result['chunk']}",
+        f"tokens per passage: mean {tokens['mean']:.0f}, 10 % {tokens['p10']:.0f}, median {tokens['p50']:.0f}, "
         f"90 % {tokens['p90']:.0f}, longest {tokens['max']}"
         + ("" if load is None else f"; {load:.0%} of the processors' time went to others"),
     ]

@@ -184,7 +184,7 @@ def _spread(values) -> dict:
 
 def format_engine_speed(document: dict) -> str:
     """The document of measure_engine as lines for a terminal."""
-    lines = [f"{document['model']}: {document['sequences']} sequences, {document['max_tokens']} tokens a reply"]
+    lines = [f"{document['model']}: {document['sequences']} sequences, {document['max_tokens']} tokens per reply"]
     lines.append(f"{'tokens/s':<30}{'without grammar':>18}{'with grammar':>18}")
     for system in dict.fromkeys(row["system"] for row in document["rows"]):
         speeds = [row["tokens_per_s"]["median"] for row in document["rows"] if row["system"] == system]
@@ -206,7 +206,7 @@ POSITIVE = click.IntRange(min=1)
 @click.option("--gpu-layers", default=-1, show_default=True, type=click.IntRange(min=-1), help="-1 for all.")
 @click.option("--threads", type=POSITIVE, help="[default: the processor's cores]")
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where gen.json goes.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON document instead of the table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 def main(model, queries, out, as_json, **given):
     """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion."""
     open_folder(out, "gen.json")

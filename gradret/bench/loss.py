@@ -578,7 +578,7 @@ def format_speed(result: dict) -> str:
 
 
 def draw_speed(result: dict, path: Path) -> None:
-    """A PNG of forward and backward together: a group of bars a shape, a logarithmic axis, whiskers from 20 to 80 %."""
+    """A PNG of forward and backward together: a group of bars per shape, a log axis, whiskers from 20 to 80 %."""
     import matplotlib.pyplot as plt
 
     groups = {shape: [row for row in rows if not row["skipped"]] for shape, rows in _group_by_shape(result).items()}

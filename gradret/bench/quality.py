@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from gradret.bench import format_table
 from gradret.bench.significance import compare_systems, find_differences
-from gradret.console import GradretError, Interrupted, StopRequest, command_line, say
+from gradret.console import GradretError, Interrupted, StopRequest, command_line, count_of, say
 from gradret.data.collections import Collection, IrDatasetsCollection
 from gradret.data.lists import decode_json, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
@@ -601,7 +601,10 @@ def format_quality(document: dict) -> str:
         blocks.append(_format_block(document, f"{measures[0]}, {seeds}", cells, "p"))
     for column in columns:
         size = document["collections"].get(column)
-        sizes = f": {size['queries']} queries, {size['documents']} documents" if size else ""
+        sizes = ""
+        if size:
+            queries = count_of(size["queries"], "query", "queries")
+            sizes = f": {queries}, {count_of(size['documents'], 'document')}"
         cells = {measure: (column, measure) for measure in measures}
         title = f"{name_column(column)}{sizes}, {seeds}"
         blocks.append(_format_block(document, title, cells, f"p ({measures[0]})"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import PATIENCE_S, GradretError, count_of, show_bar
 from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection
 from gradret.data.lists import (
     GRADE_LIMIT,
@@ -397,15 +397,16 @@ class ListsSummary:
     worst: np.ndarray
 
     def __str__(self) -> str:
-        text = f"{len(self.kept)} lists, {self.passages} passages, grades {self.lowest:g} to {self.highest:g}"
+        text = f"{count_of(len(self.kept), 'list')}, {count_of(self.passages, 'passage')}"
+        text += f", grades {self.lowest:g} to {self.highest:g}"
         if self.equal_grades:
-            text += f"; {self.equal_grades} lists whose grades are all equal, kept"
+            text += f"; {count_of(self.equal_grades, 'list')} whose grades are all equal, kept"
         if self.empty:
-            text += f"; {self.empty} lists left out: none of their passages is selected"
+            text += f"; {count_of(self.empty, 'list')} left out: no passage is selected"
         if self.disagreeing:
-            text += f"; {self.disagreeing} lists left out: their judged and intended grades are not in one order"
+            text += f"; {count_of(self.disagreeing, 'list')} left out: judged and intended grades are not in one order"
         if self.excluded:
-            text += f"; {self.excluded} lists left out, whose query is one to be measured"
+            text += f"; {count_of(self.excluded, 'list')} left out, whose query is one to be measured"
         return text
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gradret.console import GradretError, show_wait
+from gradret.console import GradretError, count_of, show_wait
 from gradret.encoder.hub import find_weights, locate_encoder
 from gradret.encoder.model import Encoder, read_config
 from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
@@ -114,7 +114,8 @@ def _keep_layers(model_config: PretrainedConfig, layers: int, name: str) -> None
     """Make the model as shallow as that; weights of later layers are then not read."""
     there = getattr(model_config, "num_hidden_layers", None)
     if there is None or layers > there:
-        raise GradretError(f"{name}: has {there or 'no countable'} layers, of which {layers} cannot be kept")
+        found = "no countable layers" if there is None else count_of(there, "layer")
+        raise GradretError(f"{name}: has {found}, of which {layers} cannot be kept")
     model_config.num_hidden_layers = layers
     if getattr(model_config, "layer_types", None):  # of decoders whose layers differ
         model_config.layer_types = model_config.layer_types[:layers]

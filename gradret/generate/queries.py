@@ -53,7 +53,7 @@ def read_queries(name: str) -> list[Query]:
             )
         queries.append(query)
     if not queries:
-        raise GradretError(f"{place}: no queries; expected one a line")
+        raise GradretError(f"{place}: no queries; expected one per line")
     if source.queries is not None:
         select = query_selector(source.queries)
         queries = [query for query in queries if select(query.query_id)]

@@ -7,7 +7,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from gradret.console import GradretError, Interrupted, StopRequest, say, show_bar
+from gradret.console import GradretError, Interrupted, StopRequest, count_of, say, show_bar
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
@@ -104,7 +104,8 @@ def generate(
                 if not replies:
                     return summary
         except GradretError:
-            say(f"{summary.lists} lists written, {sum(summary.rejected.values())} queries rejected, all saved")
+            rejected = count_of(sum(summary.rejected.values()), "query", "queries")
+            say(f"{count_of(summary.lists, 'list')} written, {rejected} rejected, all saved")
             raise
 
 
@@ -312,8 +313,8 @@ class Summary:
 def format_summary(document: dict) -> str:
     """The document of Summary.as_dict, with `out` and `rejects`, as lines for a terminal."""
     lines = [
-        f"{document['out']}: {document['lists']} lists written"
-        + (f", {document['skipped']} queries done before" if document["skipped"] else "")
+        f"{document['out']}: {count_of(document['lists'], 'list')} written"
+        + (f", {count_of(document['skipped'], 'query', 'queries')} done before" if document["skipped"] else "")
         + (f", {document['rejected_before']} rejected before (--retry-rejects)" if document["rejected_before"] else "")
         + f"; {document['tokens']} tokens in {document['seconds']:.0f} s"
         + (f", {document['tokens_per_s']:.0f} tokens/s" if document["tokens_per_s"] else "")
@@ -336,6 +337,7 @@ def format_summary(document: dict) -> str:
             for grade, row in zip(grades, judged["confusion"], strict=True)
         ]
         lines.append(
-            f"judged and intended grades agree in order in {judged['agree_in_order']} of {judged['lists']} lists"
+            f"judged and intended grades agree in order in {judged['agree_in_order']} of "
+            f"{count_of(judged['lists'], 'list')}"
         )
     return "\n".join(lines)

@@ -67,7 +67,7 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 @dataclass(frozen=True)
 class Capacity:
-    """Bytes that are free for a chunk, and bytes a passage of the longest length needs in it."""
+    """Bytes that are free for a chunk, and bytes that a passage of the longest length needs in it."""
 
     free: int
     per_passage: int

@@ -132,9 +132,10 @@ def test_lengths_by_hand():
 
 def test_what_a_terminal_shows():
     lines = format_fit_speed(make_result(MEMORY)).splitlines()
-    assert lines[0] == "tiny, float32 on cpu, 2 threads, 2 lists of 4 passages a batch, chunks of 3"
+    assert lines[0] == "tiny, float32 on cpu, 2 threads, 2 lists of 4 passages per batch, chunks of 3"
     assert lines[1] == (
-        "tokens a passage: mean 52, 10 % 12, median 40, 90 % 99, longest 128; 3% of the processors' time went to others"
+        "tokens per passage: mean 52, 10 % 12, median 40, 90 % 99, longest 128; "
+        "3% of the processors' time went to others"
     )
     cells = [line.split() for line in lines[4:10]]
     assert cells[0] == ["sentence-transformers", "40.0", "[40.0-40.0]", "200"]
@@ -209,7 +210,7 @@ def test_lists_of_a_source_are_drawn_and_read_as_the_encoder_reads_them(write_js
     [
         ([(3, 2, 1), (3, 2)], "lists.jsonl:2: list 'q1' has 2 passages, 1 of its highest grade; expected 3 with one"),
         ([(3, 3, 1)], "has 3 passages, 2 of its highest grade; expected 3 with one of the highest"),
-        ([(3,)], "has 1 passages, 1 of its highest grade; expected 2 with one of the highest"),
+        ([(3,)], "has 1 passage, 1 of its highest grade; expected 2 with one of the highest"),
         ([(3, -1)], "has the negative grade -1"),
     ],
 )

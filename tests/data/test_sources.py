@@ -290,12 +290,12 @@ def test_check_counts_and_keeps_lists_of_one_grade_and_drops_empty_ones(write_js
     summary = check_lists(MixedLists([parse_source(f"{path}?grades=2,3")]), refuse_negative=True)
     assert summary.kept.tolist() == [0, 1]
     assert str(summary) == (
-        "2 lists, 4 passages, grades 2 to 3; 1 lists whose grades are all equal, kept; "
-        "1 lists left out: none of their passages is selected"
+        "2 lists, 4 passages, grades 2 to 3; 1 list whose grades are all equal, kept; "
+        "1 list left out: no passage is selected"
     )
     less = check_lists(MixedLists([Source(str(path))]), refuse_negative=True, exclude={"what is b"})
     assert less.kept.tolist() == [0, 2]
-    assert str(less).endswith("; 1 lists left out, whose query is one to be measured")
+    assert str(less).endswith("; 1 list left out, whose query is one to be measured")
     with pytest.raises(GradretError, match="no ranking list is left"):
         check_lists(MixedLists([parse_source(f"{path}?grades=9")]), refuse_negative=True)
 
@@ -362,9 +362,9 @@ def test_lists_left_out_for_disagreement_are_counted(write_jsonl):
     summary = check_lists(MixedLists([parse_source(f"{path}?labels=agreed&grades=3")]), refuse_negative=True)
     assert summary.kept.tolist() == [0]
     assert str(summary) == (
-        "1 lists, 1 passages, grades 3 to 3; 1 lists whose grades are all equal, kept; "
-        "1 lists left out: none of their passages is selected; "
-        "3 lists left out: their judged and intended grades are not in one order"
+        "1 list, 1 passage, grades 3 to 3; 1 list whose grades are all equal, kept; "
+        "1 list left out: no passage is selected; "
+        "3 lists left out: judged and intended grades are not in one order"
     )
     both = MixedLists([parse_source(f"{path}?labels=agreed"), parse_source(f"{path}?grades=3")])
     summary = check_lists(both, refuse_negative=True)  # another source has passages for those lists

@@ -16,6 +16,7 @@ from conftest import make_tiny_gguf
 from faulty_server import Answer, FaultyServer
 
 from gradret.cli import main
+from gradret.console import count_of
 from gradret.data.lists import read_lists
 
 pytest.importorskip("llama_cpp")
@@ -161,7 +162,7 @@ def test_a_signal_ends_with_one_line(tiny_gguf, tmp_path):
     written = len(list(read_lists(out)))
     assert (process.returncode, stdout) == (1, "")
     assert stderr.splitlines()[-2:] == [
-        f"{written} lists written, 0 queries rejected, all saved",
+        f"{count_of(written, 'list')} written, 0 queries rejected, all saved",
         "Error: stopped by SIGTERM; run the same command to go on",
     ]
 
@@ -356,7 +357,7 @@ def test_a_server_that_fails_for_some_queries_ends_with_an_account(queries, tmp_
         result = invoke("gen", queries, "--endpoint", server.url, *arguments)
     assert result.exit_code == 1, result.output
     assert result.stderr.splitlines()[-1].startswith("Error: 2 queries got no reply (last: ")
-    assert result.stderr.endswith("run the same command again to ask for them\n")
+    assert result.stderr.endswith("run the same command again to ask for what is missing\n")
     document = json.loads(result.stdout)
     assert document["lists"] == 9
     assert document["rejected"] == {"no reply": 2, "refused by the engine": 1}

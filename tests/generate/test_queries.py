@@ -88,7 +88,7 @@ def test_bad_lines_are_named(tmp_path, name, content, message):
 
 def test_no_queries_and_no_file(tmp_path):
     (tmp_path / "q.txt").write_text("\n \n")
-    with pytest.raises(GradretError, match=r"q\.txt: no queries; expected one a line$"):
+    with pytest.raises(GradretError, match=r"q\.txt: no queries; expected one per line$"):
         read_queries(str(tmp_path / "q.txt"))
     with pytest.raises(GradretError, match=r"nowhere\.jsonl: no such file$"):
         read_queries(str(tmp_path / "nowhere.jsonl"))
