@@ -205,13 +205,18 @@ def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
     for one that was chosen.
     """
     settings = make_settings(FitSettings, (stored or {}) | chosen)
-    for declared in fields(FitSettings):
-        if declared.name in chosen and not settings.takes(declared.name):
-            takers = find_takers(declared.name)
-            raise click.UsageError(
-                f"{spell_option(declared)} is for --loss {', '.join(takers)}, not {settings.loss}; leave it out"
-            )
+    refuse_unused(chosen, [settings.loss])
     return settings
+
+
+def refuse_unused(chosen: dict, losses: list[str]) -> None:
+    """Refuse a chosen setting that none of the losses takes. Raises: click.UsageError."""
+    for declared in fields(FitSettings):
+        if declared.name in chosen and not any(takes_setting(loss, declared.name) for loss in losses):
+            takers = ", ".join(find_takers(declared.name))
+            raise click.UsageError(
+                f"{spell_option(declared)} is for --loss {takers}, not {', '.join(losses)}; leave it out"
+            )
 
 
 def _read_settings(out: str) -> dict:
@@ -535,9 +540,13 @@ def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json
     for loss in losses.split(","):
         try:
             taken = {name: value for name, value in chosen.items() if takes_setting(loss, name)}
-            systems[loss] = FitSettings(**taken, loss=loss)
+            settings = FitSettings(**taken, loss=loss)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--losses") from None
+        if settings.loss in {system.loss for system in systems.values()}:  # perhaps in another spelling
+            raise click.UsageError(f"--losses {losses}: the same loss stands there twice")
+        systems[loss] = settings
+    refuse_unused(chosen, list(systems))
     require_matplotlib()
     open_folder(out, "quality.json", "quality.png")
     with show_wait("loading PyTorch"):

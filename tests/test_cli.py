@@ -70,6 +70,13 @@ def test_usage_errors_exit_with_2():
     ):
         result = invoke("fit", *options)
         assert (result.exit_code, message in result.stderr) == (2, True)
+    for options, message in (
+        (("--losses", "infonce", "--order", "1"), "--order is for --loss wasserstein, not infonce; leave it out"),
+        (("--losses", "infonce,infonce"), "--losses infonce,infonce: the same loss stands there twice"),
+        (("--losses", "kl,kl:1.0"), "--losses kl,kl:1.0: the same loss stands there twice"),
+    ):
+        result = invoke("bench", *options)
+        assert (result.exit_code, message in result.stderr) == (2, True)
     result = invoke("bench", "quality", "--losses", "infonce,hinge")
     assert result.exit_code == 2
     assert "'hinge' is not one of wasserstein, gaussian, infonce, kl, contrast, ranknet; mix them as" in result.stderr
@@ -142,10 +149,6 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
         (
             ("bench", "eval", "--grade-map", "3=nan"),
             "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
-        ),
-        (
-            ("bench", "--losses", "wasserstein,wasserstein:1.0"),
-            "--losses wasserstein,wasserstein:1.0: the same loss stands there twice",
         ),
         (
             ("bench", "eval", "--dataset", "beir/nope"),

@@ -78,8 +78,6 @@ def measure_quality(
     Returns: the document of quality.json, see make_document, and what was left undone and why, None if nothing was.
     Raises: GradretError, before the first run, when anything that a run needs is not there.
     """
-    if len(set(settings.values())) < len(settings):
-        raise GradretError(f"--losses {','.join(settings)}: the same loss stands there twice")
     measures, sources = tuple(parse_measures(measures, DEFAULT_DEPTH)), tuple(dict.fromkeys(datasets))
     if not measures:
         raise GradretError("--measures names none; name one at least, such as nDCG@10")

@@ -538,13 +538,6 @@ def test_the_command_and_its_second_call(tiny_encoder, tmp_path, monkeypatch):
     assert json.loads(again.stdout)["rows"] == document["rows"]
 
 
-def test_the_same_loss_twice_is_refused(tmp_path):
-    losses = "wasserstein:.15+contrast:.85,wasserstein:0.15+contrast:0.85"
-    result = invoke("quality", "--losses", losses, "--out", tmp_path)
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "the same loss stands there twice" in result.stderr
-
-
 def test_unknown_measures_and_losses_are_one_line(tmp_path):
     result = invoke("quality", "--measures", "nDGC", "--out", tmp_path)
     assert result.exit_code == 1 and "measure 'nDGC' is not known" in result.stderr
