@@ -1,11 +1,14 @@
 """The linter's and formatter's word, and what the documents promise."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
+
+from gradret.bench.quality import format_quality
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("format", "--check")])
@@ -41,3 +44,8 @@ def test_the_documents_name_what_is_there():
             if not (REPOSITORY / path).exists():
                 missing.append(f"{page.name}: {path}")
     assert missing == []
+
+
+def test_the_readme_shows_the_committed_sample():
+    document = json.loads((REPOSITORY / "benchmarks" / "results" / "sample-cpu.json").read_text())
+    assert format_quality(document) in (REPOSITORY / "README.md").read_text()
