@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ def train(
         if directory is not None and tensorboard:
             directory.open_board()  # of the steps that the trainer has kept
         if trainer is None:
-            return done
+            return cast(FitResult, done)
         trainer.loop()
         return trainer.finish(began)
     finally:
