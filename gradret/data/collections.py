@@ -95,6 +95,18 @@ TROVE_FILE = "qrels.jsonl"
 Qrels = dict[str, dict[str, float]]
 
 
+def list_splits(directory: Path) -> list[str]:
+    """The names of the splits with qrels in the folder of a BEIR directory."""
+    return sorted({path.stem for suffix in QRELS_FORMS for path in (directory / "qrels").glob(f"*{suffix}")})
+
+
+def choose_split(directory: Path) -> str:
+    """The split of a BEIR directory where none is named: the only one that has qrels, otherwise "test"."""
+    splits = list_splits(directory)
+    only = len(splits) == 1 and not (directory / TROVE_FILE).exists()  # which has qrels of every split
+    return splits[0] if only else "test"
+
+
 def read_qrels(directory: Path, split: str) -> Qrels:
     """Query id -> {doc id -> grade}, of the first of these files that is there.
 
@@ -109,8 +121,8 @@ def read_qrels(directory: Path, split: str) -> Qrels:
     forms.append((directory / TROVE_FILE, TROVE_FORM))
     path, (parse, expected) = next((form for form in forms if form[0].exists()), (None, TROVE_FORM))
     if path is None:
-        there = sorted({p.stem for suffix in QRELS_FORMS for p in folder.glob(f"*{suffix}")})
-        raise GradretError(f"{forms[0][0]}: no such file; splits with qrels here: {', '.join(there) or 'none'}")
+        there = ", ".join(list_splits(directory)) or "none"
+        raise GradretError(f"{forms[0][0]}: no such file; splits with qrels here: {there}")
     qrels: Qrels = {}
     for line in read_lines(path):
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradret.console import PATIENCE_S, GradretError, count_of, show_bar
-from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection
+from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection, choose_split
 from gradret.data.lists import (
     GRADE_LIMIT,
     JUDGED,
@@ -39,7 +39,7 @@ class Source:
     """`NAME[?grades=...&sample=K&queries=...&labels=...]`, parsed.
 
     Attributes:
-        name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`.
+        name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`. `DIR` alone is its only split, or of several `test`.
         grades: pairs (old, new): as training data only these grades are used, each under its new value;
             as a collection to evaluate on, the others keep theirs. None uses all as they are.
         sample: as training data, at most this many passages per query, drawn with the run's seed.
@@ -156,7 +156,7 @@ def find_path(name: str) -> Path | None:
 
 def _split_directory(name: str) -> tuple[Path, str]:
     head, colon, split = name.rpartition(":")
-    return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), "test")
+    return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), choose_split(Path(name)))
 
 
 def open_collection(source: Source) -> BeirCollection | IrDatasetsCollection | ListCollection:

@@ -4,6 +4,7 @@ import pytest
 from conftest import list_record
 
 from gradret.console import GradretError
+from gradret.data.export import export_lists
 from gradret.data.sources import (
     MixedLists,
     Source,
@@ -174,6 +175,16 @@ def test_tevatrons_records_that_do_not_do(write_jsonl):
 def test_a_missing_split_names_those_there(beir_directory):
     with pytest.raises(GradretError, match=r"dev\.tsv: no such file; splits with qrels here: test, train$"):
         open_collection(Source(f"{beir_directory}:dev"))
+
+
+@pytest.mark.parametrize("form", ["beir", "trec"])
+def test_the_only_split_of_a_directory_need_not_be_named(tmp_path, form):
+    export_lists("sample", form, tmp_path / "out")
+    assert open_collection(Source(str(tmp_path / "out"))).name == f"{tmp_path / 'out'}:train"
+    assert len(open_lists(Source(str(tmp_path / "out")))) == len(open_lists(Source("sample")))
+    (tmp_path / "out" / "qrels" / "dev.tsv").touch()
+    with pytest.raises(GradretError, match=r"test\.tsv: no such file; splits with qrels here: dev, train$"):
+        open_collection(Source(str(tmp_path / "out")))
 
 
 def test_queries_and_grades_of_a_collection(beir_directory):
