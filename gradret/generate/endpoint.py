@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from gradret.console import GradretError, say
 from gradret.generate.engine import Reply, Request
+from gradret.generate.replies import quote
 
 try:
     import httpx2
@@ -178,7 +179,7 @@ def make_reply(request: Request, completion: Completion, warn: Callable[[str], N
     else:
         warn("sends no probabilities of tokens; what the judge writes counts as certain")
         shares |= {choice: 1.0 for choice in shares if text.strip(" \n\"'*") == choice}
-        missing = f"was written; {text!r} was"
+        missing = f"was written; {quote(text)} was"
     total = sum(shares.values())
     if not total:
         return Reply(request, text, "refused", error=f"none of {', '.join(request.choices)} {missing}", **counts)
@@ -392,7 +393,7 @@ class Endpoint:
 
     async def _list_models(self, client: openai.AsyncOpenAI) -> list[str] | None:
         """None where the server has no such list, or none for this key, of which a model that is named needs none."""
-        patient = client.with_options(max_retries=CHECK_RETRIES)
+        patient = client.with_options(max_retries=min(CHECK_RETRIES, client.max_retries))
         answer = await self._call(patient.models.with_raw_response.list, CHECK_TIMEOUT_S)
         if isinstance(answer, Failure):
             # A key may be good for completions alone.

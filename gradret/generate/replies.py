@@ -79,9 +79,9 @@ def parse_reply(text: str, keys: Sequence[str]) -> dict[str, str]:
     if len(answers) > 1:
         raise Unusable("not JSON", f"{len(answers)} objects with the keys asked for, expected 1")
     if not answers and cut:
-        raise Unusable("cut off", f"the JSON object does not end: ...{_quote(text[-40:])}")
+        raise Unusable("cut off", f"the JSON object does not end: ...{quote(text[-40:])}")
     if not found:
-        raise Unusable("not JSON", f"no JSON object in {_quote(text.strip())}")
+        raise Unusable("not JSON", f"no JSON object in {quote(text.strip())}")
     pairs = answers[0] if answers else found[0]
     names = [key for key, _ in pairs]
     for key in keys:
@@ -115,7 +115,8 @@ def _find_objects(text: str) -> tuple[list[tuple], bool]:
     return found, cut
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
+    """The text in quotation marks, cut to 60 characters, for a message."""
     shown = clean_text(text)
     return f"'{shown}'" if len(shown) <= 60 else f"'{shown[:57]}...'"
 

@@ -399,6 +399,7 @@ def test_fewer_top_logprobs_where_the_server_caps_them(serve, most, capsys):
     ("text", "logprobs", "error"),
     [
         ("two", None, "none of 3, 2, 1, 0 was written; 'two' was"),
+        ("It is " * 99, None, f"none of 3, 2, 1, 0 was written; '{('It is ' * 10)[:57]}...' was"),
         (
             "The",
             make_logprobs("The", {"The": -0.1, "A": -2.0}),
@@ -507,6 +508,8 @@ def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch):
     with FaultyServer(models=fail(503, "Loading model")) as server:
         with pytest.raises(GradretError, match=r"cannot be reached \(HTTP 503: Loading model \(after 3 tries\)\)"):
             Endpoint(server.url)
+        with pytest.raises(GradretError, match=r"cannot be reached \(HTTP 503: Loading model\); is the server"):
+            Endpoint(server.url, retries=0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with pytest.raises(GradretError, match=r"cannot be reached \(no answer within 0.2 s \(after 3 tries\)\)"):
             Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
