@@ -342,9 +342,10 @@ def gen(
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
     click.echo(json.dumps(document) if as_json else format_summary(document))
     if unanswered := summary.rejected[NO_REPLY]:
+        again = "run the same command again to ask for what is missing"
+        advice = "mend the request options or the model" if summary.lasting == unanswered else again
         raise GradretError(
-            f"{count_of(unanswered, 'query', 'queries')} got no reply (last: {summary.last_error}); "
-            "run the same command again to ask for what is missing"
+            f"{count_of(unanswered, 'query', 'queries')} got no reply (last: {summary.last_error}); {advice}"
         )
 
 

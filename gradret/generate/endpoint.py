@@ -36,6 +36,7 @@ MOST_SHOWN = 200  # characters of a server's message
 FORMS = ("json_schema", "json_object with a schema", "nothing")  # what asks for a form, the strictest first
 ADVICE = "is the server running, and is the URL the protocol's root, which usually ends in /v1?"
 KEPT = "what is written is kept, run the same command again to go on"
+REFUSED_ALL = "what is written is kept, mend the request options or the model"
 
 
 def is_refusal(status: int, message: str) -> bool:
@@ -273,7 +274,7 @@ class Endpoint:
         self._said: set[str] = set()
         self._running: set[Future] = set()
         self._failed_in_a_row: Counter[str] = Counter()  # by kind of request
-        self._last_error: str | None = None
+        self._last_failed: Reply | None = None
         self._end: GradretError | None = None
         self._loop = asyncio.new_event_loop()
         self._client = openai.AsyncOpenAI(
@@ -346,7 +347,9 @@ class Endpoint:
             raise self._end
         failed = max(self._failed_in_a_row.values(), default=0)
         if failed >= max(8, self._concurrency):
-            raise GradretError(f"{self._url}: {failed} requests in a row failed (last: {self._last_error}); {KEPT}")
+            last = self._last_failed
+            advice = REFUSED_ALL if last.lasting else KEPT
+            raise GradretError(f"{self._url}: {failed} requests in a row failed (last: {last.error}); {advice}")
 
     def _count_failures(self, reply: Reply) -> Reply:
         kind = kind_of(reply.request)
@@ -354,9 +357,11 @@ class Endpoint:
             self._failed_in_a_row[kind] = 0
             return reply
         self._failed_in_a_row[kind] += 1
-        self._last_error = reply.error
-        # The second in a row: the fault may lie in what all requests share, such as an account without credit.
-        return replace(reply, finish="error") if self._failed_in_a_row[kind] > 1 else reply
+        if reply.finish == "refused" and self._failed_in_a_row[kind] > 1:
+            # The second in a row: the fault may lie in what all requests share, such as an account without credit.
+            reply = replace(reply, finish="error", lasting=True)
+        self._last_failed = reply
+        return reply
 
     async def _call(self, method, timeout_s: float, **arguments) -> bytes | Failure:
         """The body of the server's answer, or why there is none.
@@ -437,7 +442,7 @@ class Endpoint:
             elif way + 1 < len(ways):
                 way += 1
             else:
-                return Reply(request, "", "error", error=self._tell(answer))
+                return Reply(request, "", "error", error=self._tell(answer), lasting=True)
 
     def _learn(self, kind: str, cap: str, way: int) -> None:
         """Keep to the way in which the first request of a kind succeeded."""

@@ -54,6 +54,7 @@ class Reply:
         tokens, prompt_tokens: written and read; 0 where the engine does not say.
         probabilities: of each choice, summing to 1; None without choices.
         error: with "error" and "refused", one line that says why there is no reply.
+        lasting: with "error", whether another run gets the same unless its options or the model are changed.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Reply:
     prompt_tokens: int = 0
     probabilities: dict[str, float] | None = None
     error: str | None = None
+    lasting: bool = False
 
 
 class Engine(Protocol):

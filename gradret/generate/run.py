@@ -163,6 +163,7 @@ class Generation:
             return
         part = reply.request.key[2]
         if reply.finish == "error":
+            self.summary.lasting += reply.lasting
             self._reject(draft, NO_REPLY, reply.error)
         elif reply.finish == "refused":
             self._reject(draft, NOT_JUDGED if reply.request.choices else REFUSED, reply.error)
@@ -250,6 +251,7 @@ class Summary:
         judged: how often a passage of an intended grade was judged nearest to another, by (intended, judged).
         agreed: lists whose judged grades order their passages as the intended ones do.
         last_error: why an engine last gave no reply.
+        lasting: queries without a reply that another run would not get either, see engine.Reply.
     """
 
     grades: tuple[float, ...]
@@ -266,6 +268,7 @@ class Summary:
     judged: Counter = field(default_factory=Counter)
     agreed: int = 0
     last_error: str | None = None
+    lasting: int = 0
 
     def add(self, ranking_list: RankingList) -> None:
         """Count a list."""

@@ -345,6 +345,16 @@ def test_a_faulty_server_loses_nothing(queries, tmp_path):
         assert_valid(ranking_list)
 
 
+def test_a_server_that_refuses_every_query_ends_with_advice_that_helps(queries, tmp_path):
+    arguments = ["--out", tmp_path / "lists.jsonl", "--length", "30:90", "--concurrency", "32"]  # above the 12 queries
+    with FaultyServer(lambda request: Answer(400)) as server:
+        result = invoke("gen", queries, "--endpoint", server.url, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == (
+        "Error: 12 queries got no reply (last: HTTP 400: status 400); mend the request options or the model"
+    )
+
+
 def test_a_server_that_fails_for_some_queries_ends_with_an_account(queries, tmp_path):
     def script(request):
         number = int(json.loads(request["messages"][-1]["content"])["query"].split()[-1])
