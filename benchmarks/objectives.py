@@ -17,8 +17,8 @@ The candidates, with p = softmax(scores / temperature) and q a list's target mas
   the target mass, after softmax-margin (Gimpel and Smith, NAACL 2010).
 - gaussian: SyCL's own.
 - wasserstein: exact W_1 or W_2^2 along the grade axis (Peyré and Cuturi, 2019). Its gradient vanishes where p has
-  collapsed on a wrong document; log_wasserstein and a share of kl or of the contrast (kl_share, contrast_share) are
-  ways to keep one there.
+  collapsed on a wrong document; log_wasserstein and a share of kl or of contrast are ways to keep one there. Rows spell
+  the shares kl_share and contrast_share: fit takes such mixtures as --loss NAME:WEIGHT+NAME:WEIGHT.
 - geometric: the Fenchel-Young loss of an entropy that transport regularises (Mensch, Blondel and Peyré, ICML 2019).
 - threshold: cross-entropy at every threshold between grades, as of cumulative links in ordinal regression (McCullagh,
   JRSS B 1980), where p's mass above a threshold stands for the link.
@@ -159,7 +159,7 @@ LOSSES = losses.LOSS_FUNCTIONS | {
 def make_objective(setting: dict) -> Callable[..., Tensor]:
     """The setting's loss(scores, grades, progress), progress from 0 to 1 being how much of the training is done.
 
-    Its shares of kl and of the contrast have the same temperature and targets.
+    Its shares of kl and of contrast have the same temperature and targets.
     """
 
     def objective(scores: Tensor, grades: Tensor, progress: float = 0.0) -> Tensor:

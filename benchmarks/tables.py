@@ -1,9 +1,9 @@
-"""Which tables do the committed results make? Markdown, as it stands in the README, docs/ and benchmarks/README.md.
+"""Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md.
 
-    python -m benchmarks.tables quality [--measure R@100]    the README's main tables
+    python -m benchmarks.tables quality [--measure R@100]    the main tables
     python -m benchmarks.tables ablations                    what each setting does
     python -m benchmarks.tables apart                        SciFact's claims that no list is near to
-    python -m benchmarks.tables loss|fit|gen [FILE.json]     speed, of docs/loss.md, training.md and generate.md
+    python -m benchmarks.tables loss|fit|gen [FILE.json]     speed of losses, of training, of writing lists
 
 The first three read results/quality/rows.jsonl (or --rows), the others results/NAME-cpu.json. Needs no data.
 """

@@ -5,7 +5,7 @@
 The same model, lists, batches, lengths, precision, optimizer and learning rate: infonce against its multiple negatives
 ranking loss, without and with gradient caching, and the default loss beside them. Before anything is timed, both
 sides' losses must be equal. Prints passages/s (passages alone, not queries) and writes OUT/fit.json, of which
-`python -m benchmarks.tables fit` makes the tables of docs/training.md. Needs sentence-transformers[train].
+`python -m benchmarks.tables fit` makes the tables of benchmarks/README.md. Needs sentence-transformers[train].
 """
 
 import gc
@@ -52,7 +52,7 @@ SAME_LOSS = 1e-4  # highest relative difference of both sides' losses, before an
 LOSS_REPEATS = 100
 MOST_OTHER_LOAD = 0.1
 SHARED = ("temperature", "batch_lists", "learning_rate", "weight_decay", "seed")
-OWN = ("order", "targets", "ground")  # the Wasserstein loss's
+OF_WASSERSTEIN = ("order", "targets", "ground")
 
 
 def measure_fit(
@@ -109,7 +109,7 @@ def measure_fit(
             warmup=0.0,  # the other trainer's default; the schedule is linear on both sides
             checkpoint_every=10**9,
             precision=choose_precision(settings.precision, where),
-            **{name: getattr(settings, name) for name in (*SHARED, *OWN, "trust_remote_code")},
+            **{name: getattr(settings, name) for name in (*SHARED, *OF_WASSERSTEIN, "trust_remote_code")},
         )
         rival = Rival(folder / "model", encoder.config, base, where, batches)
         say("checking that both sides compute the same loss")

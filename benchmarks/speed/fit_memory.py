@@ -53,12 +53,12 @@ def measure_memory(
 
 
 def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
-    job = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
+    request = {"settings": asdict(settings), "device": device, "out": str(out), "threads": torch.get_num_threads()}
     step = f"--memory: a step of {count_of(settings.batch_lists, 'list')}"
     try:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.speed.fit_memory"],
-            input=json.dumps(job),
+            input=json.dumps(request),
             capture_output=True,
             text=True,
             timeout=LONGEST_S,
@@ -74,12 +74,15 @@ def _measure_run(settings: FitSettings, device: str, out: Path) -> float:
 
 
 def main() -> None:
-    """The measured process: a job as JSON on stdin, its peak in MiB on stdout."""
-    job = json.load(sys.stdin)
-    torch.set_num_threads(job["threads"])
-    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in job["settings"].items()}
-    fit(FitSettings(**settings), job["out"], device=job["device"], progress=False)
-    if torch.device(job["device"]).type == "cuda":
+    """The measured process: a request as JSON on stdin, its peak in MiB on stdout. Raises: SystemExit without one."""
+    try:
+        request = json.load(sys.stdin)
+    except ValueError:
+        sys.exit("expected a request as JSON on stdin; start instead: python -m benchmarks.speed.fit --memory SIZES")
+    torch.set_num_threads(request["threads"])
+    settings = {name: tuple(v) if isinstance(v, list) else v for name, v in request["settings"].items()}
+    fit(FitSettings(**settings), request["out"], device=request["device"], progress=False)
+    if torch.device(request["device"]).type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = peak_bytes()

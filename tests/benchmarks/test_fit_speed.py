@@ -1,6 +1,8 @@
 """The training benchmark: made lists, equal losses of both sides, both in the same precision, what is written."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -429,6 +431,12 @@ def test_a_memory_run_that_fails_says_why(tmp_path):
     settings = FitSettings(data=(str(tmp_path / "none.jsonl"),))
     with pytest.raises(GradretError, match=r"--memory: a step of 4 lists failed \(.*none\.jsonl.*\); take smaller"):
         fit_memory.measure_memory(settings, [4], 2, "cpu", tmp_path)
+
+
+def test_the_measured_process_by_itself_ends_with_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit, match=r"^expected a request as JSON on stdin.*fit --memory SIZES$"):
+        fit_memory.main()
 
 
 @pytest.mark.parametrize("value", ["0", "2,", "a", "2,-1"])
