@@ -227,7 +227,7 @@ def _prepare(row: Row, where: str, truth: Truth | None, entry: dict) -> float | 
         entry |= check_row(row, truth)  # the first call, in which a compiled row compiles
         step_s = _make_timer(partial(run_once, row)).blocked_autorange(min_run_time=0).mean  # of one call
         if step_s > LONGEST_STEP_S:
-            entry["skipped"] = f"a step takes {step_s:.0f} s, more than {LONGEST_STEP_S:.0f} s"
+            entry["skipped"] = f"a step takes {step_s:.2f} s, longer than {LONGEST_STEP_S:g} s"
         return step_s
     except torch.cuda.OutOfMemoryError:
         entry["skipped"] = "out of device memory"
@@ -324,7 +324,7 @@ class Lists:
                 found.append(Row(name, order, self.inputs, loss, true_wasserstein))
         fit = {name: getattr(FitSettings(), name) for name in ("order", "targets", "ground")}
         mixed = partial(mix_losses, DEFAULT_LOSS, scores, grades, temperature=TEMPERATURE, **fit)
-        infonce = partial(infonce_loss, scores, self.positive, TEMPERATURE)
+        infonce = partial(infonce_of_positive, scores, self.positive, TEMPERATURE)
         plain = partial(nnf.cross_entropy, scores, self.positive)
         gaussian = partial(gaussian_loss, scores, grades, temperature=TEMPERATURE, targets="softmax")
         skipped = refuse_gaussian("singular values", self.shape[0], self)
@@ -436,7 +436,7 @@ def textbook_wasserstein(scores: Tensor, grades: Tensor, *, order: int, temperat
     return integrate_quantiles(p.cumsum(-1), q.cumsum(-1), v).mean()
 
 
-def infonce_loss(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
+def infonce_of_positive(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
     """InfoNCE with one positive per row: F.cross_entropy of scores (B, N) and the positives' columns (B,)."""
     return nnf.cross_entropy(scores / temperature, positive)
 

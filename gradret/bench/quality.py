@@ -1,7 +1,7 @@
 """Retrieval quality of losses: each is trained on the same lists with several seeds, measured, and compared.
 
 From top to bottom: the command (measure_quality), a run and its record (Run), the file of rows (Rows), what runs read
-(Inputs), the runs themselves (do_runs), and what is made of their rows: means, p-values, a table and a chart.
+(OpenedInputs), the runs themselves (do_runs), and what is made of their rows: means, p-values, a table and a chart.
 benchmarks/quality does a larger plan of runs with the same parts.
 """
 
@@ -35,7 +35,7 @@ from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures
 from gradret.files import replace_json, sync_file, versions
 from gradret.settings import FitSettings
-from gradret.train.loop import check_grades, fit
+from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
 
 FIT, UNTRAINED, BM25 = "fit", "untrained", "bm25"
@@ -225,7 +225,7 @@ def _is_row(row: object) -> bool:
 # --- what runs read
 
 
-class Inputs:
+class OpenedInputs:
     """Everything that runs read, each thing opened once and checked before the first run.
 
     Attributes:
@@ -286,7 +286,7 @@ class Inputs:
             key = ("lists", settings.data, settings.exclude, settings.dev, settings.weighs_from_zero, settings.seed)
             content["data"], summary = self._once(key, lambda: self._check_lists(settings))
             self.lists[run.key] = len(summary.kept)
-            check_grades(settings, summary, mining)
+            check_loss_suits(settings, summary, mining)
 
     def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
         lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
@@ -335,7 +335,7 @@ def do_runs(
     with StopRequest() as stop:
         inputs = None
         with stop.at_once():
-            inputs = Inputs(runs)
+            inputs = OpenedInputs(runs)
         if inputs is None:
             raise GradretError("stopped before the first run; the same command starts again")
         if fresh:
@@ -384,7 +384,7 @@ def do_runs(
 
 
 def measure_row(
-    run: Run, inputs: Inputs, measures: Sequence[str], *, device: str | None = None, progress: bool = True
+    run: Run, inputs: OpenedInputs, measures: Sequence[str], *, device: str | None = None, progress: bool = True
 ) -> dict:
     """Train what a run trains, measure it on its collections: its row but for "code" and "versions".
 
@@ -433,7 +433,7 @@ def choose_rows(
     runs: Sequence[Run],
     measures: Sequence[str],
     code: str | None = None,
-    inputs: Inputs | None = None,
+    inputs: OpenedInputs | None = None,
 ) -> dict[str, dict]:
     """Key of a run -> its latest row that has all collections and measures wanted, for the runs that have one.
 
@@ -454,7 +454,7 @@ def choose_rows(
     return found
 
 
-def _is_of(row: dict, run: Run, inputs: Inputs) -> bool:
+def _is_of(row: dict, run: Run, inputs: OpenedInputs) -> bool:
     measured = all(row["collections"][s].get("content") == inputs.digest_collection(s) for s in run.sources)
     return measured and row.get("content") == inputs.content[run.key]
 

@@ -20,6 +20,7 @@ PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
 LIST_KEYS = ("query_id", "query", "passages", "meta")
 TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
 JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
+QUOTED = 60  # characters of a value that a message shows
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -67,15 +68,15 @@ def parse_list(record: object, where: str) -> RankingList:
         is not a finite number.
     """
     if not isinstance(record, dict):
-        raise GradretError(f"{where}: expected a JSON object, got {_quote(record)}")
+        raise GradretError(f"{where}: expected a JSON object, got {quote(record)}")
     query_id = record.get("query_id")
     if isinstance(query_id, int) and not isinstance(query_id, bool):
         query_id = str(query_id)
     if not isinstance(query_id, str) or not query_id:
-        raise GradretError(f"{where}: query_id {_quote(query_id)} is not a non-empty string")
+        raise GradretError(f"{where}: query_id {quote(query_id)} is not a non-empty string")
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
-        raise GradretError(f"{where}: query {_quote(query)} of list '{query_id}' is not a non-empty string")
+        raise GradretError(f"{where}: query {quote(query)} of list '{query_id}' is not a non-empty string")
     if "passages" not in record and all(isinstance(record.get(key), list) for key in TEVATRON_KEYS):
         record = _read_tevatron(record, where)
     passages = record.get("passages")
@@ -97,7 +98,7 @@ def _read_tevatron(record: dict[str, Any], where: str) -> dict[str, Any]:
     for key, grade in TEVATRON_KEYS.items():
         for passage in record[key]:
             if not isinstance(passage, dict):
-                raise GradretError(f"{where}: {key} holds {_quote(passage)}; expected JSON objects with docid and text")
+                raise GradretError(f"{where}: {key} holds {quote(passage)}; expected JSON objects with docid and text")
             others = {k: v for k, v in passage.items() if k not in ("docid", "title")}
             titled = {"title": passage["title"]} if passage.get("title") else {}
             passages.append({"grade": grade, "doc_id": passage.get("docid")} | titled | others)
@@ -106,28 +107,31 @@ def _read_tevatron(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _parse_passage(record: object, where: str) -> Passage:
     if not isinstance(record, dict):
-        raise GradretError(f"{where}: expected a JSON object with grade and text, got {_quote(record)}")
+        raise GradretError(f"{where}: expected a JSON object with grade and text, got {quote(record)}")
     grade = record.get("grade")
     if isinstance(grade, bool) or not isinstance(grade, (int, float)):
-        raise GradretError(f"{where}: grade {_quote(grade)} is not a number; write one such as 0, 1, 2 or 3")
+        raise GradretError(f"{where}: grade {quote(grade)} is not a number; write one such as 0, 1, 2 or 3")
     if not (abs(grade) < GRADE_LIMIT):
         raise GradretError(
-            f"{where}: grade {_quote(grade)} is not a finite number below 1000; write one such as 0, 1, 2 or 3"
+            f"{where}: grade {quote(grade)} is not a finite number below 1000; write one such as 0, 1, 2 or 3"
         )
     text = record.get("text")
     if not isinstance(text, str):
-        raise GradretError(f"{where}: text {_quote(text)} is not a string")
+        raise GradretError(f"{where}: text {quote(text)} is not a string")
     title, doc_id = record.get("title"), record.get("doc_id")
     for key, value in (("title", title), ("doc_id", doc_id)):
         if value is not None and not isinstance(value, str):
-            raise GradretError(f"{where}: {key} {_quote(value)} is not a string")
+            raise GradretError(f"{where}: {key} {quote(value)} is not a string")
     extra = {key: value for key, value in record.items() if key not in PASSAGE_KEYS}
     return Passage(grade, text, title, doc_id, extra)
 
 
-def _quote(value: object) -> str:
-    shown = f"'{value}'" if isinstance(value, str) else json.dumps(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def quote(value: object) -> str:
+    """A value of JSON as messages show it, a text in quotation marks; what is long is cut off."""
+    shown = value if isinstance(value, str) else json.dumps(value)
+    if len(shown) > QUOTED:
+        shown = shown[: QUOTED - 3] + "..."
+    return f"'{shown}'" if isinstance(value, str) else shown
 
 
 def format_list(ranking_list: RankingList) -> str:

@@ -31,6 +31,7 @@ from gradret.data.lists import (
 )
 from gradret.settings import SAMPLE
 
+COUNT_DIGITS = 18  # what an int64 holds
 LABELS = ("intended", "judged", "agreed")
 
 
@@ -110,10 +111,16 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def _parse_count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
+def parse_count(text: str) -> int | None:
+    """A whole number of 0 or above; None where the text is none, or does not fit an int64."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
+
+
+def _parse_sample(text: str) -> int:
+    count = parse_count(text)
+    if not count:
         raise ValueError
-    return int(text)
+    return count
 
 
 def _parse_share(text: str) -> float:
@@ -131,7 +138,7 @@ def _parse_name(text: str) -> str:
 # Of a source: how each option is read, and what it should have been where that raises a KeyError or a ValueError.
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "grades": (parse_grade_map, "a grade map"),
-    "sample": (_parse_count, "a whole number above 0"),
+    "sample": (_parse_sample, "a whole number above 0"),
     "shuffle": (_parse_share, "a number from 0 to 1"),  # noise for benchmarks: not among the options told to users
     "queries": (_parse_name, "even, odd or a file"),
     "query_file": (_parse_name, "a file"),

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from gradret.console import GradretError, say
 from gradret.generate.engine import Reply, Request
-from gradret.generate.replies import quote
+from gradret.generate.replies import quote_reply
 
 try:
     import httpx2
@@ -180,7 +180,7 @@ def make_reply(request: Request, completion: Completion, warn: Callable[[str], N
     else:
         warn("sends no probabilities of tokens; what the judge writes counts as certain")
         shares |= {choice: 1.0 for choice in shares if text.strip(" \n\"'*") == choice}
-        missing = f"was written; {quote(text)} was"
+        missing = f"was written; {quote_reply(text)} was"
     total = sum(shares.values())
     if not total:
         return Reply(request, text, "refused", error=f"none of {', '.join(request.choices)} {missing}", **counts)

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from gradret.console import GradretError
-from gradret.data.lists import RankingList
+from gradret.data.lists import RankingList, quote
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
@@ -79,9 +79,9 @@ def parse_reply(text: str, keys: Sequence[str]) -> dict[str, str]:
     if len(answers) > 1:
         raise Unusable("not JSON", f"{len(answers)} objects with the keys asked for, expected 1")
     if not answers and cut:
-        raise Unusable("cut off", f"the JSON object does not end: ...{quote(text[-40:])}")
+        raise Unusable("cut off", f"the JSON object does not end: ...{quote_reply(text[-40:])}")
     if not found:
-        raise Unusable("not JSON", f"no JSON object in {quote(text.strip())}")
+        raise Unusable("not JSON", f"no JSON object in {quote_reply(text)}")
     pairs = answers[0] if answers else found[0]
     names = [key for key, _ in pairs]
     for key in keys:
@@ -115,10 +115,9 @@ def _find_objects(text: str) -> tuple[list[tuple], bool]:
     return found, cut
 
 
-def quote(text: str) -> str:
-    """The text in quotation marks, cut to 60 characters, for a message."""
-    shown = clean_text(text)
-    return f"'{shown}'" if len(shown) <= 60 else f"'{shown[:57]}...'"
+def quote_reply(text: str) -> str:
+    """What a model wrote, as messages show it: on one line, in quotation marks, cut off."""
+    return quote(clean_text(text))
 
 
 # Thresholds against 513 real lists (2,052 passages written by a large model), of which they reject none.

@@ -86,7 +86,7 @@ def write_card(
         versions_table=_tabulate(["", "version"], [[k, _code(v)] for k, v in versions.items() if v is not None]),
         code=_code,
         escape=_escape,
-        quote=_quote,
+        quote=_spell_json,
         shell_quote=shlex.quote,
         hide_folder=_hide_folder,
         hide_folders=_hide_folders,
@@ -182,13 +182,13 @@ def _code(value: object) -> str:
     """Inline code, whatever the text: control characters spelled as in JSON, a longer fence around backticks."""
     text = str(value)
     if not text.isprintable() or text != text.strip():
-        text = _quote(text)
+        text = _spell_json(text)
     fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
     pad = " " if "`" in text else ""
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _quote(text: str) -> str:
+def _spell_json(text: str) -> str:
     """A JSON string, which is a Python one too; what cannot be printed is spelled out."""
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in json.dumps(text, ensure_ascii=False))
 

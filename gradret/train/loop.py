@@ -177,7 +177,7 @@ class Inputs:
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
         self.summary = check_lists(self.lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
-        check_grades(settings, self.summary, mining)
+        check_loss_suits(settings, self.summary, mining)
         self.miner = None
         if mining is not None:
             kept, best = self.summary.kept, self.summary.best
@@ -257,7 +257,7 @@ class Inputs:
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
 
 
-def check_grades(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> None:
+def check_loss_suits(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> None:
     """Whether the grades of lists, and of what is mined for them, suit the loss. Raises: GradretError."""
     if mining is not None and mining.grade < 0 and settings.weighs_from_zero:
         raise GradretError(

@@ -26,7 +26,7 @@ from gradret.data.collections import (
     reading,
 )
 from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, hash64, open_file, query_words
-from gradret.data.sources import MixedLists, Source, find_path, parse_source
+from gradret.data.sources import MixedLists, Source, find_path, parse_count, parse_source
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 from gradret.evaluation.search import embed_corpus, embed_texts, order_ranking, top_k
@@ -34,7 +34,6 @@ from gradret.evaluation.search import embed_corpus, embed_texts, order_ranking, 
 ENCODER, BM25 = "encoder", "bm25"
 KEYS = ("k", "grade", "from", "by", "skip", "every")
 LEAST_EVERY = 0.001  # epochs: each round ranks for all lists
-COUNT_DIGITS = 18  # what an int64 holds
 # SOURCE may hold commas itself, as in lists.jsonl?grades=1,0: only one before a key ends it.
 SEPARATOR = re.compile(rf",\s*(?=(?:{'|'.join(KEYS)})=)")
 
@@ -99,7 +98,7 @@ def parse_mining(text: str) -> Mining:
     grade = _parse_number(given["grade"])
     if grade is None or abs(grade) >= GRADE_LIMIT:
         raise GradretError(f"{here}: grade '{given['grade']}' is not a finite number below {GRADE_LIMIT}")
-    k, skip = _parse_count(given["k"]), _parse_count(given.get("skip", "0"))
+    k, skip = parse_count(given["k"]), parse_count(given.get("skip", "0"))
     if not k:
         raise GradretError(f"{here}: k '{given['k']}' is not a whole number above 0")
     if skip is None:
@@ -122,10 +121,6 @@ def _parse_number(text: str) -> float | None:
     except ValueError:
         return None
     return number if math.isfinite(number) else None
-
-
-def _parse_count(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
 
 
 # A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`, and

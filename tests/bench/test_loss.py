@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ot
 import pytest
@@ -244,7 +245,7 @@ def test_a_wrong_loss_is_refused_before_timing(monkeypatch, name, row, shape, ch
     [
         ("gaussian_loss", "gradret Gaussian"),
         ("mix_losses", "gradret default loss"),
-        ("infonce_loss", "InfoNCE"),
+        ("infonce_of_positive", "InfoNCE"),
     ],
 )
 def test_the_other_losses_are_checked_too(monkeypatch, name, row):
@@ -304,9 +305,10 @@ def test_a_row_that_is_too_slow_or_too_large_says_so(monkeypatch, no_peaks):
         rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
     assert rows["gradret Gaussian"]["skipped"] == "out of device memory"
     assert rows["gradret Gaussian"]["both_ms"] is None and rows["PyTorch W1"]["both_ms"] is not None
-    monkeypatch.setattr(speed, "LONGEST_STEP_S", 0.0)
+    slow = SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(mean=20.04))
+    monkeypatch.setattr(speed, "_make_timer", lambda call: slow)
     rows = measure_small((4, 16), orders=(1,))
-    assert {row["skipped"] for row in rows} == {"a step takes 0 s, more than 0 s"}
+    assert {row["skipped"] for row in rows} == {"a step takes 20.04 s, longer than 20 s"}
     assert all(row["both_ms"] is row["times_cross_entropy"] is None for row in rows)
 
 

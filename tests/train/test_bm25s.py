@@ -1,4 +1,4 @@
-"""What JAX is kept from where another package loads it."""
+"""What bm25s brings along: JAX, which is kept from a GPU's memory."""
 
 import os
 import subprocess
