@@ -326,6 +326,7 @@ def make_more(workload, orders) -> list[Row]:
     return [Row(name, loss=loss, **options) for name, loss in losses.items()]
 
 
+@pytest.mark.nightly
 @needs_clear_refs
 def test_further_rows_are_measured_and_skipped_alone(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)

@@ -90,6 +90,7 @@ def test_runs_open_in_trec_tools(trained, tmp_path):
     assert np.mean([q["recall_100"] for q in by_query]) == pytest.approx(printed["R@100"], abs=1e-6)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_runs_open_in_ranx(trained, tmp_path):
     ranx = pytest.importorskip("ranx")

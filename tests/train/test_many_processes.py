@@ -125,7 +125,7 @@ def find_errors(stderr: str) -> list[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
-@pytest.mark.parametrize("survivor", [0, 1])
+@pytest.mark.parametrize("survivor", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(uninterrupted, tiny_encoder, tmp_path, survivor):
     """Its exchange fails, and torchrun sends it a signal, in either order."""
     out = tmp_path / "out"
@@ -197,6 +197,7 @@ def test_a_process_lost_in_a_long_search_ends_the_first_one_by_torchruns_signal(
     assert (tmp_path / "out" / "checkpoints" / "step-000000000").is_dir()
 
 
+@pytest.mark.nightly
 def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
@@ -245,7 +246,7 @@ def test_bad_input_is_told_once(tiny_encoder, tmp_path):
     [
         ("gen queries.tsv", "; --shard i/n shares the queries out"),
         ("export lists.jsonl --format beir --out beir", ""),
-        *((f"bench {name}", "") for name in ("quality", "loss", "gen", "fit")),
+        *((f"bench {name}", "") for name in ("quality", "loss")),
     ],
 )
 def test_what_runs_in_one_process_says_so(command, instead, monkeypatch):
@@ -272,6 +273,7 @@ def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
     assert result.stderr.count(f"Error: {tmp_path}/no/run: cannot be written (No such file or directory)") == 1
 
 
+@pytest.mark.nightly
 def test_adapters_mining_and_caching_in_two_processes(tmp_path):
     """Resumed from one process's checkpoint: frozen weights, adapters and mined passages are the same everywhere."""
     pytest.importorskip("peft")

@@ -123,7 +123,7 @@ def test_killed_again_and_again(tiny_encoder, tmp_path, uninterrupted):
     assert_same_run(out, uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_a_signal_checkpoints_and_says_how_to_go_on(tiny_encoder, tmp_path, uninterrupted, number):
     out = tmp_path / "out"
     stopped = stop_at(command(tiny_encoder, out), out, 6, number)
