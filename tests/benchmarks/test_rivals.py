@@ -101,6 +101,7 @@ def test_compiled_rows_are_measured(no_peaks):
     assert len(compiled) == 4 and all(row["both_ms"] and row["loss_error"] < 1e-5 for row in compiled)
 
 
+@pytest.mark.nightly
 def test_the_command_writes_what_the_tables_are_made_of(tmp_path, monkeypatch, no_peaks):
     monkeypatch.setattr(speed, "DEFAULT_SHAPES", {"cpu": ((4, 16),)})
     monkeypatch.setattr(command, "RETRIEVAL", (6, 24, 8))

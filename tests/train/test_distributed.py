@@ -47,7 +47,7 @@ def alone(tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
     return share_batch(tiny_encoder, out, 1), out
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.nightly)])
 def shared(request, tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
     out = tmp_path_factory.mktemp("shared") / str(request.param)
     return share_batch(tiny_encoder, out, request.param), out
