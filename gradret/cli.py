@@ -263,7 +263,7 @@ def _read_settings(out: str) -> dict:
     group=WRITTEN,
     type=Parsed("length", parse_length),
     metavar="MIN:MAX",
-    help="Characters of a passage. [default: 100:1000]",
+    help=f"Characters of a passage. [default: {GenSettings.min_chars}:{GenSettings.max_chars}]",
 )
 @setting_options(GenSettings)
 @option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")

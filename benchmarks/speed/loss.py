@@ -4,7 +4,7 @@
 
 The rows of `gradret bench loss`, and beside them: the transport with the sorting done once, and by sums for each grade;
 compiled by torch.compile; by POT; SyCL's Gaussian loss as published. Prints a table per shape and writes OUT/loss.json
-and loss.png, of which `python -m benchmarks.tables loss` makes the tables of docs/loss.md. Needs the extra test.
+and loss.png, of which `python -m benchmarks.tables loss` makes tables of benchmarks/README.md. Needs the extra test.
 """
 
 from pathlib import Path

@@ -21,7 +21,7 @@ from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
 from gradret.loss.functions import mix_losses
 from gradret.loss.pairs import prepare_pairs
 from gradret.loss.retrieval import FUSED, wasserstein_retrieval_loss
-from gradret.settings import FitSettings
+from gradret.settings import LOSSES, FitSettings
 from gradret.train.batches import Batch, tokenize_batch
 
 BLOCK_ELEMENTS = 1 << 22  # of the scores that exist at once: 16 MiB in float32, and as much for each step of a loss
@@ -95,8 +95,8 @@ class Objective:
         else:
             grades, mask = batch.spread_grades(self.floor, part).to(device), None
             scores = queries @ documents.T  # (b, N)
-        names = ("order", "temperature", "targets", "ground", "positive_from")
-        return mix_losses(s.loss, scores, grades, mask=mask, **{name: getattr(s, name) for name in names})
+        options = {name: getattr(s, name) for taken in LOSSES.values() for name in taken}
+        return mix_losses(s.loss, scores, grades, mask=mask, **options)
 
 
 @dataclass(frozen=True)
