@@ -326,7 +326,7 @@ class Trainer:
         self.start_weights = copy_trained(self.encoder) if self.settings.interpolate < 1 else {}
         self.optimizer = make_optimizer(self.encoder, self.settings.weight_decay)
         self.state = self.restore()
-        self.state.chunk = self.find_chunk()
+        self.state.chunk = self.agree_on_chunk()
         self.gradients = self.make_gradients()
         if directory is not None:
             loss = self.settings.loss
@@ -349,7 +349,7 @@ class Trainer:
             share_restored(self.encoder, self.optimizer, self.processes)
         return state
 
-    def find_chunk(self) -> int:
+    def agree_on_chunk(self) -> int:
         """How many texts are held at once, the same in all processes; 0 for all."""
         found = self.state.chunk if self.settings.chunk == AUTO else None
         with self.processes.agree():

@@ -226,7 +226,7 @@ def test_what_ended_before_its_first_step_is_claimed_anew(tiny_encoder, tmp_path
     """As after a chunk that does not fit: the same command with another one, or another loss, simply runs."""
     out, settings = tmp_path / "out", {**SMALL, "max_steps": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "find_chunk", lambda self: (_ for _ in ()).throw(GradretError("too large")))
+        patch.setattr(Trainer, "agree_on_chunk", lambda self: (_ for _ in ()).throw(GradretError("too large")))
         with pytest.raises(GradretError, match="too large"):
             fit(FitSettings(model=str(tiny_encoder), chunk=4, mine="k=1,grade=1", **settings), out)
     (out / "mined-0.npy").write_bytes(b"")
