@@ -37,6 +37,7 @@ from gradret.options import (
 )
 from gradret.settings import (
     DATA,
+    DEFAULT_ENCODER,
     DEFAULT_LOSS,
     DEFAULT_MEASURES,
     ENCODER,
@@ -347,6 +348,49 @@ def gen(
         raise GradretError(
             f"{count_of(unanswered, 'query', 'queries')} got no reply (last: {summary.last_error}); {advice}"
         )
+
+
+@click.command(cls=Command, short_help="Look at lists before training on them.")
+@click.argument("lists", nargs=-1, required=True)
+@option("--encoder", default=DEFAULT_ENCODER, help="Directory or hub repository.")
+@option("--draw", default=10, type=click.IntRange(min=0), help="Lists printed for reading.")
+@option("--seed", default=0, type=click.IntRange(min=0), help="Of the draw, and of what sources draw.")
+@option("--html", "page", type=click.Path(), metavar="FILE", help="Write it all as one page for a browser, too.")
+@DEVICE
+@QUIET
+@JSON
+def look(lists, encoder, draw, seed, page, device, as_json):
+    """Show what can be seen of ranking lists before anything is trained on them.
+
+    LISTS are what fit --data takes. Shown are how many pairs of passages an encoder, and the judge of gen --judge, put
+    in the order of their grades; grades that are missing; the grades' lengths and similarities to the query; passages
+    that repeat another list's; and some lists to read. It is a report: no list is changed or left out.
+
+    \b
+    gradret look lists.jsonl
+    gradret look lists.jsonl --draw 40 --html lists.html
+    """
+    require_one("look")
+    from gradret.data.sources import MixedLists, check_lists, parse_source
+
+    if page:
+        check_writable(page)
+    mixed = MixedLists([parse_source(source) for source in lists], seed=seed)
+    checked = check_lists(mixed, refuse_negative=False)
+    say(f"look: {checked}")
+    with show_wait("loading PyTorch"):
+        from gradret.encoder.load import load_encoder
+        from gradret.evaluation.order import measure_order
+        from gradret.look import describe_lists, draw_lists, format_lists, format_page
+    model = load_encoder(encoder, device=device)
+    kept = checked.kept.tolist()
+    order = measure_order(map(mixed.__getitem__, kept), model, total=len(kept))
+    drawn = [(mixed[kept[i]], order.similarities[i]) for i in draw_lists(len(kept), draw, seed)]
+    document = describe_lists(" ".join(lists), encoder, model.config.similarity, order, drawn)
+    click.echo(json.dumps(document) if as_json else format_lists(document))
+    if page:
+        Path(page).write_text(format_page(document), encoding="utf-8")
+        say(f"written: {page}")
 
 
 @click.command(cls=Command, short_help="Convert lists to and from other formats.")
@@ -682,7 +726,10 @@ def evaluate_command(
 
 
 class Commands(click.Group):
-    """A group whose commands end with one line and exit code 1 on a GradretError."""
+    """A group whose commands end with one line and exit code 1 on a GradretError, shown in the order of their use."""
+
+    def list_commands(self, ctx):
+        return list(self.commands)
 
     def main(self, *arguments, **options):
         try:
@@ -710,5 +757,5 @@ def main():
 
 
 bench.add_command(loss)
-for command in (gen, fit, export, bench):
+for command in (gen, look, fit, export, bench):
     main.add_command(command)

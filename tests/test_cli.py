@@ -14,7 +14,17 @@ from conftest import REPOSITORY, SAMPLE_FILE, list_record
 from gradret.cli import main
 from gradret.settings import FitSettings, spell_option
 
-COMMANDS = [(), ("gen",), ("fit",), ("export",), ("bench",), ("bench", "quality"), ("bench", "loss"), ("bench", "eval")]
+COMMANDS = [
+    (),
+    ("gen",),
+    ("look",),
+    ("fit",),
+    ("export",),
+    ("bench",),
+    ("bench", "quality"),
+    ("bench", "loss"),
+    ("bench", "eval"),
+]
 
 
 def invoke(*arguments):

@@ -25,12 +25,13 @@ LAYERS = """
     evaluation
     train generate integrations
     bench
+    look
     options
     cli
     __main__
 """
 TORCHLESS = """
-    cli options settings console files data.lists data.collections data.sources data.export encoder.hub
+    cli options settings console files data.lists data.words data.collections data.sources data.export encoder.hub
     generate.engine generate.queries generate.prompts generate.replies generate.journal generate.run
 """.split()
 
