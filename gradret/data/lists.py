@@ -22,6 +22,8 @@ TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
 JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
 QUOTED = 60  # characters of a value that a message shows
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# In no text that was read as it was written, with what it comes from.
+FOREIGN = {"\0": "a NUL character, as UTF-16 has", "\r": "a carriage return within a line, as old Macs end them"}
 
 
 @dataclass(slots=True)
@@ -69,11 +71,7 @@ def parse_list(record: object, where: str) -> RankingList:
     """
     if not isinstance(record, dict):
         raise GradretError(f"{where}: expected a JSON object, got {quote(record)}")
-    query_id = record.get("query_id")
-    if isinstance(query_id, int) and not isinstance(query_id, bool):
-        query_id = str(query_id)
-    if not isinstance(query_id, str) or not query_id:
-        raise GradretError(f"{where}: query_id {quote(query_id)} is not a non-empty string")
+    query_id = parse_id(record.get("query_id"), f"{where}: query_id")
     query = record.get("query")
     if not isinstance(query, str) or not query.strip():
         raise GradretError(f"{where}: query {quote(query)} of list '{query_id}' is not a non-empty string")
@@ -122,8 +120,21 @@ def _parse_passage(record: object, where: str) -> Passage:
     for key, value in (("title", title), ("doc_id", doc_id)):
         if value is not None and not isinstance(value, str):
             raise GradretError(f"{where}: {key} {quote(value)} is not a string")
+    if doc_id:
+        parse_id(doc_id, f"{where}: doc_id")
     extra = {key: value for key, value in record.items() if key not in PASSAGE_KEYS}
     return Passage(grade, text, title, doc_id, extra)
+
+
+def parse_id(value: object, place: str) -> str:
+    """The id that a value of JSON is, a whole number as its digits. Raises: GradretError, which `place` opens."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str) or not value:
+        raise GradretError(f"{place} {quote(value)} is not a non-empty string")
+    if "\0" in value:  # arrays of bytes lose it at the end of an id
+        raise GradretError(f"{place} {json.dumps(value)} holds a NUL character; rename it")
+    return value
 
 
 def quote(value: object) -> str:
@@ -176,12 +187,26 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
         raise GradretError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def decode_text(line: bytes, where: str) -> str:
-    """The text of bytes in UTF-8, without a byte order mark and a line's end. Raises: GradretError."""
+def decode_text(content: bytes, where: str, *, first: bool = True) -> str:
+    """The text of a file or a line in UTF-8, without the line's end.
+
+    Args:
+        first: whether it opens the file, which a byte order mark may do.
+    Raises: GradretError when it is not UTF-8, or holds what makes it doubtful where lines and ids begin and end.
+    """
+    content = content.removeprefix(codecs.BOM_UTF8) if first else content
     try:
-        return line.removeprefix(codecs.BOM_UTF8).decode("utf-8").rstrip("\r\n")
+        text = content.decode("utf-8").replace("\r\n", "\n").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise GradretError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise GradretError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start}); save the file as UTF-8"
+        ) from None
+    for character, what in FOREIGN.items():
+        if character in text:
+            raise GradretError(f"{where}: holds {what}; save the file as UTF-8")
+    if text.startswith("\ufeff"):
+        raise GradretError(f"{where}: begins with a byte order mark that does not open the file; remove it")
+    return text
 
 
 def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
@@ -189,12 +214,12 @@ def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
 
     Args:
         place: where they come from, for messages.
-    Raises: GradretError when a line is not UTF-8.
+    Raises: GradretError as decode_text.
     """
     offset = 0
     for number, line in enumerate(lines, 1):
         where = f"{place}:{number}"
-        text = decode_text(line, where)
+        text = decode_text(line, where, first=number == 1)
         if text.strip():
             yield Line(where, number, offset, text)
         offset += len(line)

@@ -1,9 +1,11 @@
 import codecs
+import io
 import json
+import re
 
 import pytest
 from conftest import SAMPLE_FILE, list_record
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
@@ -12,12 +14,26 @@ from gradret.data.lists import (
     Passage,
     RankingList,
     format_list,
+    number_lines,
     parse_list,
     query_key,
+    read_lines,
     read_lists,
     write_lists,
 )
 from gradret.data.sources import open_collection, parse_source
+
+LIST_PIECES = (
+    b'{"query_id": "\xc3\xa9", "query": "w", "passages": [{"grade": 1, "text": "x"}]}',
+    b'{"query_id": 7, "query": "\\u0000", "passages": [{"grade": 0.5, "text": "\\u00e9", "doc_id": " d"}]}',
+    b'{"query_id": "a\\u0000", "query": "w", "passages": [{"grade": 1, "text": "x"}]}',
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"\0",
+    b" ",
+    b"\xed\xa0\xbd",
+)
 
 
 def test_a_line_becomes_a_list_and_keeps_unknown_keys():
@@ -72,12 +88,13 @@ def test_a_bad_record_is_refused_with_its_place(record, message):
 
 
 texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+ids = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1)
 
 
 @given(
     st.builds(
         RankingList,
-        texts,
+        ids,
         texts,
         st.lists(
             st.builds(
@@ -85,7 +102,7 @@ texts = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
                 st.floats(-999, 999),
                 st.text(st.characters(codec="utf-8")),
                 st.none() | texts,
-                st.none() | texts,
+                st.none() | ids,
             ),
             min_size=1,
         ),
@@ -174,6 +191,48 @@ def test_text_in_another_encoding_is_refused_whoever_reads_it(beir_directory, en
         path.write_bytes(codecs.BOM_UTF8 + content)
         assert "q1" in open_collection(parse_source(spelling)).queries
         path.write_bytes(f"{content.decode()}é\n".encode(encoding))
-        with pytest.raises(GradretError, match=rf"{path.name}:\d: not UTF-8 text \(.* at byte \d+\)"):
+        with pytest.raises(GradretError, match=rf"{path.name}:\d: not UTF-8 text \(.* at byte \d+\); save the file as"):
             open_collection(parse_source(spelling))
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\nb\n".encode("utf-16-le"), "1: holds a NUL character, as UTF-16 has; save the file as UTF-8"),
+        (b"a\rb\r", "1: holds a carriage return within a line, as old Macs end them; save the file as UTF-8"),
+        (b"a\n" + codecs.BOM_UTF8 + b"b\n", "2: begins with a byte order mark that does not open the file; remove it"),
+        (2 * codecs.BOM_UTF8 + b"a\n", "1: begins with a byte order mark that does not open the file; remove it"),
+        (b"a\n\xed\xa0\xbd\n", "2: not UTF-8 text (invalid continuation byte at byte 0); save the file as UTF-8"),
+    ],
+)
+def test_bytes_that_leave_an_id_in_doubt_are_refused(tmp_path, content, message):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(GradretError) as error:
+        list(read_lines(tmp_path / "f"))
+    assert str(error.value) == f"{tmp_path / 'f'}:{message}"
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\ufeff"))), st.sampled_from(["\n", "\r\n"])
+)
+def test_lines_come_back_as_they_are(lines, end):
+    content = codecs.BOM_UTF8 + end.join(lines).encode()
+    found = list(number_lines(io.BytesIO(content), "f"))
+    assert [(line.number, line.text) for line in found] == [(n, t) for n, t in enumerate(lines, 1) if t.strip()]
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.lists(st.sampled_from([codecs.BOM_UTF8, *LIST_PIECES])).map(b"".join))
+def test_any_bytes_are_lists_or_one_line(tmp_path, content):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(content)
+    try:
+        lists = list(ListFile(path))
+    except GradretError as error:
+        assert re.match(rf"{path}(:\d+)?: [^\n]+$", str(error))
+    else:
+        records = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
+        assert [r.query_id for r in lists] == [str(r["query_id"]) for r in records]
+        assert [[p.text for p in r.passages] for r in lists] == [[p["text"] for p in r["passages"]] for r in records]
