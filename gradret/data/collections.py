@@ -1,10 +1,11 @@
 """Collections: documents, queries and qrels, from a BEIR directory, ir_datasets or a ranking-list file."""
 
+import csv
 import logging
-import math
+import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -14,8 +15,20 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from gradret.console import GradretError, say
-from gradret.data.lists import DocumentNames, Line, ListFile, Passage, decode_json, hash64, open_file, read_lines
+from gradret.console import GradretError, is_first_process, say
+from gradret.data.lists import (
+    GRADE_LIMIT,
+    DocumentNames,
+    Line,
+    ListFile,
+    Passage,
+    decode_json,
+    hash64,
+    open_file,
+    parse_id,
+    quote,
+    read_lines,
+)
 
 LOCK_FILE = "gradret.lock"
 
@@ -110,11 +123,12 @@ def choose_split(directory: Path) -> str:
 def read_qrels(directory: Path, split: str) -> Qrels:
     """Query id -> {doc id -> grade}, of the first of these files that is there.
 
-    `qrels/SPLIT.tsv`, with the header query-id, corpus-id, score and whole numbers (BEIR); `qrels/SPLIT.txt`, .qrels or
-    .trec, lines of `QUERY 0 DOCUMENT GRADE` (trec_eval); `qrels.jsonl`, one line per query with qid, docid and score,
-    the latter two lists of one length (Trove), which is the same for every split.
+    `qrels/SPLIT.tsv`, with the header query-id, corpus-id, score and whole numbers, quoted as Python's csv does (BEIR);
+    `qrels/SPLIT.txt`, .qrels or .trec, lines of `QUERY 0 DOCUMENT GRADE` (trec_eval); `qrels/SPLIT.jsonl`, objects with
+    query-id, corpus-id and score (mteb); `qrels.jsonl`, one line per query with qid, docid and score, the latter two
+    lists of one length (Trove), which is the same for every split.
 
-    Raises: GradretError when there is none, or a line is not of its format.
+    Raises: GradretError when there is none, a line is not of its format, or a judgment has two grades.
     """
     folder = directory / "qrels"
     forms = [(folder / f"{split}{suffix}", form) for suffix, form in QRELS_FORMS.items()]
@@ -126,21 +140,34 @@ def read_qrels(directory: Path, split: str) -> Qrels:
     qrels: Qrels = {}
     for line in read_lines(path):
         try:
-            for query_id, doc_id, grade in parse(line):
-                qrels.setdefault(query_id, {})[doc_id] = grade
-        except (KeyError, TypeError, ValueError):
+            judgments = [_check_judgment(*judgment) for judgment in parse(line)]
+        except (KeyError, TypeError, ValueError, csv.Error):
             raise GradretError(f"{line.where}: expected {expected}") from None
+        for query_id, doc_id, grade in judgments:
+            if qrels.setdefault(query_id, {}).setdefault(doc_id, grade) != grade:
+                raise GradretError(
+                    f"{line.where}: document '{doc_id}' has grade {grade} for query '{query_id}' here and "
+                    f"{qrels[query_id][doc_id]} in an earlier line; keep one of them"
+                )
     return qrels
+
+
+def _check_judgment(query_id: Any, doc_id: Any, grade: Any) -> tuple[str, str, float]:
+    """The same, where it can be one. Raises: TypeError or ValueError."""
+    texts = all(isinstance(name, str) and name for name in (query_id, doc_id))
+    if not texts or isinstance(grade, bool) or not abs(grade) < GRADE_LIMIT:
+        raise ValueError
+    return query_id, doc_id, grade
 
 
 # Each gives the judgments of a line: query id, doc id, grade. What they raise says that the line is not of its form.
 
 
-def _parse_beir(line: Line) -> Iterable[tuple[str, str, float]]:
-    fields = line.text.split("\t")
+def _parse_beir(line: Line) -> Iterable[tuple[Any, Any, Any]]:
+    fields = next(csv.reader([line.text], delimiter="\t"))
     if line.number > 1:
         query_id, doc_id, grade = fields
-        return [(query_id, doc_id, int(grade))]
+        return [(query_id, doc_id, _parse_whole(grade))]
     if fields != BEIR_HEADER:
         raise GradretError(
             f"{line.where}: expected the header 'query-id<TAB>corpus-id<TAB>score', got '{line.text[:60]}'; "
@@ -149,26 +176,38 @@ def _parse_beir(line: Line) -> Iterable[tuple[str, str, float]]:
     return []
 
 
-def _parse_trec(line: Line) -> Iterable[tuple[str, str, float]]:
-    query_id, _, doc_id, grade = line.text.split()
-    return [(query_id, doc_id, int(grade))]
+def _parse_trec(line: Line) -> Iterable[tuple[Any, Any, Any]]:
+    query_id, _, doc_id, grade = re.findall(r"\S+", line.text, re.ASCII)  # other white space may be part of an id
+    return [(query_id, doc_id, _parse_whole(grade))]
 
 
-def _parse_trove(line: Line) -> Iterable[tuple[str, str, float]]:
+def _parse_whole(text: str) -> int:
+    if not re.fullmatch(" *[+-]?[0-9]+ *", text):
+        raise ValueError
+    return int(text)
+
+
+def _parse_mteb(line: Line) -> Iterable[tuple[Any, Any, Any]]:
     record = decode_json(line.text, line.where)
-    query_id, doc_ids, scores = record["qid"], record["docid"], record["score"]
-    if not all(isinstance(name, str) for name in (query_id, *doc_ids)) or not all(map(math.isfinite, scores)):
+    return [tuple(record[key] for key in BEIR_HEADER)]
+
+
+def _parse_trove(line: Line) -> Iterable[tuple[Any, Any, Any]]:
+    record = decode_json(line.text, line.where)
+    doc_ids, scores = record["docid"], record["score"]
+    if not isinstance(doc_ids, list):
         raise TypeError
-    return [(query_id, doc_id, score) for doc_id, score in zip(doc_ids, scores, strict=True)]
+    return [(record["qid"], doc_id, score) for doc_id, score in zip(doc_ids, scores, strict=True)]
 
 
 BEIR_FORM = _parse_beir, "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
 TREC_FORM = _parse_trec, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade"
+MTEB_FORM = _parse_mteb, "a JSON object with the strings query-id and corpus-id and the number score"
 TROVE_FORM = (
     _parse_trove,
     "a JSON object with a string qid and two lists of one length, docid of strings and score of numbers",
 )
-QRELS_FORMS = {".tsv": BEIR_FORM, ".txt": TREC_FORM, ".qrels": TREC_FORM, ".trec": TREC_FORM}
+QRELS_FORMS = {".tsv": BEIR_FORM, ".txt": TREC_FORM, ".qrels": TREC_FORM, ".trec": TREC_FORM, ".jsonl": MTEB_FORM}
 
 
 @dataclass(slots=True)
@@ -189,6 +228,7 @@ class Collection(ABC):
         document_count: how many documents.
         drop_self: whether a document whose id is the query's is left out of a ranking (BEIR does so for
             ArguAna and Quora, whose queries are documents).
+        documents_checked: whether the judged documents have been looked for, see check_documents.
     """
 
     name: str
@@ -196,15 +236,34 @@ class Collection(ABC):
     qrels: dict[str, dict[str, float]]
     document_count: int
     drop_self: bool
+    documents_checked: bool = False
 
     @abstractmethod
     def documents(self, start: int = 0) -> Iterator[Document]:
         """The documents in the collection's order, from position `start`."""
 
+    def check_documents(self, doc_ids: Iterable[str]) -> None:
+        """Tell, once, how many judged documents are not among these, the collection's. Raises: GradretError if none."""
+        if not self.documents_checked:
+            self.documents_checked = True
+            judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
+            self._tell_absent(judged, judged.difference(doc_ids), "documents")
+
     def _keep_judged_queries(self, queries: dict[str, str]) -> None:
-        self.queries = {query_id: text for query_id, text in queries.items() if self.qrels.get(query_id)}
+        judged = {query_id for query_id, grades in self.qrels.items() if grades}
+        self.queries = {query_id: text for query_id, text in queries.items() if query_id in judged}
+        self._tell_absent(judged, judged.difference(queries), "queries")
         if not self.queries:
             raise GradretError(f"{self.name}: no query has a judgment; check that queries and qrels belong together")
+
+    def _tell_absent(self, judged: Set[str], absent: Set[str], what: str) -> None:
+        if not absent:
+            return
+        told = f"{self.name}: {len(absent)} of {len(judged)} judged {what} are missing from it, such as '{min(absent)}'"
+        if len(absent) == len(judged):
+            raise GradretError(f"{told}; check that its {what} and qrels belong together")
+        if is_first_process():
+            say(told)
 
 
 class BeirCollection(Collection):
@@ -221,25 +280,38 @@ class BeirCollection(Collection):
         self.qrels = read_qrels(directory, split)
         queries = directory / "queries.jsonl" if queries is None else queries
         texts: dict[str, str] = {}
-        for record, _ in read_records(queries, ("_id", "text")):
+        for record, line in read_records(queries):
             if texts.setdefault(record["_id"], record["text"]) != record["text"]:
-                raise GradretError(f"{queries}: query id '{record['_id']}' stands for two different queries")
+                raise GradretError(
+                    f"{line.where}: query id '{record['_id']}' had another text in an earlier line; "
+                    "give every query an id of its own"
+                )
         self._keep_judged_queries(texts)
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes per document, to find an id used twice
-        for record, offset in read_records(self._corpus, ("_id", "text"), desc=f"reading {self._corpus}"):
+        for record, line in read_records(self._corpus, desc=f"reading {self._corpus}"):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
-                self._offsets[record["_id"]] = offset
+                self._offsets[record["_id"]] = line.offset
         self.document_count = len(hashes)
-        if len(np.unique(np.frombuffer(hashes, np.uint64))) < len(hashes):
-            raise GradretError(
-                f"{self._corpus}: some document ids are used more than once; give every document its own"
-            )
+        found, count = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+        if len(found) < len(hashes):
+            self._refuse_duplicate_ids(set(found[count > 1].tolist()))
+        self.check_documents(self._offsets)
+
+    def _refuse_duplicate_ids(self, hashes: Set[int]) -> None:
+        """Name the first document id used twice, which has one of these hashes, with its lines."""
+        first: dict[str, int] = {}
+        for record, line in read_records(self._corpus):
+            if hash64(record["_id"]) in hashes and first.setdefault(record["_id"], line.number) != line.number:
+                raise GradretError(
+                    f"{line.where}: document id '{record['_id']}' was already used in line {first[record['_id']]}; "
+                    "give every document an id of its own"
+                )
 
     def documents(self, start: int = 0) -> Iterator[Document]:
-        for record, _ in islice(read_records(self._corpus, ("_id", "text")), start, None):
+        for record, _ in islice(read_records(self._corpus), start, None):
             yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
@@ -319,11 +391,13 @@ def is_self_retrieving(*names: str) -> bool:
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
 
 
-def read_records(path: Path, keys: tuple[str, ...], *, desc: str = "") -> Iterator[tuple[dict[str, Any], int]]:
-    """Each JSON object of a BEIR file with its byte offset; the keys are there and are strings."""
+def read_records(path: Path, *, desc: str = "") -> Iterator[tuple[dict[str, Any], Line]]:
+    """Each JSON object of a BEIR file with its line: _id and text are strings, and title if it is there."""
     for line in read_lines(path, desc=desc):
         record = decode_json(line.text, line.where)
-        for key in keys:
-            if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                raise GradretError(f"{line.where}: expected a JSON object with the string '{key}'")
-        yield record, line.offset
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("_id", "text")):
+            raise GradretError(f"{line.where}: expected a JSON object with the strings _id and text")
+        if not isinstance(record.get("title") or "", str):
+            raise GradretError(f"{line.where}: title {quote(record['title'])} is not a string")
+        parse_id(record["_id"], f"{line.where}: _id")
+        yield record, line

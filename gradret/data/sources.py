@@ -25,6 +25,7 @@ from gradret.data.lists import (
     decode_json,
     grades_agree,
     hash64,
+    parse_id,
     query_key,
     query_words,
     read_lines,
@@ -199,7 +200,7 @@ def open_collection(source: Source) -> BeirCollection | IrDatasetsCollection | L
 def query_selector(selection: str) -> Callable[[str], bool]:
     """A function of a query id: whether `even`, `odd` or the ids in a file hold it. Raises: GradretError."""
     if selection not in ("even", "odd"):
-        return {_read_id(line) for line in read_lines(selection)}.__contains__
+        return {query_id for line in read_lines(selection) for query_id in _read_ids(line)}.__contains__
 
     def has_parity(query_id: str) -> bool:
         number = re.search(r"\d+$", query_id)
@@ -212,17 +213,17 @@ def query_selector(selection: str) -> Callable[[str], bool]:
     return has_parity
 
 
-def _read_id(line: Line) -> str:
-    """The query id in a line of a file that selects queries: the line, or what its JSON object says."""
-    if not line.text.startswith("{"):
-        return line.text.strip()
+def _read_ids(line: Line) -> set[str]:
+    """The query ids that a line of a file that selects queries may mean: the line, or what its JSON object says."""
+    if not line.text.lstrip().startswith("{"):
+        return {line.text, line.text.strip()}  # hardly any id ends in a space, but some may
     record = decode_json(line.text, line.where)
     query_id = record.get("query_id", record.get("_id"))
     if query_id is None:
         raise GradretError(
             f"{line.where}: has neither query_id nor _id; expected one query id per line, lists or BEIR queries"
         )
-    return str(query_id)
+    return {parse_id(query_id, f"{line.where}: query id")}
 
 
 def open_lists(source: Source) -> "ListFile | JudgedLists":
@@ -242,11 +243,16 @@ def open_lists(source: Source) -> "ListFile | JudgedLists":
 
 
 class JudgedLists(Sequence[RankingList]):
-    """A collection's judgments as ranking lists: each query with its judged documents, read when asked for."""
+    """A collection's judgments as ranking lists: each query with its judged documents, read when asked for.
+
+    Attributes:
+        absent: (lists,) int32, of the lists read so far, how many judged documents the collection lacks.
+    """
 
     def __init__(self, collection: BeirCollection | IrDatasetsCollection):
         self._collection = collection
         self._query_ids = list(collection.queries)
+        self.absent = np.zeros(len(self._query_ids), np.int32)
         self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)
         self.keys = np.array([query_key(q, t) for q, t in collection.queries.items()], np.uint64)
         judgments = (f"{q} {d} {g}" for q in self._query_ids for d, g in collection.qrels[q].items())
@@ -264,6 +270,7 @@ class JudgedLists(Sequence[RankingList]):
             if doc_id in documents:
                 documents[doc_id].grade = grade
                 passages.append(documents[doc_id])
+        self.absent[index] = len(grades) - len(passages)
         where = f"{self._collection.name} query {query_id}"
         return RankingList(query_id, self._collection.queries[query_id], passages, where=where)
 
@@ -330,6 +337,10 @@ class MixedLists(Sequence[RankingList]):
                     merged.passages.append(passage)
         assert merged is not None  # every row is of some source
         return merged
+
+    def count_absent(self) -> int:
+        """Judgments of the lists read so far whose documents are missing."""
+        return sum(int(part.absent.sum()) for part in self._parts if isinstance(part, JudgedLists))
 
     def read_all(self, index: int) -> list[Passage]:
         """The passages that the sources have for a list's query, whatever their options select."""
@@ -399,6 +410,7 @@ class ListsSummary:
     empty: int
     excluded: int
     disagreeing: int
+    absent: int
     longest: str
     best: np.ndarray
     worst: np.ndarray
@@ -412,6 +424,8 @@ class ListsSummary:
             text += f"; {count_of(self.empty, 'list')} left out: no passage is selected"
         if self.disagreeing:
             text += f"; {count_of(self.disagreeing, 'list')} left out: judged and intended grades are not in one order"
+        if self.absent:
+            text += f"; {count_of(self.absent, 'judgment')} left out, whose documents are missing"
         if self.excluded:
             text += f"; {count_of(self.excluded, 'list')} left out, whose query is one to be measured"
         return text
@@ -453,11 +467,13 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         best.append(high)
         worst.append(low)
         equal_grades += low == high
+    absent = lists.count_absent()
     if not kept.any():
         raise GradretError(
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
+            + (f"; of the judged documents {absent} are missing" if absent else "")
         )
-    counts = equal_grades, empty, excluded, int(disagreeing)
+    counts = equal_grades, empty, excluded, int(disagreeing), absent
     return ListsSummary(
         np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best), np.array(worst)
     )

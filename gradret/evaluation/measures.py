@@ -113,6 +113,7 @@ def evaluate(
     result = None
     with processes.agree():
         if corpus is not None:
+            collection.check_documents(doc_id.decode() for doc_id in corpus.doc_ids)
             run = search(encoder, collection, corpus, depth=depth, progress=progress, **options)
             result = measure_run(run, collection, measures, progress=progress)
     shared = processes.broadcast(replace(result, run={}) if result is not None else None)

@@ -192,7 +192,6 @@ def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[s
     return run
 
 
-CORPUS_KEYS = ("_id", "text")
 PLACE_BITS = 24  # of a place in ranking lists, for the passage's number in its list
 
 
@@ -290,8 +289,8 @@ class CorpusPool(Pool):
         super().__init__(str(directory), drop_self=drop_self)
 
     def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for record, offset in read_records(self._path, CORPUS_KEYS):
-            yield offset, record["_id"], _make_passage(record).content
+        for record, line in read_records(self._path):
+            yield line.offset, record["_id"], _make_passage(record).content
 
     def read(self, position: int) -> Passage:
         self._file.seek(int(self._places[position]))

@@ -1,9 +1,16 @@
+import csv
+import io
+import json
+import re
 import shutil
 
 import pytest
 from conftest import list_record
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gradret.console import GradretError
+from gradret.data.collections import BEIR_HEADER, QRELS_FORMS, read_qrels
 from gradret.data.export import export_lists
 from gradret.data.sources import (
     MixedLists,
@@ -99,6 +106,57 @@ def test_a_qrels_file_with_the_wrong_header(beir_directory):
         open_collection(Source(str(beir_directory)))
 
 
+def test_beirs_qrels_are_quoted_as_csv(beir_directory):
+    path = beir_directory / "qrels" / "test.tsv"
+    with open(path, "w", newline="") as file:
+        rows = [("query-id", "corpus-id", "score"), ("q1", "d1", "1"), ("q2", 'the "second"', 2)]
+        csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL).writerows(rows)
+    assert read_qrels(beir_directory, "test") == {"q1": {"d1": 1}, "q2": {'the "second"': 2}}
+
+
+def test_a_judgment_with_two_grades_is_refused(beir_directory):
+    path = beir_directory / "qrels" / "test.tsv"
+    path.write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t1\nq1\td1\t0\n")
+    with pytest.raises(GradretError) as error:
+        open_collection(Source(str(beir_directory)))
+    assert str(error.value) == (
+        f"{path}:4: document 'd1' has grade 0 for query 'q1' here and 1 in an earlier line; keep one of them"
+    )
+
+
+def test_an_id_used_twice_is_named_with_its_lines(beir_directory):
+    for name, what in (
+        ("corpus.jsonl", "document id 'd2' was already used in line 2"),
+        ("queries.jsonl", "query id 'd2' had another text in an earlier line"),
+    ):
+        path = beir_directory / name
+        before = path.read_text()
+        path.write_text('{"_id": "d1", "text": "a"}\n{"_id": "d2", "text": "b"}\n\n{"_id": "d2", "text": "c"}\n')
+        with pytest.raises(GradretError, match=rf"^{path}:4: {what}; give every (document|query) an id of its own$"):
+            open_collection(Source(str(beir_directory)))
+        path.write_text(before)
+
+
+def test_judged_documents_and_queries_that_are_missing_are_told(beir_directory, capsys):
+    path, name = beir_directory / "qrels" / "test.tsv", f"{beir_directory}:test"
+    header = "query-id\tcorpus-id\tscore\n"
+    path.write_text(f"{header}q1\td1\t1\nq1\tgone1\t1\nq1\tgone2\t0\nq2\td2\t1\nPLAIN-3\td2\t1\n")
+    lists = MixedLists([Source(str(beir_directory))])
+    assert capsys.readouterr().err.splitlines() == [
+        f"{name}: 1 of 3 judged queries are missing from it, such as 'PLAIN-3'",
+        f"{name}: 2 of 4 judged documents are missing from it, such as 'gone1'",
+    ]
+    assert "; 2 judgments left out, whose documents are missing" in str(check_lists(lists, refuse_negative=True))
+    for line, what in (("q1\tgone", "documents"), ("gone\td1", "queries")):
+        path.write_text(f"{header}{line}\t1\n")
+        with pytest.raises(GradretError) as error:
+            open_collection(Source(str(beir_directory)))
+        assert str(error.value) == (
+            f"{name}: 1 of 1 judged {what} are missing from it, such as 'gone'; "
+            f"check that its {what} and qrels belong together"
+        )
+
+
 def test_trecs_qrels(beir_directory):
     (beir_directory / "qrels" / "test.tsv").unlink()
     for suffix in ("txt", "qrels", "trec"):
@@ -110,7 +168,64 @@ def test_trecs_qrels(beir_directory):
             GradretError, match=rf"test\.{suffix}:2: expected 'QUERY 0 DOCUMENT GRADE' with a whole num"
         ):
             open_collection(Source(str(beir_directory)))
+        path.write_text("q\u3000 0 d1\xa0 1\n")  # trec_eval splits at ASCII's white space alone
+        assert read_qrels(beir_directory, "test") == {"q\u3000": {"d1\xa0": 1}}
         path.unlink()
+
+
+def test_mtebs_qrels(beir_directory):
+    (beir_directory / "qrels" / "test.tsv").unlink()
+    path = beir_directory / "qrels" / "test.jsonl"
+    line = '{"query-id": "q1", "corpus-id": "d1", "score": 1}\n'
+    path.write_text(line + line.replace("q1", "q2").replace("1}", "0.5}"))
+    assert open_collection(Source(str(beir_directory))).qrels == {"q1": {"d1": 1}, "q2": {"d1": 0.5}}
+    for old, new in (('"q1"', "1"), (": 1", ": true"), (": 1", ": 1e3"), ("score", "grade"), (line, "[]")):
+        path.write_text(line.replace(old, new))
+        with pytest.raises(GradretError, match=r"test\.jsonl:1: expected a JSON object with the strings query-id and"):
+            open_collection(Source(str(beir_directory)))
+
+
+ids = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\t\ufeff"), min_size=1)
+judgments = st.dictionaries(st.tuples(ids, ids), st.integers(-999, 999), min_size=1)
+
+
+def format_judgments(qrels: dict, form: str) -> str:
+    if form == "trec":
+        return "".join(f"{q}\t0 {d} {grade}\n" for (q, d), grade in qrels.items())
+    if form == "mteb":
+        rows = [dict(zip(BEIR_HEADER, (q, d, grade), strict=True)) for (q, d), grade in qrels.items()]
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    rows = [BEIR_HEADER, *((q, d, grade) for (q, d), grade in qrels.items())]
+    csv.writer(file := io.StringIO(), delimiter="\t").writerows(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("beir", "tsv"), ("trec", "qrels"), ("mteb", "jsonl")])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(judgments)
+def test_ids_in_qrels_survive(tmp_path, form, suffix, qrels):
+    if form == "trec":
+        qrels = {tuple(re.sub(r"\s", "_", i, flags=re.ASCII) for i in pair): grade for pair, grade in qrels.items()}
+    (tmp_path / "qrels").mkdir(exist_ok=True)
+    (tmp_path / "qrels" / f"test.{suffix}").write_bytes(format_judgments(qrels, form).encode())
+    found = read_qrels(tmp_path, "test")
+    assert {(q, d): grade for q, grades in found.items() for d, grade in grades.items()} == qrels
+
+
+@pytest.mark.parametrize("suffix", QRELS_FORMS)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text('q1\t "\r\n\0\xa0\ufeff0').map(str.encode))
+def test_any_bytes_are_judgments_or_one_line(tmp_path, suffix, content):
+    (tmp_path / "qrels").mkdir(exist_ok=True)
+    path = tmp_path / "qrels" / f"test{suffix}"
+    path.write_bytes((b"query-id\tcorpus-id\tscore\n" if suffix == ".tsv" else b"") + content)
+    try:
+        qrels = read_qrels(tmp_path, "test")
+    except GradretError as error:
+        assert re.match(rf"{path}:\d+: [^\n]+$", str(error))
+    else:
+        assert sum(map(len, qrels.values())) <= len(content.split(b"\n"))
+        assert all(name.encode() in content for q, grades in qrels.items() for name in (q, *grades) if '"' not in name)
 
 
 def test_troves_qrels_serve_every_split(beir_directory):
