@@ -38,6 +38,7 @@ from gradret.options import (
 from gradret.settings import (
     DATA,
     DEFAULT_ENCODER,
+    DEFAULT_LLM,
     DEFAULT_LOSS,
     DEFAULT_MEASURES,
     ENCODER,
@@ -98,7 +99,7 @@ ENGINE_OPTIONS = options(
         "--model",
         group=ENGINE,
         metavar="FILE|HUB_REPO[:FILE]",
-        help="GGUF model; with --endpoint, the name it is served by.",
+        help="GGUF model; with --endpoint, the name it is served by. [default: Qwen2.5-1.5B-Instruct, 1.1 GB]",
     ),
     option(
         "--endpoint",
@@ -137,13 +138,11 @@ ENGINE_OPTIONS = options(
 )
 
 
-def check_engine_options(ctx: click.Context, model: str | None, endpoint: str | None) -> None:
+def check_engine_options(ctx: click.Context, endpoint: str | None) -> None:
     """Refuse options of the engine that is not used. Raises: click.UsageError."""
-    if not model and not endpoint:
-        raise click.UsageError("name a model: --model FILE.gguf, --model HUB_REPO or --endpoint URL")
     for name in MODEL_ONLY if endpoint else ENDPOINT_ONLY:
         if ctx.get_parameter_source(name).name == "COMMANDLINE":
-            flag, need = name.replace("_", "-"), "--model without --endpoint" if endpoint else "--endpoint"
+            flag, need = name.replace("_", "-"), "runs without --endpoint" if endpoint else "--endpoint"
             raise click.UsageError(f"--{flag} is for {need}")
 
 
@@ -296,6 +295,7 @@ def gen(
     OPENAI_API_KEY.
 
     \b
+    gradret gen queries.tsv
     gradret gen queries.tsv --model qwen2.5-7b-instruct-q4_k_m.gguf --out lists.jsonl
     gradret gen beir/scifact/train --endpoint http://localhost:8000/v1 --shard 1/4 --out lists-1.jsonl
     """
@@ -306,7 +306,8 @@ def gen(
     from gradret.generate.replies import Checks
     from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
 
-    check_engine_options(ctx, given["model"], given["endpoint"])
+    check_engine_options(ctx, given["endpoint"])
+    model = DEFAULT_LLM if given["model"] is None and not given["endpoint"] else given["model"]
     chosen = {name: value for name, value in collect_settings(given).items() if name in vars(GenSettings())}
     if length is not None:
         chosen["min_chars"], chosen["max_chars"] = length
@@ -331,7 +332,7 @@ def gen(
         journal = stack.enter_context(Journal(Path(out), rejects and Path(rejects)))
         of_engine = {name: given[name] for name in (ENDPOINT_ONLY if given["endpoint"] else MODEL_ONLY)}
         with StopRequest() as stop:
-            opened = open_engine(prompts.kinds(), settings, given["model"], given["endpoint"], **of_engine)
+            opened = open_engine(prompts.kinds(), settings, model, given["endpoint"], **of_engine)
             engine = stack.enter_context(closing(opened))
         if stop.signal is not None:
             raise Interrupted("stopped before anything was asked for")

@@ -10,6 +10,8 @@ from typing import Any, get_args
 
 SAMPLE = "sample"  # the bundled ranking lists
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+# Apache-2.0, 1.1 GB. Without a revision: lists record a digest of the model's content, and refuse another beside it.
+DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct-GGUF:qwen2.5-1.5b-instruct-q4_k_m.gguf"
 # What there is of losses: the name of each, and the settings it takes. gradret.loss.functions has NAME_loss of each.
 LOSSES: dict[str, tuple[str, ...]] = {
     "wasserstein": ("order", "temperature", "targets", "ground"),

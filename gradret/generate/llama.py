@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.console import GradretError, show_wait
+from gradret.console import GradretError, Interrupted, StopRequest, say, show_wait
 from gradret.encoder.hub import HUB_TIMEOUT_S, tell_reason
 from gradret.generate.engine import Reply, Request
 
@@ -29,10 +29,11 @@ except ModuleNotFoundError as error:
     if error.name not in ("llama_cpp", "jinja2"):
         raise
     raise GradretError(
-        "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]', or use --endpoint"
+        "gen without --endpoint needs the package llama-cpp-python: pip install 'gradret[gen]'"
     ) from None
 
 SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?=\.gguf$)")  # a model in several files
+OTHER_MODELS = "pass --model FILE.gguf, or --endpoint URL"
 SHOWN = 8  # files of a repository that a message names
 ERROR_LEVEL = 3  # of ggml's log
 # Templates that print the date would make a reply depend on the day: they get this one.
@@ -65,15 +66,15 @@ def locate_gguf(name: str) -> Path:
 
     Of a model split into several files the first is returned, and all are fetched.
 
-    Raises: GradretError when there is no such file, the repository has several models and none is named, or the hub
-        does not answer.
+    Raises: GradretError when there is no such file, the repository has several models and none is named, the hub does
+        not answer, or what is fetched does not arrive; Interrupted on SIGINT or SIGTERM in the meantime.
     """
     if Path(name).is_file():
         return Path(name)
     repository, _, file = name.partition(":")
     if Path(name).exists() or name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise GradretError(f"{name}: no such file; give a GGUF file, or a hub repository as OWNER/NAME[:FILE.gguf]")
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     with suppress(LocalEntryNotFoundError):
@@ -84,18 +85,41 @@ def locate_gguf(name: str) -> Path:
         if parts := choose_files([str(path.relative_to(cached)) for path in cached.rglob("*.gguf")], file):
             return cached / parts[0]
     try:
-        files = [f.rfilename for f in HfApi().model_info(repository, timeout=HUB_TIMEOUT_S).siblings]
-        fetched = [hf_hub_download(repository, part, etag_timeout=HUB_TIMEOUT_S) for part in choose_files(files, file)]
+        there = HfApi().model_info(repository, timeout=HUB_TIMEOUT_S, files_metadata=True).siblings
     except RepositoryNotFoundError:
         raise GradretError(f"{name}: no such file, and the hub has no such model") from None
     except Exception as error:  # the hub's client raises whatever its HTTP library does
         raise GradretError(
-            f"{name}: no such file, not in the local cache, and the hub cannot be reached ({tell_reason(error)})"
+            f"{name}: no such file, not in the local cache, and the hub cannot be reached ({tell_reason(error)}); "
+            f"{OTHER_MODELS}"
         ) from error
-    if not fetched:
-        there = [f for f in files if f.endswith(".gguf")]
-        shown = ", ".join(there[:SHOWN]) + (f" and {len(there) - SHOWN} more" if len(there) > SHOWN else "") or "none"
-        raise GradretError(f"{name}: name one of the repository's GGUF files as {repository}:FILE; there: {shown}")
+    sizes = {f.rfilename: f.size or 0 for f in there}
+    parts = choose_files(list(sizes), file)
+    if not parts:
+        models = [f for f in sizes if f.endswith(".gguf")]
+        shown = ", ".join(models[:SHOWN]) + (f" and {len(models) - SHOWN} more" if len(models) > SHOWN else "")
+        raise GradretError(
+            f"{name}: name one of the repository's GGUF files as {repository}:FILE; there: {shown or 'none'}"
+        )
+    return fetch_files(repository, {part: sizes[part] for part in parts})
+
+
+def fetch_files(repository: str, sizes: dict[str, int]) -> Path:
+    """Files of a hub repository, with the bytes of each, fetched into the local cache; the path of the first."""
+    from huggingface_hub import hf_hub_download
+
+    what = f"{repository}:{next(iter(sizes))}"
+    say(f"gen: fetching {what} ({sum(sizes.values()) / 1e9:.1f} GB) from the hub, once")
+    with StopRequest() as stop:
+        with stop.at_once():
+            try:
+                fetched = [hf_hub_download(repository, file, etag_timeout=HUB_TIMEOUT_S) for file in sizes]
+            except Exception as error:
+                raise GradretError(
+                    f"{what}: could not be fetched ({tell_reason(error)}); run the command again, or {OTHER_MODELS}"
+                ) from error
+        if stop.signal is not None:
+            raise Interrupted(f"stopped while {what} was fetched; run the same command again")
     return Path(fetched[0])
 
 

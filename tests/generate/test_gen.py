@@ -18,6 +18,7 @@ from faulty_server import Answer, FaultyServer
 from gradret.cli import main
 from gradret.console import count_of
 from gradret.data.lists import read_lists
+from gradret.settings import DEFAULT_LLM
 
 pytest.importorskip("llama_cpp")
 
@@ -242,6 +243,27 @@ def test_bad_input(queries, few, tiny_gguf, tmp_path):
     assert error(tmp_path / "none.jsonl", "--model", tiny_gguf) == f"{tmp_path / 'none.jsonl'}: no such file"
 
 
+def test_without_a_model_the_default_one_writes(few, tiny_gguf, tmp_path, monkeypatch):
+    """From the local cache if it is there; nowhere else is it here."""
+    import huggingface_hub
+
+    result = invoke("gen", few, "--out", tmp_path / "lists.jsonl")
+    assert result.exit_code == 1
+    repository, _, file = DEFAULT_LLM.partition(":")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(
+        f"Error: {DEFAULT_LLM}: no such file, not in the local cache, and the hub cannot be reached ("
+    )
+    assert line.endswith("); pass --model FILE.gguf, or --endpoint URL")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / file).symlink_to(tiny_gguf)
+    cache = {repository: str(tmp_path / "snapshot")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: cache[name])
+    result = invoke("gen", few, "--out", tmp_path / "lists.jsonl", *SHORT)
+    assert (result.exit_code, len(list(read_lists(tmp_path / "lists.jsonl")))) == (0, 3), result.output
+    assert invoke("gen", few, "--model", "", "--out", tmp_path / "other.jsonl").exit_code == 1
+
+
 def test_an_unwritable_directory(queries, tiny_gguf, tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir(mode=0o500)
     if os.geteuid() == 0:  # root may write anywhere: say what the system says to others
@@ -260,9 +282,8 @@ def test_an_unwritable_directory(queries, tiny_gguf, tmp_path, monkeypatch):
 
 def test_options_of_the_other_engine(queries, tiny_gguf):
     for arguments, complaint in (
-        (["--endpoint", "http://x/v1", "--sequences", "3"], "--sequences is for --model without --endpoint"),
+        (["--endpoint", "http://x/v1", "--sequences", "3"], "--sequences is for runs without --endpoint"),
         (["--model", tiny_gguf, "--concurrency", "3"], "--concurrency is for --endpoint"),
-        ([], "name a model: --model FILE.gguf"),
         (["--model", tiny_gguf, "--shard", "5/4"], "shard '5/4': expected I/N with 1 <= I <= N"),
         (["--model", tiny_gguf, "--length", "90"], "'90' is not two whole numbers joined by ':'"),
         (["--model", tiny_gguf, "--length", "90:30"], "length must be MIN:MAX with 1 <= MIN <= MAX, got 90:30"),
@@ -288,7 +309,7 @@ def test_shots_of_another_scale_need_examples(queries, tmp_path):
         (
             "llama_cpp",
             ["--model", "{gguf}"],
-            "gen --model needs the package llama-cpp-python: pip install 'gradret[gen]'",
+            "gen without --endpoint needs the package llama-cpp-python: pip install 'gradret[gen]'",
         ),
         (
             "openai",

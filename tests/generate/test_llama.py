@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import make_tiny_gguf
 
-from gradret.console import GradretError
+from gradret.console import GradretError, Interrupted
 from gradret.generate.engine import Form, Request
 
 llama_cpp = pytest.importorskip("llama_cpp")
@@ -390,21 +391,30 @@ def test_a_file_comes_first(tmp_path, monkeypatch):
 class Hub:
     """A hub's answers."""
 
-    def model_info(self, name, timeout):
-        class Info:
-            siblings = [type("File", (), {"rfilename": file}) for file in REPOSITORY_FILES]  # noqa: RUF012
+    def model_info(self, name, timeout, files_metadata):
+        assert files_metadata
+        files = [type("File", (), {"rfilename": file, "size": 400_000_000}) for file in REPOSITORY_FILES]
+        return type("Info", (), {"siblings": files})
 
-        return Info()
 
-
-def test_what_the_hub_has(hub_cache, monkeypatch):
-    fetched = []
+@pytest.fixture
+def fetch(hub_cache, monkeypatch):
+    """Sets what the hub's client does for a file of a repository that is not in the cache."""
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda _, file, etag_timeout: fetched.append(file) or f"/cache/{file}"
-    )
+
+    def set_fetch(function):
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda _, file, etag_timeout: function(file))
+
+    return set_fetch
+
+
+def test_what_the_hub_has(fetch, capsys):
+    fetched = []
+    fetch(lambda file: fetched.append((file, capsys.readouterr().err)) or f"/cache/{file}")
     assert str(locate_gguf(f"other/model:{SPLIT[0]}")) == f"/cache/{SPLIT[0]}"
-    assert fetched == SPLIT
+    files, said = zip(*fetched, strict=True)
+    assert files == tuple(SPLIT)
+    assert said == (f"gen: fetching other/model:{SPLIT[0]} (1.2 GB) from the hub, once\n", "", "")  # before the first
     with pytest.raises(GradretError) as error:
         locate_gguf("other/model")
     assert str(error.value) == (
@@ -413,9 +423,26 @@ def test_what_the_hub_has(hub_cache, monkeypatch):
     )
 
 
+def test_a_fetch_that_fails_or_is_stopped(fetch):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    fetch(fail)
+    with pytest.raises(GradretError) as error:
+        locate_gguf("other/model:model-q4.gguf")
+    assert str(error.value) == (
+        "other/model:model-q4.gguf: could not be fetched ([Errno 28] No space left on device); run the command again, "
+        "or pass --model FILE.gguf, or --endpoint URL"
+    )
+    fetch(lambda file: os.kill(os.getpid(), signal.SIGINT) or pytest.fail("the signal did not cut it short"))
+    with pytest.raises(Interrupted, match="^stopped while other/model:model-q4.gguf was fetched; run the same command"):
+        locate_gguf("other/model:model-q4.gguf")
+
+
 def test_messages(hub_cache, tmp_path):
     with pytest.raises(
-        GradretError, match=r"^other/model: no such file, not in the local cache, and the hub cannot be"
+        GradretError,
+        match=r"^other/model: no such file, not in the local cache, and the hub cannot .*\); pass --model FILE.gguf",
     ):
         locate_gguf("other/model")
     for name in ("model.gguf", str(tmp_path), "a/b/c"):
