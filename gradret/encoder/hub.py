@@ -6,6 +6,8 @@ from importlib import metadata
 from pathlib import Path
 
 from gradret.console import GradretError
+from gradret.encoder.directory import find_transformer
+from gradret.files import read_object
 from gradret.settings import DEFAULT_ENCODER
 
 # Encoders that a package holds a copy of, for use without the hub: the package, and the sha256 of its weights.
@@ -21,11 +23,11 @@ FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
 def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
     """The local directory that holds an encoder's files, fetched from the hub when nowhere nearer.
 
-    Raises: GradretError when the directory has no safetensors weights, or the hub has no such encoder or
-        does not answer.
+    Raises: GradretError when the directory has no safetensors weights, or an adapter's alone, or the hub has no such
+        encoder or does not answer.
     """
     if name and Path(name).is_dir():
-        if find_weights(Path(name)) is None:
+        if not has_weights(Path(name), name):
             raise GradretError(
                 f"{name}: no weights; expected model.safetensors beside config.json "
                 "(weights in other formats are not read: convert them with save_pretrained)"
@@ -36,14 +38,18 @@ def locate_encoder(name: str, *, trust_remote_code: bool = False) -> Path:
     return _find_in_cache(name) or _find_copy(name) or _fetch(name, FILES + ["*.py"] * trust_remote_code)
 
 
-def find_weights(directory: Path) -> Path | None:
-    """Where safetensors weights, whole or in shards, lie beside config.json: the directory, or 0_Transformer in it."""
-    for place in (directory, directory / "0_Transformer"):
-        if (place / "config.json").is_file() and any(
-            (place / f).is_file() for f in ("model.safetensors", "model.safetensors.index.json")
-        ):
-            return place
-    return None
+def has_weights(directory: Path, name: str) -> bool:
+    """Whether safetensors weights, whole or in shards, lie beside config.json. Raises: GradretError for an adapter."""
+    place = find_transformer(directory)
+    adapter = read_object(place / "adapter_config.json")
+    if adapter:
+        base = adapter.get("base_model_name_or_path") or "another model"
+        raise GradretError(
+            f"{name}: an adapter of {base}, not a whole encoder; merge the two (load them with peft, "
+            "merge_and_unload, save_pretrained) and name the merged encoder"
+        )
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return (place / "config.json").is_file() and any((place / file).is_file() for file in files)
 
 
 def _find_in_cache(name: str) -> Path | None:
@@ -59,7 +65,7 @@ def _find_in_cache(name: str) -> Path | None:
         raise GradretError(f"{name}: no such directory, and not a hub repository's name (OWNER/NAME)") from None
     except LocalEntryNotFoundError:
         return None
-    return directory if find_weights(directory) else None
+    return directory if has_weights(directory, name) else None
 
 
 def _find_copy(name: str) -> Path | None:
@@ -96,7 +102,7 @@ def _fetch(name: str, patterns: list[str]) -> Path:
             f"{name}: not whole in the local cache, and the hub cannot be reached ({tell_reason(error)}); "
             f"give a local directory{demo}"
         ) from error
-    if find_weights(directory) is None:
+    if not has_weights(directory, name):
         raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")
     return directory
 

@@ -1,6 +1,7 @@
 """Loading an encoder from a directory or the hub, whole and on a device."""
 
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gradret.console import GradretError, count_of, show_wait
-from gradret.encoder.hub import find_weights, locate_encoder
-from gradret.encoder.model import Encoder, read_config
+from gradret.console import GradretError, count_of, is_first_process, say, show_wait
+from gradret.encoder.directory import Description, EncoderConfig, find_transformer, read_description
+from gradret.encoder.hub import locate_encoder
+from gradret.encoder.model import Encoder
 from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 
-MAX_LENGTH_CAP = 8192  # where neither tokenizer nor model says how much it can read
+LONGEST = 8192  # tokens that are read where neither directory nor tokenizer nor model says how many
+POSITIONS = re.compile(r"(position\w*|wpe)$")  # the path of a table of positions in a model
+UNLIMITED = 10**9  # a tokenizer's maximum length from here on says that it has none
 
 
 def load_encoder(
-    name: str = DEFAULT_ENCODER,
+    name: str | Path = DEFAULT_ENCODER,
     *,
     device: str | torch.device | None = None,
     weights: str = "float32",
@@ -44,15 +48,22 @@ def load_encoder(
         trust_remote_code: run the repository's own model code.
         overrides: fields of EncoderConfig that replace what the directory says; None leaves it.
 
-    Raises: GradretError when there are no safetensors weights, a module is not supported or a value is wrong.
+    Raises: GradretError when there are no safetensors weights, something that the directory says is not supported or a
+        value is wrong; TypeError for a name or an override of another kind.
     """
+    if not isinstance(name, str | Path):
+        raise TypeError(f"name must be a directory or a hub repository's name, got {name!r:.100}")
+    if unknown := overrides.keys() - {field.name for field in fields(EncoderConfig)}:
+        raise TypeError(f"{min(unknown)} is no field of EncoderConfig")
+    name = str(name)
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
     device = choose_device(device)
-    place = find_weights(directory) or directory
+    description = read_description(directory)
     with show_wait(f"loading {name}"):
-        transformer, tokenizer = _load_parts(place, name, weights, layers, trust_remote_code)
-    readable = _count_positions(transformer)
-    config = read_config(directory, name, min(tokenizer.model_max_length, readable))
+        place = find_transformer(directory)
+        transformer, tokenizer = _load_parts(place, description, name, weights, layers, trust_remote_code)
+    query_length, document_length, most = _find_lengths(description, transformer, tokenizer)
+    config = replace(description.config, query_max_length=query_length, document_max_length=document_length)
     config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
     if config.pooling not in POOLINGS:
         raise GradretError(f"{name}: pooling '{config.pooling}' is not one of {', '.join(POOLINGS)}")
@@ -60,13 +71,13 @@ def load_encoder(
         raise GradretError(f"{name}: similarity '{config.similarity}' is not one of {', '.join(SIMILARITIES)}")
     shortest = tokenizer.num_special_tokens_to_add() + 1
     for length in (config.query_max_length, config.document_max_length):
-        if not shortest <= length <= readable:
-            raise GradretError(f"{name}: maximum length {length} is not between {shortest} and {readable} tokens")
+        if length not in range(shortest, most + 1):
+            raise GradretError(f"{name}: maximum length {length} is not between {shortest} and {most} tokens")
     return Encoder(transformer, tokenizer, config).to(device).eval()
 
 
 def _load_parts(
-    directory: Path, name: str, weights: str, layers: int | None, trust_remote_code: bool
+    place: Path, description: Description, name: str, weights: str, layers: int | None, trust_remote_code: bool
 ) -> tuple[Any, Any]:
     """The transformer, all of whose weights were found, and its tokenizer."""
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -75,21 +86,21 @@ def _load_parts(
     if layers is not None:  # it would list the weights of the others
         transformers_logging.set_verbosity_error()
     try:
-        model_config = AutoConfig.from_pretrained(directory, **options)
+        model_config = AutoConfig.from_pretrained(place, **{**description.model_options, **options})
         if layers is not None:
             _keep_layers(model_config, layers, name)
-        tokenizer = AutoTokenizer.from_pretrained(directory, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **{**description.tokenizer_options, **options})
         # Of an encoder-decoder such as T5 only the encoder is wanted.
         auto = AutoModelForTextEncoding if type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
         transformer, info = auto.from_pretrained(
-            directory,
+            place,
             config=model_config,
             use_safetensors=True,
             dtype=getattr(torch, weights),
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise GradretError(
                 f"{name}: needs model code of its own; read that code, then allow it with --trust-remote-code"
@@ -97,6 +108,9 @@ def _load_parts(
         raise GradretError(f"{name}: cannot be loaded as an encoder: {' '.join(str(error).split())[:300]}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if getattr(model_config, "auto_map", None) and not trust_remote_code and is_first_process():
+        kind = type(transformer).__name__
+        say(f"{name}: its own model code is not run, transformers' {kind} is; for the former, --trust-remote-code")
     # A pooler is no part of an embedding here; anything else that is missing would be random.
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
@@ -105,6 +119,8 @@ def _load_parts(
         raise GradretError(
             f"{name}: its tokenizer knows no words; expected tokenizer.json or a vocabulary beside the model"
         )
+    if description.config.lower_case and not tokenizer.is_fast:
+        raise GradretError(f"{name}: do_lower_case is not supported with a tokenizer that is written in Python")
     if any(tokenizer("a").get("token_type_ids", ())):
         raise GradretError(f"{name}: its tokenizer marks tokens by type, which is not supported here")
     return transformer, tokenizer
@@ -121,13 +137,27 @@ def _keep_layers(model_config: PretrainedConfig, layers: int, name: str) -> None
         model_config.layer_types = model_config.layer_types[:layers]
 
 
-def _count_positions(transformer: nn.Module) -> int:
-    """How many tokens the model can take; RoBERTa's first positions belong to padding."""
-    positions = getattr(transformer.config, "max_position_embeddings", None) or MAX_LENGTH_CAP
-    for path, module in transformer.named_modules():
-        if path.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = min(positions, module.num_embeddings - module.padding_idx - 1)
-    return min(positions, MAX_LENGTH_CAP)
+def _find_lengths(description: Description, transformer: nn.Module, tokenizer: Any) -> tuple[int, int, int]:
+    """How many tokens of a query and of a document are read, and how many the model can take."""
+    stated = getattr(transformer.config, "max_position_embeddings", None)
+    if stated == -1:  # XLNet has no limit
+        stated = None
+    usual = tokenizer.model_max_length
+    if stated is not None and "model_max_length" not in description.tokenizer_options:
+        usual = min(usual, stated)
+    if usual >= UNLIMITED:
+        usual = LONGEST
+    query, document = (usual if n is None else n for n in (description.query_length, description.document_length))
+    # Where there is no table, positions are computed, and a directory may name a greater length than the model does.
+    tables = [
+        module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)  # as RoBERTa counts
+        for path, module in transformer.named_modules()
+        if isinstance(module, nn.Embedding) and POSITIONS.search(path)
+    ]
+    if tables and stated is not None:
+        tables.append(stated)
+    most = min(tables) if tables else max(query, document, stated or 0)
+    return min(query, most), min(document, most), most
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:

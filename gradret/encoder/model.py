@@ -5,95 +5,17 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from tokenizers import normalizers
 from torch import Tensor, nn
 
-from gradret.console import GradretError
-from gradret.files import read_json, write_json
-
-FOREIGN_POOLINGS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}  # sentence-transformers' names and ours
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """How texts become vectors and vectors scores.
-
-    Attributes:
-        pooling: "mean", "cls" or "last", over the real tokens.
-        normalize: whether embeddings have length 1.
-        similarity: "cosine" or "dot".
-        query_prefix, document_prefix: put before every query or document.
-        query_max_length, document_max_length: tokens, special ones and prefix included; the rest is cut off.
-    """
-
-    pooling: str = "mean"
-    normalize: bool = True
-    similarity: str = "cosine"
-    query_prefix: str = ""
-    document_prefix: str = ""
-    query_max_length: int = 512
-    document_max_length: int = 512
-
-
-def read_config(directory: Path, name: str, longest: int) -> EncoderConfig:
-    """The configuration of a sentence-transformers directory, as sentence-transformers reads it.
-
-    A plain transformers directory has none: then mean pooling, normalised, cosine.
-
-    Args:
-        directory: the encoder's files.
-        name: how the user named it.
-        longest: tokens that tokenizer and model can take.
-    Raises: GradretError when a part is not supported.
-    """
-    if not (directory / "modules.json").is_file():
-        return EncoderConfig(query_max_length=longest, document_max_length=longest)
-    modules = read_json(directory / "modules.json")
-    kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
-    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
-    if unknown or kinds[:2] != ["Transformer", "Pooling"]:
-        raise GradretError(
-            f"{name}: sentence-transformers module '{(unknown or kinds or ['none'])[0]}' is not supported there; "
-            "expected Transformer, Pooling and Normalize"
-        )
-    files = sorted((directory / modules[0]["path"]).glob("sentence_*_config.json"))  # bert, or an older name
-    lengths = read_json(files[0]) if files else {}
-    longest = min(lengths.get("max_seq_length") or longest, longest)
-    whole = read_json(directory / "config_sentence_transformers.json")
-    if whole.get("truncate_dim"):
-        raise GradretError(f"{name}: truncate_dim {whole['truncate_dim']} is not supported; expected whole embeddings")
-    prompts = whole.get("prompts") or {}
-    return EncoderConfig(
-        _read_pooling(read_json(directory / modules[1]["path"] / "config.json"), name),
-        "Normalize" in kinds,
-        whole.get("similarity_fn_name") or "cosine",
-        prompts.get("query", ""),
-        prompts.get("document", ""),
-        min(lengths.get("query_length") or longest, longest),
-        min(lengths.get("document_length") or longest, longest),
-    )
-
-
-def _read_pooling(config: dict[str, Any], name: str) -> str:
-    modes = config.get("pooling_mode") or [
-        key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-        for key, on in config.items()
-        if key.startswith("pooling_mode_") and on
-    ]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    if len(modes) != 1 or modes[0] not in FOREIGN_POOLINGS or not config.get("include_prompt", True):
-        raise GradretError(
-            f"{name}: pooling {'+'.join(modes) or 'none'} is not supported; "
-            f"expected one of {', '.join(FOREIGN_POOLINGS)}, over the prompt too"
-        )
-    return FOREIGN_POOLINGS[modes[0]]
-
+from gradret.encoder.directory import EncoderConfig, write_description
 
 # Of a chunk's longest text. At 0.7 padding adds 17 % to passages of 12 to 200 words, and more chunks cost little.
 LIKE = 0.7
@@ -155,7 +77,9 @@ def pad_tokens(tokens: Sequence[np.ndarray], padding: int, most: int) -> tuple[T
 
 Kind = Literal["query", "document"]
 
-UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")  # not content
+# No part of what an embedding depends on.
+UNCOUNTED_SETTINGS = ("other_prompts", "default_prompt_name")
+UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 class Encoder(nn.Module):
@@ -173,6 +97,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.transformer: Any  # a module with more than nn.Module has
         self.transformer, self.tokenizer, self.config = transformer, tokenizer, config
+        if config.lower_case:
+            lose_capitals(tokenizer)
         if tokenizer.pad_token is None:  # padding is masked out: any token will do
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
         # Decoders keep keys and values for the next token, which never comes.
@@ -253,7 +179,8 @@ class Encoder(nn.Module):
         """Hex digest of all an embedding depends on: weights, tokenizer, settings (documents' alone if asked)."""
         digest = hashlib.blake2b(digest_size=16)
         model = {k: v for k, v in self.transformer.config.to_dict().items() if k not in UNCOUNTED_CONFIG}
-        ours = {k: v for k, v in asdict(self.config).items() if queries or not k.startswith("query_")}
+        counted = {k: v for k, v in asdict(self.config).items() if k not in UNCOUNTED_SETTINGS}
+        ours = {k: v for k, v in counted.items() if queries or not k.startswith("query_")}
         tokenizer = [self.tokenizer.padding_side, self.tokenizer.special_tokens_map, self.tokenizer.get_vocab()]
         if self.tokenizer.is_fast:
             rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -270,47 +197,22 @@ class Encoder(nn.Module):
         Query and document prefixes become its prompts `query` and `document`. Different maximum lengths need
         sentence-transformers 6.2 and its encode_query and encode_document.
         """
-        directory, config = Path(directory), self.config
+        directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        max_length = max(config.query_max_length, config.document_max_length)
-        self.tokenizer.model_max_length = max_length
+        self.tokenizer.model_max_length = max(self.config.query_max_length, self.config.document_max_length)
         self.transformer.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        modules = ["Transformer", "Pooling", *["Normalize"] * config.normalize]
-        paths = ["", *(f"{i}_{name}" for i, name in enumerate(modules) if i)]
-        for path in paths:
-            (directory / path).mkdir(exist_ok=True)
-        write_json(
-            directory / "modules.json",
-            [
-                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-                for i, (name, path) in enumerate(zip(modules, paths, strict=True))
-            ],
-        )
-        lengths = {"query_length": config.query_max_length, "document_length": config.document_max_length}
-        write_json(
-            directory / "sentence_bert_config.json",
-            {"max_seq_length": max_length, "do_lower_case": False}
-            | {key: length for key, length in lengths.items() if length != max_length},
-        )
-        write_json(
-            directory / "1_Pooling" / "config.json",
-            {"word_embedding_dimension": self.dimension}
-            | {
-                f"pooling_mode_{key}": config.pooling == name
-                for key, name in (("cls_token", "cls"), ("mean_tokens", "mean"), ("lasttoken", "last"))
-            }
-            | {"pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False},
-        )
-        write_json(
-            directory / "config_sentence_transformers.json",
-            {
-                "model_type": "SentenceTransformer",
-                "prompts": {"query": config.query_prefix, "document": config.document_prefix},
-                "default_prompt_name": None,
-                "similarity_fn_name": config.similarity,
-            },
-        )
+        write_description(directory, self.config, self.dimension)
+
+
+def lose_capitals(tokenizer: Any) -> None:
+    """Have a fast tokenizer write every text small first, whatever else it does to it."""
+    found = tokenizer.backend_tokenizer.normalizer
+    steps = [] if found is None else [found]
+    if isinstance(found, normalizers.Sequence):
+        steps = [found[place] for place in range(len(found))]
+    if not any(isinstance(step, normalizers.Lowercase) for step in steps):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *steps])
 
 
 def pool_tokens(hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:

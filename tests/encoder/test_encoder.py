@@ -131,23 +131,6 @@ def test_a_directory_without_weights(tiny_encoder, tmp_path):
     )
 
 
-def test_an_unknown_module_and_an_unknown_pooling(tiny_encoder, tmp_path):
-    load_encoder(str(tiny_encoder)).save(tmp_path)
-    modules = json.loads((tmp_path / "modules.json").read_text())
-    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
-    (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
-    with pytest.raises(
-        GradretError, match="module 'Dense' is not supported there; expected Transformer, Pooling and Normalize"
-    ):
-        load_encoder(str(tmp_path))
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "weightedmean"}))
-    with pytest.raises(
-        GradretError, match="pooling weightedmean is not supported; expected one of mean, cls, lasttoken"
-    ):
-        load_encoder(str(tmp_path))
-
-
 def test_remote_code_needs_the_flag(tiny_encoder, tmp_path):
     shutil.copytree(tiny_encoder, tmp_path / "remote")
     config = json.loads((tmp_path / "remote" / "config.json").read_text())
@@ -197,38 +180,6 @@ def test_a_t5_encoder_is_saved_and_loaded(tiny_encoder, tmp_path):
         SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS),
         atol=1e-5,
     )
-
-
-def test_prompts_lengths_and_layout_of_older_directories(tiny_encoder, tmp_path):
-    load_encoder(str(tiny_encoder)).save(tmp_path)
-    whole = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
-    whole |= {"prompts": {"query": "bread ", "passage": "tea "}, "default_prompt_name": "query"}
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole))
-    (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
-    (tmp_path / "sentence_roberta_config.json").write_text(json.dumps({"max_seq_length": 16, "do_lower_case": False}))
-    theirs = SentenceTransformer(str(tmp_path), device="cpu")
-    encoder = load_encoder(str(tmp_path))
-    np.testing.assert_allclose(encoder.encode(TEXTS, "query"), theirs.encode_query(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(encoder.encode(TEXTS), theirs.encode_document(TEXTS), atol=1e-5)
-    assert encoder.config.query_max_length == 16
-
-    (tmp_path / "0_Transformer").mkdir()
-    for file in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).rename(tmp_path / "0_Transformer" / file)
-    (tmp_path / "sentence_roberta_config.json").rename(tmp_path / "0_Transformer" / "sentence_bert_config.json")
-    modules = json.loads((tmp_path / "modules.json").read_text())
-    modules[0]["path"] = "0_Transformer"
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
-    np.testing.assert_allclose(
-        load_encoder(str(tmp_path)).encode(TEXTS, "query"), encoder.encode(TEXTS, "query"), atol=1e-6
-    )
-
-    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(whole | {"truncate_dim": 8}))
-    with pytest.raises(GradretError, match="truncate_dim 8 is not supported"):
-        load_encoder(str(tmp_path))
-    (tmp_path / "config_sentence_transformers.json").write_text("{")
-    with pytest.raises(GradretError, match=r"config_sentence_transformers\.json: not valid JSON"):
-        load_encoder(str(tmp_path))
 
 
 def test_weights_or_words_that_are_not_there(tiny_encoder, tmp_path):
