@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -293,12 +294,12 @@ def hash64(*parts: str) -> int:
 
 def query_key(query_id: str, query: str) -> int:
     """What makes two queries one: the same id and the same words. Ids of two collections may collide."""
-    return hash64(query_id, " ".join(query.split()))
+    return hash64(query_id, " ".join(unicodedata.normalize("NFC", query).split()))
 
 
-def query_words(query: str) -> str:
-    """A query as compared between training and evaluation: without case and runs of space."""
-    return " ".join(query.lower().split())
+def query_words(text: str) -> str:
+    """A query, or what else is looked for twice, without case, runs of space and Unicode's ways to write a letter."""
+    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
 
 
 class DocumentNames:

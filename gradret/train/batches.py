@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradret.data.lists import RankingList
+from gradret.data.lists import RankingList, query_words
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 
@@ -36,12 +37,12 @@ def _epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """B lists with their N distinct documents; each list has up to n of its own.
+    """B lists with their N distinct documents; up to n are graded for each list.
 
     Attributes:
         query_ids, queries: B strings.
         documents: N texts, every one once however many lists share it.
-        columns: (B, n) int64, a list's own documents as positions in `documents`.
+        columns: (B, n) int64, the documents graded for a list as positions in `documents`.
         grades: (B, n) float32.
         mask: (B, n) bool, True where the list has a document.
     """
@@ -67,15 +68,33 @@ class Batch:
         return grades
 
 
-def collate(lists: Sequence[RankingList]) -> Batch:
-    """A Batch of ranking lists. A document that stands twice in one list keeps its first grade."""
+def collate(lists: Sequence[RankingList], *, in_batch: bool = True) -> Batch:
+    """A Batch of ranking lists. A document that stands twice in one list keeps its first grade.
+
+    Documents are one where their words are, see query_words.
+
+    Args:
+        in_batch: whether lists are scored against each other's documents. Those whose queries are the same words then
+            grade each other's documents as these are graded there: what answers one query answers the other.
+    """
     position: dict[str, int] = {}
-    rows = []
+    documents: list[str] = []
+    rows: list[dict[int, float]] = []
+    rows_of: dict[str, list[dict[int, float]]] = {}  # by the words of the query
     for ranking_list in lists:
         own: dict[int, float] = {}
         for passage in ranking_list.passages:
-            own.setdefault(position.setdefault(passage.content, len(position)), passage.grade)
+            column = position.setdefault(query_words(passage.content), len(documents))
+            if column == len(documents):
+                documents.append(passage.content)
+            own.setdefault(column, passage.grade)
         rows.append(own)
+        rows_of.setdefault(query_words(ranking_list.query), []).append(own)
+    for alike in rows_of.values() if in_batch else ():
+        graded = [list(own.items()) for own in alike]
+        for own in alike if len(alike) > 1 else ():
+            for column, grade in chain.from_iterable(graded):
+                own.setdefault(column, grade)
     shape = len(rows), max(len(own) for own in rows)
     columns, grades = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     mask = torch.zeros(shape, dtype=torch.bool)
@@ -83,7 +102,7 @@ def collate(lists: Sequence[RankingList]) -> Batch:
         columns[row, : len(own)] = torch.tensor(list(own))
         grades[row, : len(own)] = torch.tensor(list(own.values()), dtype=torch.float32)
         mask[row, : len(own)] = True
-    return Batch([r.query_id for r in lists], [r.query for r in lists], list(position), columns, grades, mask)
+    return Batch([r.query_id for r in lists], [r.query for r in lists], documents, columns, grades, mask)
 
 
 def draw_batches(
@@ -94,14 +113,16 @@ def draw_batches(
     batch_lists: int,
     accumulate: int,
     seed: int,
+    in_batch: bool,
 ) -> Iterator[Batch]:
-    """The step's micro-batches of `batch_lists` lists each, read as they are asked for.
+    """The step's micro-batches of `batch_lists` lists each, read as they are asked for; see draw_lists and collate.
 
     Each of several processes reads all of them: that costs less than to tell the others what was read.
     """
     positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
     for start in range(0, len(positions), batch_lists):
-        yield collate([lists[int(kept[position])] for position in positions[start : start + batch_lists]])
+        drawn = [lists[int(kept[position])] for position in positions[start : start + batch_lists]]
+        yield collate(drawn, in_batch=in_batch)
 
 
 def tokenize_batch(batch: Batch, encoder: Encoder, processes: Processes = ALONE) -> list[np.ndarray]:

@@ -417,6 +417,7 @@ class Trainer:
                 batch_lists=inputs.batch_lists,
                 accumulate=s.accumulate,
                 seed=s.seed,
+                in_batch=s.in_batch,
             )
             for number, batch in enumerate(batches):
                 # Dropout depends on seed and step alone, so a resumed run repeats it without saved generator states.

@@ -17,6 +17,7 @@ from gradret.data.lists import (
     number_lines,
     parse_list,
     query_key,
+    query_words,
     read_lines,
     read_lists,
     write_lists,
@@ -161,6 +162,8 @@ def test_one_query_is_the_same_id_and_the_same_words():
     assert query_key("1", "a\n b") == query_key("1", "a b")
     assert query_key("1", "a b") != query_key("1", "a c")
     assert query_key("1", "a b") != query_key("2", "a b")
+    assert query_key("1", "caf\u00e9") == query_key("1", "cafe\u0301")  # NFC and NFD
+    assert query_words("CAF\u00c9 \u00c5") == query_words("cafe\u0301  a\u030a")
 
 
 def test_a_byte_order_mark_is_no_part_of_a_file(write_jsonl, tmp_path):

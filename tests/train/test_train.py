@@ -49,6 +49,21 @@ def test_a_batch_holds_every_document_once():
     assert [part.tolist() for part in batch.list_pairs(slice(1, 2))] == [[0, 0], [2, 0], [2, 1]]
 
 
+def test_lists_of_one_query_grade_each_others_documents():
+    """What answers a query is no irrelevant passage for its double; nor is the same text, however it is written."""
+    records = [list_record("a", (3, 0)), list_record("b", (2,)), list_record("c", (1, 0))]
+    for record, query in zip(records, ("caf\u00e9 tides", "other", "Cafe\u0301  tides"), strict=True):
+        record["query"] = query
+    records[1]["passages"][0]["text"] = "Passage 0  about a"
+    records[2]["passages"][1]["text"] = "passage 1 about a"
+    lists = [parse_list(record, "") for record in records]
+    batch = collate(lists)
+    assert batch.documents == ["passage 0 about a", "passage 1 about a", "passage 0 about c"]
+    assert batch.spread_grades(-1).tolist() == [[3, 0, 1], [2, -1, -1], [3, 0, 1]]
+    alone = collate(lists, in_batch=False)
+    assert alone.spread_grades(-1).tolist() == [[3, 0, -1], [2, -1, -1], [-1, 0, 1]]
+
+
 def test_lists_of_other_lengths_are_padded_and_masked():
     batch = collate([parse_list(list_record("a", (3, 2, 1)), ""), parse_list(list_record("b", (1,)), "")])
     assert batch.mask.tolist() == [[True] * 3, [True, False, False]]
@@ -86,7 +101,7 @@ def test_accumulation_is_the_mean_over_micro_batches(tiny_encoder, tmp_path):
     encoder = load_encoder(str(make_tiny_encoder(tmp_path, dropout=0.0)))
     lists = list(read_lists(SAMPLE_FILE))[:8]
     kept = torch.arange(8).numpy()
-    batches = list(draw_batches(lists, kept, 0, batch_lists=4, accumulate=2, seed=0))
+    batches = list(draw_batches(lists, kept, 0, batch_lists=4, accumulate=2, seed=0, in_batch=True))
     assert [len(b.queries) for b in batches] == [4, 4]
     assert [len(b.documents) for b in batches] == [16, 16]
     plain = {"order": 1, "temperature": 1.0, "targets": "gain", "ground": "grade"}
