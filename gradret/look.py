@@ -179,7 +179,9 @@ def format_page(document: dict[str, Any]) -> str:
     for header, rows in _make_tables(document):
         parts.append(f"<table>{_tag_row(header, 'th')}{''.join(_tag_row(row, 'td') for row in rows)}</table>")
     first, *repeats = _tell_repeats(document).splitlines()
-    parts.append(f"<p>{_escape(first)}</p><ul>{''.join(f'<li>{_escape(line)}' for line in repeats)}</ul>")
+    parts.append(f"<p>{_escape(first)}</p>")
+    if repeats:
+        parts.append(f"<ul>{''.join(f'<li>{_escape(line)}</li>' for line in repeats)}</ul>")
     for drawn in document["drawn"]:
         parts.append(f'<h2 dir="auto">{_escape(drawn["query"])}</h2>\n<p class="note">{_escape(drawn["query_id"])}</p>')
         for passage in drawn["passages"]:

@@ -76,6 +76,7 @@ def test_what_is_not_there_is_not_shown():
     assert document["order"] == {"encoder": None, "judge": None} and document["warning"] == ""
     text = format_lists(document)
     assert "pairs" not in text and "judged" not in text
+    assert "<ul>" not in format_page(describe(alone))
     assert text.endswith("2 passages repeat one of another list:\n  q (grade 1), r (grade 1): 100%")
 
 
