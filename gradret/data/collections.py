@@ -210,6 +210,17 @@ TROVE_FORM = (
 QRELS_FORMS = {".tsv": BEIR_FORM, ".txt": TREC_FORM, ".qrels": TREC_FORM, ".trec": TREC_FORM, ".jsonl": MTEB_FORM}
 
 
+def tell_absent(name: str, judged: Set[str], absent: Set[str], what: str) -> None:
+    """Tell how many of the judged documents or queries of a collection are absent. Raises: GradretError if all are."""
+    if not absent:
+        return
+    told = f"{name}: {len(absent)} of {len(judged)} judged {what} are missing from it, such as '{min(absent)}'"
+    if len(absent) == len(judged):
+        raise GradretError(f"{told}; check that its {what} and qrels belong together")
+    if is_first_process():
+        say(told)
+
+
 @dataclass(slots=True)
 class Document:
     """A document of a collection; `content` is what an encoder reads."""
@@ -247,23 +258,14 @@ class Collection(ABC):
         if not self.documents_checked:
             self.documents_checked = True
             judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
-            self._tell_absent(judged, judged.difference(doc_ids), "documents")
+            tell_absent(self.name, judged, judged.difference(doc_ids), "documents")
 
     def _keep_judged_queries(self, queries: dict[str, str]) -> None:
         judged = {query_id for query_id, grades in self.qrels.items() if grades}
         self.queries = {query_id: text for query_id, text in queries.items() if query_id in judged}
-        self._tell_absent(judged, judged.difference(queries), "queries")
+        tell_absent(self.name, judged, judged.difference(queries), "queries")
         if not self.queries:
             raise GradretError(f"{self.name}: no query has a judgment; check that queries and qrels belong together")
-
-    def _tell_absent(self, judged: Set[str], absent: Set[str], what: str) -> None:
-        if not absent:
-            return
-        told = f"{self.name}: {len(absent)} of {len(judged)} judged {what} are missing from it, such as '{min(absent)}'"
-        if len(absent) == len(judged):
-            raise GradretError(f"{told}; check that its {what} and qrels belong together")
-        if is_first_process():
-            say(told)
 
 
 class BeirCollection(Collection):

@@ -157,7 +157,7 @@ def find_path(name: str) -> Path | None:
         return directory
     if os.path.exists(name):
         return Path(name)
-    if name.endswith((".jsonl", ".json", ".tsv")) or name.startswith((".", "/", "~")):
+    if name.endswith((".jsonl", ".json", ".tsv", ".csv", ".txt")) or name.startswith((".", "/", "~")):
         raise GradretError(f"{name}: no such file")
     return None
 

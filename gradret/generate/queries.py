@@ -1,18 +1,24 @@
 """Queries to write passages for: from files, standard input, BEIR directories and ir_datasets."""
 
+import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from gradret.console import GradretError
-from gradret.data.collections import load_dataset, read_qrels, reading, unpacking
-from gradret.data.lists import Line, decode_json, number_lines, query_key, read_lines
-from gradret.data.sources import find_path, parse_source, query_selector
+from gradret.data.collections import load_dataset, read_qrels, reading, tell_absent, unpacking
+from gradret.data.lists import Line, decode_json, number_lines, parse_id, query_key, read_lines
+from gradret.data.sources import Source, find_path, parse_source, query_selector
 
 STANDARD_INPUT = "-"
-FORMS = {".jsonl": "json", ".json": "json", ".tsv": "tsv", ".txt": "plain"}
+FORMS = {".jsonl": "json", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "plain"}
+# What the columns of a table are called where its first row says it.
+ID_NAMES = ("query_id", "query-id", "queryid", "qid", "id", "_id")
+TEXT_NAMES = ("text", "query", "question")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +39,15 @@ def read_queries(name: str) -> list[Query]:
 
     Args:
         name: an ir_datasets id; a file of JSON lines (.jsonl: BEIR's _id and text, or query_id and query as in
-            ranking lists), of ID<TAB>TEXT (.tsv) or of queries alone (.txt: the id is the line's number); `sample`;
-            a BEIR directory, DIR for all its queries or DIR:SPLIT for those judged there; `-` for standard input.
-            Without such a suffix the first line decides. `?queries=even|odd|FILE` after it selects some.
+            ranking lists), of ID<TAB>TEXT (.tsv) or a spreadsheet's (.csv), where the first row may name the columns,
+            or of queries alone (.txt: the id is the line's number); `sample`; a BEIR directory, DIR for all its queries
+            or DIR:SPLIT for those judged there; `-` for standard input. Without such a suffix the first line decides.
+            `?queries=even|odd|FILE` after it selects some.
 
     Raises: GradretError with FILE:LINE when a line has another form or an id is used twice; when there are no queries.
     """
     source = parse_source(name)
-    if (source.grades, source.sample, source.drop_self, source.labels) != (None, None, None, "intended"):
+    if source != Source(source.name, queries=source.queries):
         raise GradretError(f"{name}: queries take no option but queries=even|odd|FILE; leave the others out")
     place, numbered = _open(source.name)
     queries, lines = [], {}
@@ -72,45 +79,107 @@ def _open(name: str) -> tuple[str, Iterator[tuple[int, Query]]]:
     if path.is_dir():
         numbered = _read_file(path / "queries.jsonl")
         if path != Path(name):
-            judged = read_qrels(path, name.rpartition(":")[2])
-            numbered = ((number, query) for number, query in numbered if query.query_id in judged)
+            judged, found = read_qrels(path, name.rpartition(":")[2]).keys(), list(numbered)
+            tell_absent(name, judged, judged - {query.query_id for _, query in found}, "queries")
+            numbered = iter([(number, query) for number, query in found if query.query_id in judged])
         return str(path / "queries.jsonl"), numbered
     return str(path), _read_file(path)
 
 
 def _read_file(path: Path) -> Iterator[tuple[int, Query]]:
-    return _parse_lines(read_lines(path), FORMS.get(path.suffix))
+    return _parse_lines(read_lines(path), FORMS.get(path.suffix.lower()))
 
 
 def _parse_lines(lines: Iterable[Line], form: str | None) -> Iterator[tuple[int, Query]]:
-    for line in lines:
-        form = form or ("json" if line.text.lstrip().startswith("{") else "tsv" if "\t" in line.text else "plain")
-        if form == "json":
-            yield line.number, _parse_record(decode_json(line.text, line.where), line.where)
-        elif form == "tsv":
-            yield line.number, _parse_columns(line.text, line.where)
-        else:
-            yield line.number, Query(str(line.number), line.text.strip())
+    lines = iter(lines)
+    first = next(lines, None)
+    if first is None:
+        return
+    lines = chain([first], lines)
+    form = form or ("json" if first.text.lstrip().startswith("{") else "tsv" if "\t" in first.text else "plain")
+    if form == "json":
+        yield from ((line.number, _parse_record(decode_json(line.text, line.where), line.where)) for line in lines)
+    elif form == "plain":
+        yield from ((line.number, Query(str(line.number), line.text.strip())) for line in lines)
+    else:
+        yield from _parse_table(_split_tabs(lines) if form == "tsv" else _split_csv(first, lines))
 
 
 def _parse_record(record: object, where: str) -> Query:
     keys = ("_id", "text") if isinstance(record, dict) and "_id" in record else ("query_id", "query")
     query_id, text = (record.get(key) for key in keys) if isinstance(record, dict) else (None, None)
-    if isinstance(query_id, int) and not isinstance(query_id, bool):
-        query_id = str(query_id)
-    if not isinstance(query_id, str) or not query_id or not isinstance(text, str):
+    if query_id is None or not isinstance(text, str):
         raise GradretError(
             f"{where}: expected a JSON object with the strings _id and text, or query_id and query, "
             f"got {json.dumps(record, ensure_ascii=False)[:60]}"
         )
-    return Query(query_id, text)
+    return Query(parse_id(query_id, f"{where}: {keys[0]}"), text)
 
 
-def _parse_columns(line: str, where: str) -> Query:
-    columns = line.split("\t")
-    if len(columns) != 2 or not columns[0].strip():
-        raise GradretError(f"{where}: expected ID<TAB>TEXT, got {len(columns)} columns: '{line[:60]}'")
-    return Query(columns[0].strip(), columns[1].strip())
+Row = tuple[Line, list[str]]  # of a table, with the line it begins in
+
+
+def _split_tabs(lines: Iterable[Line]) -> Iterator[Row]:
+    """Rows of tab-separated fields, in quotation marks where csv.writer or a spreadsheet has put them.
+
+    Files without quoting have them, too: where a line is not quoted in csv's way throughout, they belong to the text.
+    """
+    for line in lines:
+        try:
+            fields = next(csv.reader([line.text], delimiter="\t", strict=True))
+        except csv.Error:
+            fields = line.text.split("\t")
+        yield line, fields
+
+
+def _split_csv(first: Line, lines: Iterable[Line]) -> Iterator[Row]:
+    """Rows of fields, which may hold line breaks in quotation marks, separated as the first line shows: , or ; or tab.
+
+    Raises: GradretError for quotation marks out of place.
+    """
+    separator = re.search("[,;\t]", re.sub('"[^"]*"', "", first.text))
+    begun: list[Line] = []  # lines of the row that is being read
+
+    def feed() -> Iterator[str]:
+        for line in lines:
+            begun.append(line)
+            yield line.text + "\n"
+
+    rows = csv.reader(feed(), delimiter=separator.group() if separator else ",", strict=True)
+    try:
+        for fields in rows:
+            if any(map(str.strip, fields)):  # spreadsheets write rows of nothing but separators
+                yield begun[0], fields
+            begun.clear()
+    except csv.Error as error:
+        raise GradretError(f"{begun[0].where}: not readable as CSV ({error}); mend its quotation marks") from None
+
+
+def _parse_table(rows: Iterator[Row]) -> Iterator[tuple[int, Query]]:
+    """A query for each row of an id and a text, or of the columns that a first row of names calls so."""
+    first = next(rows, None)
+    if first is None:
+        return
+    header = _read_header(*first)
+    id_column, text_column, width = header or (0, 1, 2)
+    for line, fields in rows if header else chain([first], rows):
+        if len(fields) != width or not fields[id_column].strip():
+            expected = f"an id and {width} columns, as in the header" if header else "ID<TAB>TEXT or, in CSV, ID,TEXT"
+            raise GradretError(f"{line.where}: expected {expected}, got {len(fields)} columns: '{line.text[:60]}'")
+        yield line.number, Query(fields[id_column], fields[text_column].strip())
+
+
+def _read_header(line: Line, fields: Sequence[str]) -> tuple[int, int, int] | None:
+    """The columns of ids and texts and the number of columns, where a table's first row names them."""
+    names = [field.strip().lower() for field in fields]
+    ids, texts = ([i for i, name in enumerate(names) if name in known] for known in (ID_NAMES, TEXT_NAMES))
+    if not ids and not texts:
+        return None
+    if len(ids) != 1 or len(texts) != 1:
+        raise GradretError(
+            f"{line.where}: '{line.text[:60]}' looks like a header; name one column query_id and one text"
+        )
+    return ids[0], texts[0], len(names)
 
 
 def _read_ir_datasets(dataset_id: str) -> Iterator[tuple[int, Query]]:

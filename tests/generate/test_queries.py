@@ -1,23 +1,34 @@
+import csv
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
 from conftest import list_record
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gradret.console import GradretError
 from gradret.data.lists import query_key
-from gradret.generate.queries import Query, parse_shard, read_queries, take_shard
+from gradret.generate.queries import FORMS, ID_NAMES, Query, parse_shard, read_queries, take_shard
 
 TWO = [Query("1", "why tides"), Query("2", "größe & ünïcode")]
 BEIR_LINES = '{"_id": "1", "text": "why tides"}\n\n{"_id": "2", "text": "größe & ünïcode", "metadata": {}}\n'
 LIST_LINES = '{"query_id": 1, "query": "why tides", "passages": []}\n{"query_id": "2", "query": "größe & ünïcode"}'
 TSV_LINES = "1\twhy tides\r\n2\tgröße & ünïcode\r\n"
 PLAIN_LINES = " why tides\ngröße & ünïcode \n"
+HEADED_LINES = "\tText\tQuery_ID\r\n0\twhy tides\t1\r\n1\tgröße & ünïcode\t2\r\n"  # pandas numbers rows
 
 
 @pytest.mark.parametrize(
     ("suffix", "lines"),
-    [(".jsonl", BEIR_LINES), (".jsonl", LIST_LINES), (".tsv", TSV_LINES), (".txt", PLAIN_LINES)],
+    [
+        (".jsonl", BEIR_LINES),
+        (".jsonl", LIST_LINES),
+        (".tsv", TSV_LINES),
+        (".tsv", HEADED_LINES),
+        (".txt", PLAIN_LINES),
+    ],
 )
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_line_formats(tmp_path, monkeypatch, suffix, lines, mark):
@@ -27,6 +38,70 @@ def test_line_formats(tmp_path, monkeypatch, suffix, lines, mark):
         assert read_queries(str(tmp_path / name)) == TWO
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
     assert read_queries("-") == TWO
+
+
+def test_quoted_fields_are_read_as_csv_means_them(tmp_path):
+    (tmp_path / "q.tsv").write_text(
+        '1\t"what does ""affect"" mean"\n2\twhat is "ebb"\n3\t"affect" or "effect"\n4\t"open\n'
+    )
+    assert [q.text for q in read_queries(str(tmp_path / "q.tsv"))] == [
+        'what does "affect" mean',
+        'what is "ebb"',
+        '"affect" or "effect"',
+        '"open',
+    ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_spreadsheets_export(tmp_path, separator):
+    texts = ["why, oh why; tides", 'the "ebb"', "two\nlines", "größe"]
+    with open(tmp_path / "q.CSV", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file, delimiter=separator).writerows([("ID", "Question"), *enumerate(texts, 1)])
+    assert read_queries(str(tmp_path / "q.CSV")) == [Query(str(n), text) for n, text in enumerate(texts, 1)]
+    with open(tmp_path / "q.CSV", "a") as file:
+        file.write(f"{separator}\n5{separator}x{separator}\n")
+    with pytest.raises(GradretError, match=r"q\.CSV:8: expected an id and 2 columns, as in the header, got 3 columns:"):
+        read_queries(str(tmp_path / "q.CSV"))
+
+
+table_ids = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\ufeff"), min_size=1)
+tables = st.dictionaries(
+    table_ids.filter(lambda i: i.strip() and i.strip().lower() not in ID_NAMES),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0\r")).map(str.strip),
+    min_size=1,
+)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tables, st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]), st.sampled_from(["\n", "\r\n"]))
+def test_ids_in_tables_survive(tmp_path, table, form, end):
+    (suffix, separator), path = form, tmp_path / f"q{form[0]}"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        rows = [("query_id", "text"), *table.items()]
+        csv.writer(file, delimiter=separator, lineterminator=end).writerows(rows)
+    try:
+        found = {query.query_id: " ".join(query.text.split()) for query in read_queries(str(path))}
+    except GradretError as error:
+        assert suffix == ".tsv" and "\n" in "".join(table.values())  # a tab-separated file has a line per row
+        assert re.match(rf"{path}:\d+: ", str(error))
+    else:
+        assert found == {query_id: " ".join(text.split()) for query_id, text in table.items()}
+
+
+@pytest.mark.parametrize("suffix", ["", *FORMS])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text('1a\t,;"{}:\r\n \ufeff').map(str.encode))
+def test_any_bytes_are_queries_or_one_line(tmp_path, suffix, content):
+    path = tmp_path / f"q{suffix}"
+    path.write_bytes(content)
+    try:
+        queries = read_queries(str(path))
+    except GradretError as error:
+        assert re.match(rf"{path}(:\d+: [^\n]+|: no queries; expected one per line)$", str(error))
+    else:
+        texts = content.decode("utf-8-sig")
+        assert all('"' in texts or query.query_id in texts or suffix in ("", ".txt") for query in queries)
+        assert len({query.query_id for query in queries}) == len(queries) <= len(texts.split("\n"))
 
 
 def test_plain_queries_may_look_like_another_format_in_a_txt_file(tmp_path):
@@ -52,8 +127,9 @@ def test_sample_beir_directory_and_selection(beir_directory):
     assert read_queries(f"{beir_directory}:train") == [Query("q2", "bread")]
     with pytest.raises(GradretError, match=r"qrels/dev\.tsv: no such file; splits with qrels here: test, train$"):
         read_queries(f"{beir_directory}:dev")
-    with pytest.raises(GradretError, match="queries take no option but queries=even|odd|FILE"):
-        read_queries("sample?grades=3")
+    for option in ("grades=3", "query_file=x", "shuffle=.5"):
+        with pytest.raises(GradretError, match="queries take no option but queries=even|odd|FILE"):
+            read_queries(f"sample?{option}")
     (beir_directory / "none").write_text("zzz\n")
     with pytest.raises(GradretError, match=r"queries=.*none selects none of its queries$"):
         read_queries(f"sample?queries={beir_directory / 'none'}")
@@ -70,11 +146,16 @@ BAD = [
         b'{"_id": "a"}\n',
         "1: expected a JSON object with the strings _id and text, or query_id and query, got",
     ),
-    ("q.jsonl", b'{"query_id": "", "query": "x"}\n', "1: expected a JSON object with the strings _id and text"),
+    ("q.jsonl", b'{"query_id": "", "query": "x"}\n', "1: query_id '' is not a non-empty string"),
     ("q.jsonl", b'["a", "x"]\n', '1: expected a JSON object .* got \\["a", "x"\\]$'),
     ("q.jsonl", b'\n{"_id": \n', "2: not valid JSON"),
-    ("q.tsv", b"1\tx\n2 x\n", "2: expected ID<TAB>TEXT, got 1 columns: '2 x'$"),
-    ("q.tsv", b"1\tx\ty\n", "1: expected ID<TAB>TEXT, got 3 columns: '1\tx\ty'$"),
+    ("q.tsv", b"1\tx\n2 x\n", "2: expected ID<TAB>TEXT or, in CSV, ID,TEXT, got 1 columns: '2 x'$"),
+    ("q.tsv", b"1\tx\ty\n", "1: expected ID<TAB>TEXT or, in CSV, ID,TEXT, got 3 columns: '1\tx\ty'$"),
+    ("q.tsv", b"id\twhat\n1\tx\n", "1: 'id\twhat' looks like a header; name one column query_id and one text$"),
+    ("q.tsv", b"qid\tquery\ttext\n1\tx\ty\n", "1: '.*' looks like a header; name one column query_id and one text$"),
+    ("q.csv", b'1,x\n\n2,"x" y\n', "3: not readable as CSV"),
+    ("q.csv", b'1,"x\ny\n', "1: not readable as CSV"),
+    ("q.jsonl", b'{"_id": "a\\u0000", "text": "x"}\n', "1: _id .* holds a NUL character; rename it"),
     ("q.txt", b"fine\n\xe9t\xe9\n", "2: not UTF-8 text"),
 ]
 
@@ -96,6 +177,25 @@ def test_no_queries_and_no_file(tmp_path):
         read_queries("nope/unknown")
     with pytest.raises(GradretError, match="^beir: this ir_datasets id has no queries; name one that has$"):
         read_queries("beir")
+
+
+def test_the_judged_queries_of_a_directory(beir_directory, capsys):
+    """With every form of qrels; those without a text are told."""
+    folder = beir_directory / "qrels"
+    for name, content in (
+        ("dev.txt", "q1 0 d1 1\nq9 0 d1 1\n"),
+        ("dev.jsonl", '{"query-id": "q1", "corpus-id": "d1", "score": 1}\n'),
+    ):
+        (folder / name).write_text(content)
+        assert read_queries(f"{beir_directory}:dev") == [Query("q1", "why tides")]
+        (folder / name).unlink()
+    (beir_directory / "qrels.jsonl").write_text('{"qid": "q3", "docid": ["d1"], "score": [1]}\n')
+    assert read_queries(f"{beir_directory}:dev") == [Query("q3", "unjudged")]
+    told = f"{beir_directory}:dev: 1 of 2 judged queries are missing from it, such as 'q9'"
+    assert capsys.readouterr().err.splitlines() == [told]
+    (folder / "dev.txt").write_text("q9 0 d1 1\n")
+    with pytest.raises(GradretError, match=r"1 of 1 judged queries are missing .*; check that its queries and qrels"):
+        read_queries(f"{beir_directory}:dev")
 
 
 def test_queries_of_ir_datasets(shared_home):
