@@ -64,6 +64,34 @@ def open_store(dataset: Any) -> Any:
     return store
 
 
+# What is joined where a class of records has no default_text(): of BRIGHT, clinicaltrials, codesearchnet and argsme.
+TEXT_FIELDS = (
+    *("title", "text", "condition", "summary", "detailed_description", "eligibility"),
+    *("code", "conclusion", "premises_texts"),
+)
+
+
+def read_text(dataset: Any, record: Any) -> str:
+    """What a query or document of ir_datasets says: its default_text(), or of a class without one its TEXT_FIELDS.
+
+    Raises: GradretError when there is no text.
+    """
+    with reading(dataset):
+        if hasattr(record, "default_text"):
+            text = record.default_text()
+        else:
+            fields = [getattr(record, name) for name in TEXT_FIELDS if hasattr(record, name)]
+            text = " ".join(filter(None, fields)) if fields else None
+    kind = type(record).__name__
+    if not isinstance(text, str):
+        raise GradretError(f"{dataset.dataset_id()}: a {kind} of ir_datasets has no text; choose another collection")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise GradretError(f"{dataset.dataset_id()}: a {kind} holds half of a surrogate pair: {text!a:.60}") from None
+    return text
+
+
 @contextmanager
 def reading(dataset: Any) -> Iterator[None]:
     """Turns what ir_datasets raises in here into one line.
@@ -349,11 +377,11 @@ class IrDatasetsCollection(Collection):
         self.qrels = {}
         for qrel in qrels:
             self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
-        self._keep_judged_queries({q.query_id: q.default_text() for q in queries})
+        self._keep_judged_queries({q.query_id: read_text(self._dataset, q) for q in queries})
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         for document in islice(iterate_documents(self._dataset), start, None):
-            yield Document(document.doc_id, document.default_text())
+            yield Document(document.doc_id, read_text(self._dataset, document))
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         """The named documents as passages of grade 0; those the collection lacks are left out."""
@@ -361,7 +389,7 @@ class IrDatasetsCollection(Collection):
             self._store = open_store(self._dataset)
         with reading(self._dataset):
             found = self._store.get_many(doc_ids)
-        return {doc_id: Passage(0, document.default_text(), None, doc_id) for doc_id, document in found.items()}
+        return {doc_id: Passage(0, read_text(self._dataset, d), None, doc_id) for doc_id, d in found.items()}
 
 
 class ListCollection(Collection):

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from gradret.console import GradretError
-from gradret.data.collections import load_dataset, read_qrels, reading, tell_absent, unpacking
+from gradret.data.collections import load_dataset, read_qrels, read_text, reading, tell_absent, unpacking
 from gradret.data.lists import Line, decode_json, number_lines, parse_id, query_key, read_lines
 from gradret.data.sources import Source, find_path, parse_source, query_selector
 
@@ -189,7 +189,7 @@ def _read_ir_datasets(dataset_id: str) -> Iterator[tuple[int, Query]]:
     with reading(dataset), unpacking():
         queries = list(dataset.queries_iter())
     for number, query in enumerate(queries, 1):
-        yield number, Query(query.query_id, query.default_text())
+        yield number, Query(query.query_id, read_text(dataset, query))
 
 
 def parse_shard(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from gradret.data.collections import (
     load_dataset,
     open_store,
     read_records,
+    read_text,
     reading,
 )
 from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, hash64, open_file, query_words
@@ -312,14 +313,14 @@ class IrDatasetsPool(Pool):
         for number, document in enumerate(iterate_documents(self._dataset)):
             self._ids += document.doc_id.encode()
             self._ends.append(len(self._ids))
-            yield number, document.doc_id, document.default_text()
+            yield number, document.doc_id, read_text(self._dataset, document)
 
     def documents(self, start: int = 0) -> Iterator[Document]:
         # In the collection's order, which its store reads much slower one by one.
         chosen = np.zeros(self._places[-1] + 1, bool)
         chosen[self._places[start:]] = True
         for position, document in enumerate(compress(iterate_documents(self._dataset), chosen), start):
-            yield Document(str(position), document.default_text())
+            yield Document(str(position), read_text(self._dataset, document))
 
     def read(self, position: int) -> Passage:
         if self._store is None:
@@ -327,7 +328,8 @@ class IrDatasetsPool(Pool):
         place = int(self._places[position])
         doc_id = self._ids[self._ends[place] : self._ends[place + 1]].decode()
         with reading(self._dataset):
-            return Passage(0, self._store.get(doc_id).default_text(), None, doc_id)
+            document = self._store.get(doc_id)
+        return Passage(0, read_text(self._dataset, document), None, doc_id)
 
 
 def open_pool(text: str) -> Pool:

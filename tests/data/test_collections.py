@@ -3,13 +3,25 @@
 import threading
 from types import SimpleNamespace
 
+import ir_datasets
+import numpy as np
 import pytest
+from ir_datasets.formats import GenericDoc
 
 import gradret.data.collections
 import gradret.generate.queries
 import gradret.train.mining
 from gradret.console import GradretError
-from gradret.data.collections import LOCK_FILE, IrDatasetsCollection, iterate_documents, open_store, unpacking
+from gradret.data.collections import (
+    LOCK_FILE,
+    IrDatasetsCollection,
+    iterate_documents,
+    open_store,
+    read_text,
+    unpacking,
+)
+from gradret.data.sources import MixedLists, Source, check_lists
+from gradret.evaluation.measures import evaluate
 from gradret.generate.queries import read_queries
 from gradret.train.mining import open_pool
 
@@ -130,3 +142,77 @@ def test_whatever_part_is_damaged(home, monkeypatch, part):
     }
     with pytest.raises(GradretError, match=f"some/collection: ir_datasets could not provide it \\(EOFError: {part}\\)"):
         readers[part]()
+
+
+def test_records_without_a_default_text():
+    """ir_datasets does not promise one: the fields that hold text take its place, else one line names the class."""
+    from ir_datasets.datasets.bright import BrightQuery
+    from ir_datasets.datasets.clinicaltrials import ClinicalTrialsDoc
+    from ir_datasets.datasets.codesearchnet import CodeSearchNetDoc
+    from ir_datasets.datasets.wapo import TrecBackgroundLinkingQuery
+    from ir_datasets.formats.argsme import ArgsMeProcessedDoc
+    from ir_datasets.formats.touche_image import ToucheImageDoc
+
+    def read(kind, **fields):
+        return read_text(Damaged(), kind(**dict.fromkeys(kind._fields, None) | fields))
+
+    assert read(BrightQuery, text="why tides", reasoning="moon") == "why tides"
+    assert read(ClinicalTrialsDoc, title="T", summary="S", eligibility="E") == "T S E"
+    assert read(CodeSearchNetDoc, code="def f(): pass", repo="r") == "def f(): pass"
+    assert read(ArgsMeProcessedDoc, conclusion="C", premises_texts="P") == "C P"
+    assert read(BrightQuery) == ""
+    for kind in (TrecBackgroundLinkingQuery, ToucheImageDoc):
+        with pytest.raises(
+            GradretError, match=f"^some/collection: a {kind.__name__} of ir_datasets has no text; choose"
+        ):
+            read(kind)
+    with pytest.raises(
+        GradretError, match=r"^some/collection: a BrightQuery holds half of a surrogate pair: '\\ud83d'$"
+    ):
+        read(BrightQuery, text="\ud83d")
+
+
+class Dataset(Damaged):
+    """Two queries of BRIGHT's class and two documents, one of them judged; another judged one is missing."""
+
+    def docs_iter(self):
+        return iter([GenericDoc("a", "words"), GenericDoc("b", "other")])
+
+    def docs_count(self):
+        return 2
+
+    def docs_store(self):
+        return self
+
+    def get_many(self, doc_ids):
+        return {document.doc_id: document for document in self.docs_iter() if document.doc_id in doc_ids}
+
+    def queries_iter(self):
+        kind = ir_datasets.load("bright/biology").queries_cls()
+        return [kind(i, f"query {i}", *[""] * (len(kind._fields) - 2)) for i in "qr"]
+
+    def qrels_iter(self):
+        return [SimpleNamespace(query_id=q, doc_id=d, relevance=1) for q, d in (("q", "a"), ("q", "gone"), ("s", "a"))]
+
+    def has_docs(self):
+        return True
+
+    has_queries = has_qrels = has_docs
+
+
+def test_what_is_missing_from_ir_datasets_is_told(home, monkeypatch, capsys):
+    for module in (gradret.data.collections, gradret.generate.queries):
+        monkeypatch.setattr(module, "load_dataset", lambda dataset_id: Dataset())
+    assert [query.text for query in read_queries("some/collection")] == ["query q", "query r"]
+    lists = MixedLists([Source("some/collection")])
+    assert "1 judgment left out, whose documents are missing" in str(check_lists(lists, refuse_negative=True))
+    collection = IrDatasetsCollection("some/collection")
+    told = "some/collection: 1 of 2 judged queries are missing from it, such as 's'"
+    assert capsys.readouterr().err.splitlines() == [told, told]
+
+    def embed(texts, kind):
+        return np.ones((len(texts), 2))
+
+    for expected in ("some/collection: 1 of 2 judged documents are missing from it, such as 'gone'\n", ""):
+        assert evaluate(embed, collection, measures="R@2").measures == {"R@2": 0.5}
+        assert capsys.readouterr().err == expected
