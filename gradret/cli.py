@@ -508,7 +508,7 @@ def loss(shapes, retrieval, dtype, order, repeats, out, device, as_json):
         keep=lambda result: write_json(part, command | result),
     )
     write_json(Path(out, "loss.json"), result)
-    part.unlink()
+    part.unlink(missing_ok=True)  # another process may have ended in this folder
     draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
     say(f"written: {out}/loss.json, {out}/loss.png")

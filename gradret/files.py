@@ -5,10 +5,14 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from gradret.console import GradretError
+from filelock import FileLock, Timeout
+
+from gradret.console import GradretError, say
 
 
 def versions() -> dict:
@@ -72,6 +76,26 @@ def replace_json(path: Path, content: object) -> None:
     part = path.with_suffix(".part")
     write_json(part, content)
     os.replace(part, path)
+
+
+@contextmanager
+def hold_lock(path: Path, what: str) -> Iterator[None]:
+    """While no other process holds the lock in this file. Where files cannot be written or locked, nobody is kept out.
+
+    Not to be nested.
+
+    Args:
+        what: the other process does, for the line that tells who is waited for.
+    """
+    lock = FileLock(path)
+    with ExitStack() as held:
+        with suppress(OSError, NotImplementedError):
+            try:
+                held.enter_context(lock.acquire(blocking=False))
+            except Timeout:
+                say(f"waiting for another process that {what} ({path})")
+                held.enter_context(lock.acquire())
+        yield
 
 
 def sync_file(path: Path) -> None:

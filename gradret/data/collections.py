@@ -6,14 +6,13 @@ import re
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Set
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from gradret.console import GradretError, is_first_process, say
 from gradret.data.lists import (
@@ -29,6 +28,7 @@ from gradret.data.lists import (
     quote,
     read_lines,
 )
+from gradret.files import hold_lock
 
 LOCK_FILE = "gradret.lock"
 
@@ -110,24 +110,14 @@ def reading(dataset: Any) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def unpacking() -> Iterator[None]:
+def unpacking() -> AbstractContextManager[None]:
     """While no other process is in here: two that have ir_datasets make the same files at once damage them.
 
     Not to be nested. Without a lock where the home cannot be written to.
     """
     import ir_datasets
 
-    path = ir_datasets.util.home_path() / LOCK_FILE
-    lock = FileLock(path)
-    with ExitStack() as stack:
-        with suppress(OSError):
-            try:
-                stack.enter_context(lock.acquire(blocking=False))
-            except Timeout:
-                say(f"waiting for another process that downloads or unpacks a collection ({path})")
-                stack.enter_context(lock.acquire())
-        yield
+    return hold_lock(ir_datasets.util.home_path() / LOCK_FILE, "downloads or unpacks a collection")
 
 
 BEIR_HEADER = ["query-id", "corpus-id", "score"]

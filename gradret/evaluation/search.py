@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,7 @@ from gradret.data.collections import Collection
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, Kind
-from gradret.files import replace_json
+from gradret.files import hold_lock, replace_json
 
 EmbeddingFunction = Callable[[list[str], Kind], Any]  # texts and "query" or "document" to (n, D), an array or a tensor
 
@@ -164,47 +164,51 @@ def embed_corpus(
 
     Args:
         cache: folder that keeps the vectors, see find_store, so that they are computed once. An interrupted run goes
-            on at the block it was in, with as many processes as it then has. None: a temporary file, which goes away
-            with the result; neither the documents nor the encoder are digested for it.
+            on at the block it was in, with as many processes as it then has. One that starts beside another waits for
+            it. None: a temporary file, which goes away with the result; neither the documents nor the encoder are
+            digested for it.
         processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
     Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
     store = None
     doc_ids: list[np.ndarray] = []  # by blocks, of the first process
-    with processes.agree():
-        if processes.is_first and cache is not None:
-            store, doc_ids = find_store(encoder, collection, cache, precision, progress=progress)
-        elif processes.is_first:
-            store = CorpusStore(encoder.dimension)
-    # With a cache all documents are known by now; without one they are counted as they are embedded.
-    done, known = processes.broadcast((store.done, sum(map(len, doc_ids))) if store is not None else None)
-    documents = collection.documents(done) if not known or done < known else iter(())
-    options: dict[str, Any] = {"total": known or collection.document_count, "initial": done, "unit": "doc"}
-    with show_bar(shown=progress and processes.is_first, desc="embedding documents", **options) as bar:
-        while True:
-            vectors = [np.zeros((0, encoder.dimension), np.float32)]
-            with processes.agree():
-                block = list(islice(documents, ENCODE_BLOCK * processes.size))
-                own = processes.split(len(block))
-                for start in range(own.start, own.stop, ENCODE_PART):
-                    texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
-                    vectors.append(embed_texts(encoder, texts, batch_size=batch_size, precision=precision))
-                    bar.update(len(texts))
-            if not block:
-                break
-            parts = processes.collect_objects(np.concatenate(vectors))
-            with processes.agree():
-                if store is not None:
-                    store.append(parts)
-                    if not known:
-                        doc_ids.append(np.array([d.doc_id.encode() for d in block]))
-            bar.update(done + len(block) - bar.n)
-            done += len(block)
-    with processes.agree():
-        if not done:
-            raise GradretError(f"{collection.name}: no documents")
-        return CorpusEmbeddings(store.open(), np.concatenate(doc_ids)) if store is not None else None
+    with ExitStack() as held:
+        with processes.agree():
+            if processes.is_first and cache is not None:
+                store, doc_ids = find_store(encoder, collection, cache, precision, progress=progress)
+                if store.done < sum(map(len, doc_ids)):
+                    held.enter_context(store.locked())
+            elif processes.is_first:
+                store = CorpusStore(encoder.dimension)
+        # With a cache all documents are known by now; without one they are counted as they are embedded.
+        done, known = processes.broadcast((store.done, sum(map(len, doc_ids))) if store is not None else None)
+        documents = collection.documents(done) if not known or done < known else iter(())
+        options: dict[str, Any] = {"total": known or collection.document_count, "initial": done, "unit": "doc"}
+        with show_bar(shown=progress and processes.is_first, desc="embedding documents", **options) as bar:
+            while True:
+                vectors = [np.zeros((0, encoder.dimension), np.float32)]
+                with processes.agree():
+                    block = list(islice(documents, ENCODE_BLOCK * processes.size))
+                    own = processes.split(len(block))
+                    for start in range(own.start, own.stop, ENCODE_PART):
+                        texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
+                        vectors.append(embed_texts(encoder, texts, batch_size=batch_size, precision=precision))
+                        bar.update(len(texts))
+                if not block:
+                    break
+                parts = processes.collect_objects(np.concatenate(vectors))
+                with processes.agree():
+                    if store is not None:
+                        store.append(parts)
+                        if not known:
+                            doc_ids.append(np.array([d.doc_id.encode() for d in block]))
+                bar.update(done + len(block) - bar.n)
+                done += len(block)
+        with processes.agree():
+            if not done:
+                raise GradretError(f"{collection.name}: no documents")
+            return CorpusEmbeddings(store.open(), np.concatenate(doc_ids)) if store is not None else None
 
 
 def find_store(
@@ -253,10 +257,22 @@ class CorpusStore:
                 return
             folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / "vectors.f32"
+        self._read_done()
+
+    def _read_done(self) -> None:
+        assert self._folder is not None
         with suppress(OSError, ValueError, KeyError, TypeError):  # not there, or torn: start over
-            done = json.loads((folder / "done.json").read_bytes())["documents"]
-            if 0 <= done <= self._path.stat().st_size // (4 * dimension):
+            done = json.loads((self._folder / "done.json").read_bytes())["documents"]
+            if 0 <= done <= self._path.stat().st_size // (4 * self._dimension):
                 self.done = int(done)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While this process alone adds vectors to the folder, behind those that others have added."""
+        assert self._folder is not None
+        with hold_lock(self._folder / "gradret.lock", "embeds the same documents"):
+            self._read_done()
+            yield
 
     def append(self, parts: Sequence[np.ndarray]) -> None:
         """Write (n, D) vectors behind those that are there; in a folder, record them once they are on disk.

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,34 @@ def test_an_interrupted_embedding_goes_on_where_it_was(tiny_encoder, collection,
     assert counts == [8, 8]  # blocks 4 and 5 of 5
     np.testing.assert_allclose(resumed.vectors, whole.vectors, atol=1e-6)
     assert np.array_equal(resumed.doc_ids, whole.doc_ids)
+
+
+def test_a_second_one_waits_for_the_first_and_takes_what_it_wrote(tiny_encoder, collection, tmp_path, monkeypatch):
+    """It would cut the file of the first short, whose missing vectors would be zeros."""
+    whole = np.array(embed_corpus(load_encoder(str(tiny_encoder)), collection, tmp_path / "whole").vectors)
+    monkeypatch.setattr(searching, "ENCODE_BLOCK", 8)
+    encoders, found, told, waiting = [load_encoder(str(tiny_encoder)) for _ in range(2)], {}, [], threading.Event()
+    encode, threads = Encoder.encode, []
+
+    def embed(number: int) -> None:
+        found[number] = embed_corpus(encoders[number], collection, tmp_path / "cache", progress=False)
+
+    def encode_and_start_the_other(self, texts, *args, **kwargs):
+        assert self is encoders[0]  # the other one finds all of it done
+        if not threads:
+            threads.append(threading.Thread(target=embed, args=(1,)))
+            threads[0].start()
+            assert waiting.wait(30)
+        return encode(self, texts, *args, **kwargs)
+
+    monkeypatch.setattr(Encoder, "encode", encode_and_start_the_other)
+    monkeypatch.setattr("gradret.files.say", lambda line: told.append(line) or waiting.set())
+    embed(0)
+    threads[0].join(30)
+    for number in range(2):
+        np.testing.assert_allclose(found[number].vectors, whole, atol=1e-6)
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert told == [f"waiting for another process that embeds the same documents ({folder / 'gradret.lock'})"]
 
 
 def test_a_full_disk_is_one_line(tiny_encoder, collection, tmp_path, monkeypatch):
