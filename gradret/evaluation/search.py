@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.data.collections import Collection
+from gradret.data.lists import quote
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, Kind
@@ -52,7 +53,7 @@ class OutsideEmbedder:
     def encode(
         self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
     ) -> np.ndarray:
-        """(n, D) float32. Raises: ValueError when what the function gave is something else, or not finite."""
+        """(n, D) float32. Raises: ValueError when what the function gave is something else."""
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
         found = self._embed(list(texts), kind, batch_size)
@@ -69,8 +70,6 @@ class OutsideEmbedder:
             raise ValueError(f"embeddings of {len(texts)} texts must be ({len(texts)}, D), got {result.shape}")
         if self.dimension and result.shape[1] != self.dimension:
             raise ValueError(f"the embeddings of {kind} texts have {result.shape[1]} dimensions, not {self.dimension}")
-        if not np.isfinite(result).all():
-            raise ValueError(f"the embeddings of {kind} texts are not finite; expected finite numbers")
         return result
 
     def search_vectors(self, embeddings: Tensor) -> Tensor:
@@ -130,11 +129,28 @@ def default_cache() -> Path:
 
 
 def embed_texts(
-    encoder: Embedder, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str
+    encoder: Embedder,
+    texts: Sequence[str],
+    kind: Kind = "document",
+    *,
+    ids: Sequence[str] | None = None,
+    batch_size: int = 32,
+    precision: str = "float32",
 ) -> np.ndarray:
-    """(n, D) float32 vectors, whose dot products are scores."""
+    """(n, D) float32 vectors, whose dot products are scores.
+
+    Args:
+        ids: of the texts, for messages; None: a text is named by its own words.
+    Raises: GradretError when a vector is not finite, for what is not gradret's own encoder ValueError.
+    """
     embeddings = encoder.encode(texts, kind, batch_size=batch_size, precision=precision)
-    return encoder.search_vectors(torch.from_numpy(embeddings)).numpy()
+    vectors = encoder.search_vectors(torch.from_numpy(embeddings)).numpy()
+    broken = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(broken):
+        named = quote((ids or texts)[broken[0]])
+        line = f"the embedding of {kind} {named} is not finite; expected numbers: look at the model's weights"
+        raise ValueError(line) if isinstance(encoder, OutsideEmbedder) else GradretError(line)
+    return vectors
 
 
 @dataclass
@@ -192,8 +208,10 @@ def embed_corpus(
                     block = list(islice(documents, ENCODE_BLOCK * processes.size))
                     own = processes.split(len(block))
                     for start in range(own.start, own.stop, ENCODE_PART):
-                        texts = [d.content for d in block[start : min(start + ENCODE_PART, own.stop)]]
-                        vectors.append(embed_texts(encoder, texts, batch_size=batch_size, precision=precision))
+                        part = block[start : min(start + ENCODE_PART, own.stop)]
+                        texts, ids = [d.content for d in part], [d.doc_id for d in part]
+                        found = embed_texts(encoder, texts, ids=ids, batch_size=batch_size, precision=precision)
+                        vectors.append(found)
                         bar.update(len(texts))
                 if not block:
                     break
@@ -380,11 +398,16 @@ def search(
     query_ids, vectors = list(collection.queries), [np.zeros((0, encoder.dimension), np.float32)]
     with show_bar(shown=progress, total=len(query_ids), desc="embedding queries", unit="query") as bar:
         for start in range(0, len(query_ids), QUERY_BLOCK):
-            part = [collection.queries[query_id] for query_id in query_ids[start : start + QUERY_BLOCK]]
-            vectors.append(embed_texts(encoder, part, "query", batch_size=batch_size, precision=precision))
-            bar.update(len(part))
+            ids = query_ids[start : start + QUERY_BLOCK]
+            texts = [collection.queries[query_id] for query_id in ids]
+            vectors.append(embed_texts(encoder, texts, "query", ids=ids, batch_size=batch_size, precision=precision))
+            bar.update(len(texts))
     best = depth + collection.drop_self
     scores, positions = top_k(np.concatenate(vectors), corpus.vectors, best, device=encoder.device, progress=progress)
+    overflowed = np.flatnonzero(~np.isfinite(scores).all(1))
+    if len(overflowed):
+        query_id = query_ids[overflowed[0]]
+        raise GradretError(f"scores of query '{query_id}' are not finite: the embeddings are too large for float32")
     run = {}
     for query_id, row_scores, row in zip(query_ids, scores.tolist(), positions, strict=True):
         ranking = zip((i.decode() for i in corpus.doc_ids[row]), row_scores, strict=True)

@@ -130,7 +130,7 @@ def test_an_encoder_and_a_collection_by_name(tiny_encoder):
         (lambda texts, kind: np.ones(3), r"embeddings of 1 texts must be \(1, D\), got \(3,\)"),
         (lambda texts, kind: np.ones((5, 3)), r"embeddings of 1 texts must be \(1, D\), got \(5, 3\)"),
         (lambda texts, kind: np.ones((len(texts), 3 + (kind == "document"))), "have 4 dimensions, not 3"),
-        (lambda texts, kind: np.full((len(texts), 3), np.nan), "embeddings of query texts are not finite"),
+        (lambda texts, kind: np.full((len(texts), 3), np.nan), "embedding of document '.*' is not finite"),
     ],
 )
 def test_embeddings_of_another_shape(embed, message, collection):

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -6,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import list_record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradret.cli import main
 from gradret.console import GradretError
 from gradret.data.sources import Source, open_collection
 from gradret.encoder.load import load_encoder
@@ -29,6 +32,43 @@ def test_top_k_is_exact_and_ties_go_to_the_earlier_document(seed, count, k, bloc
     expected = np.lexsort((np.broadcast_to(np.arange(count), whole.shape), -whole))[:, :k]
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(scores, np.take_along_axis(whole, expected, 1))
+
+
+@pytest.mark.parametrize(("bad", "value"), [("document", np.nan), ("document", np.inf), ("query", -np.inf)])
+def test_embeddings_that_are_not_finite_are_refused_by_the_texts_id(beir_directory, bad, value):
+    """Their scores have no order: what came out was the order of the documents' ids."""
+    broken = {"document": "d2", "query": "q2"}
+
+    def embed(texts, kind):
+        found = np.ones((len(texts), 3))
+        found[["bread" in text and kind == bad for text in texts], 1] = value
+        return found
+
+    with pytest.raises(ValueError, match=f"^the embedding of {bad} '{broken[bad]}' is not finite; expected numbers"):
+        evaluate(embed, beir_directory, progress=False)
+
+
+def test_an_encoder_with_broken_weights_measures_nothing(tiny_encoder, beir_directory, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][0, 0] = np.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    run, cache = tmp_path / "run.txt", tmp_path / "cache"
+    given = ["--model", tmp_path / "model", "--dataset", beir_directory, "--run", run, "--cache", cache]
+    result = CliRunner().invoke(main, ["bench", "eval", *map(str, given)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "Error: the embedding of document 'd1' is not finite; expected numbers: look at the model's weights\n" in (
+        result.stderr
+    )
+    assert not run.exists()
+    assert [path.stat().st_size for path in cache.rglob("vectors.f32")] == []
+
+
+def test_scores_above_what_a_float_holds(beir_directory):
+    with pytest.raises(GradretError, match="scores of query 'q1' are not finite: the embeddings are too large"):
+        evaluate(lambda texts, kind: np.full((len(texts), 3), 1e30), beir_directory, progress=False)
 
 
 @pytest.mark.nightly
