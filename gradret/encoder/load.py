@@ -1,10 +1,12 @@
 """Loading an encoder from a directory or the hub, whole and on a device."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -49,12 +51,16 @@ def load_encoder(
         overrides: fields of EncoderConfig that replace what the directory says; None leaves it.
 
     Raises: GradretError when there are no safetensors weights, something that the directory says is not supported or a
-        value is wrong; TypeError for a name or an override of another kind.
+        value is wrong; TypeError or ValueError for an argument of another kind.
     """
     if not isinstance(name, str | Path):
         raise TypeError(f"name must be a directory or a hub repository's name, got {name!r:.100}")
-    if unknown := overrides.keys() - {field.name for field in fields(EncoderConfig)}:
-        raise TypeError(f"{min(unknown)} is no field of EncoderConfig")
+    if weights not in ("float32", "bfloat16"):
+        raise ValueError(f"weights must be 'float32' or 'bfloat16', got {weights!r}")
+    if layers is not None and (not isinstance(layers, Integral) or layers < 1):
+        raise ValueError(f"layers must be a whole number from 1 on, got {layers!r}")
+    overrides = {key: value for key, value in overrides.items() if value is not None}
+    _check_overrides(overrides)
     name = str(name)
     directory = locate_encoder(name, trust_remote_code=trust_remote_code)
     device = choose_device(device)
@@ -64,7 +70,7 @@ def load_encoder(
         transformer, tokenizer = _load_parts(place, description, name, weights, layers, trust_remote_code)
     query_length, document_length, most = _find_lengths(description, transformer, tokenizer)
     config = replace(description.config, query_max_length=query_length, document_max_length=document_length)
-    config = replace(config, **{key: value for key, value in overrides.items() if value is not None})
+    config = replace(config, **overrides)
     if config.pooling not in POOLINGS:
         raise GradretError(f"{name}: pooling '{config.pooling}' is not one of {', '.join(POOLINGS)}")
     if config.similarity not in SIMILARITIES:
@@ -74,6 +80,19 @@ def load_encoder(
         if length not in range(shortest, most + 1):
             raise GradretError(f"{name}: maximum length {length} is not between {shortest} and {most} tokens")
     return Encoder(transformer, tokenizer, config).to(device).eval()
+
+
+def _check_overrides(overrides: dict[str, Any]) -> None:
+    """Whole numbers become int, in place. Raises: TypeError for another field, or a value of another kind."""
+    defaults = asdict(EncoderConfig())
+    for key, value in overrides.items():
+        if key not in defaults:
+            raise TypeError(f"'{key}' is no field of EncoderConfig; those are {', '.join(defaults)}")
+        kind = str if key == "default_prompt_name" else type(defaults[key])
+        if isinstance(value, np.generic):
+            overrides[key] = value = value.item()
+        if type(value) is not kind:
+            raise TypeError(f"{key} must be a {kind.__name__}, got {value!r:.100}")
 
 
 def _load_parts(
@@ -88,7 +107,7 @@ def _load_parts(
     try:
         model_config = AutoConfig.from_pretrained(place, **{**description.model_options, **options})
         if layers is not None:
-            _keep_layers(model_config, layers, name)
+            _keep_layers(model_config, int(layers), name)
         tokenizer = AutoTokenizer.from_pretrained(place, **{**description.tokenizer_options, **options})
         # Of an encoder-decoder such as T5 only the encoder is wanted.
         auto = AutoModelForTextEncoding if type(model_config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel

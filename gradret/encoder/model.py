@@ -3,11 +3,13 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -76,6 +78,13 @@ def pad_tokens(tokens: Sequence[np.ndarray], padding: int, most: int) -> tuple[T
 
 
 Kind = Literal["query", "document"]
+SURROGATES = re.compile(r"[\ud800-\udfff]")
+
+# A text is cut before it is tokenized, generously: twice as many characters again and again, until there are tokens
+# beyond those that are read (words at the cut may be halves), or the text has next to none, such as one of blanks.
+CHARACTERS_PER_TOKEN, SPARSE = 8, 64
+FURTHER_TOKENS = 128
+LEAST_CHARACTERS = 1 << 16
 
 # No part of what an embedding depends on.
 UNCOUNTED_SETTINGS = ("other_prompts", "default_prompt_name")
@@ -118,18 +127,38 @@ class Encoder(nn.Module):
     def dimension(self) -> int:
         return int(self.transformer.config.hidden_size)
 
-    def tokenize(self, texts: Sequence[str], kind: Kind) -> list[np.ndarray]:
-        """Token ids of n queries or documents, with prefix and special tokens, cut to the maximum length; int32."""
+    def tokenize(self, texts: Iterable[str], kind: Kind) -> list[np.ndarray]:
+        """Token ids of n queries or documents, with prefix and special tokens, cut to the maximum length; int32.
+
+        Raises: as check_texts.
+        """
+        texts = check_texts(texts, kind)
         prefix = self.config.query_prefix if kind == "query" else self.config.document_prefix
         longest = self.config.query_max_length if kind == "query" else self.config.document_max_length
         if not texts:
             return []
-        ids = self.tokenizer([prefix + text for text in texts], truncation=True, max_length=longest)["input_ids"]
+        read = [prefix + self._cut(text, longest) for text in texts]
+        ids = self.tokenizer(read, truncation=True, max_length=longest)["input_ids"]
         # An empty text of a tokenizer without special tokens has no token: a vector needs one.
         return [np.array(row or [self.tokenizer.pad_token_id], np.int32) for row in ids]
 
+    def _cut(self, text: str, longest: int) -> str:
+        """The side of the text that the first `longest` tokens are in: tokenizers look at all of it, in much memory."""
+        needed = longest + FURTHER_TOKENS
+        most = max(SPARSE * needed, LEAST_CHARACTERS)
+        size = CHARACTERS_PER_TOKEN * needed
+        while size < len(text):
+            cut = text[-size:] if self.tokenizer.truncation_side == "left" else text[:size]
+            found = self.tokenizer(cut, add_special_tokens=False, truncation=True, max_length=needed)["input_ids"]
+            if len(found) == needed or size >= most:
+                return cut
+            size *= 2
+        return text
+
     def embed_tokens(self, tokens: Sequence[np.ndarray]) -> Tensor:
         """(n, D) float32 embeddings of n tokenized texts, with gradients; float64 those of a float64 model."""
+        if not tokens:
+            return torch.zeros(0, self.dimension, dtype=self.dtype, device=self.device)
         most = max(self.config.query_max_length, self.config.document_max_length)
         ids, mask = pad_tokens(tokens, self.tokenizer.pad_token_id, most)
         ids, mask = ids.to(self.device), mask.to(self.device)
@@ -138,8 +167,8 @@ class Encoder(nn.Module):
         embeddings = pool_tokens(hidden, mask, self.config.pooling)  # (n, D)
         return nnf.normalize(embeddings, dim=-1) if self.config.normalize else embeddings
 
-    def forward(self, texts: Sequence[str], kind: Kind) -> Tensor:
-        """(n, D) float32 embeddings of n queries or documents, with gradients."""
+    def forward(self, texts: Iterable[str], kind: Kind) -> Tensor:
+        """(n, D) float32 embeddings of n queries or documents, with gradients. Raises: as check_texts."""
         return self.embed_tokens(self.tokenize(texts, kind))
 
     def score(self, queries: Tensor, documents: Tensor) -> Tensor:
@@ -153,18 +182,20 @@ class Encoder(nn.Module):
         return embeddings
 
     def encode(
-        self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
+        self, texts: Iterable[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
     ) -> np.ndarray:
         """(n, D) float32 embeddings without gradients, in evaluation mode, in chunks of like length.
 
         Args:
-            texts: n strings; () gives (0, D).
+            texts: n strings, as a list, an array or whatever gives them one by one; () gives (0, D).
             kind: "query" or "document", chooses prefix and maximum length.
             batch_size: texts at once if all are as long as the longest; more of shorter ones.
             precision: "float32" or "bfloat16" (autocast).
+        Raises: as check_texts; ValueError for another precision or batch size.
         """
-        result = np.zeros((len(texts), self.dimension), np.float32)
+        check_embedding_options(batch_size, precision)
         tokens = self.tokenize(texts, kind)
+        result = np.zeros((len(tokens), self.dimension), np.float32)
         was_training = self.training
         self.eval()
         try:
@@ -203,6 +234,36 @@ class Encoder(nn.Module):
         self.transformer.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         write_description(directory, self.config, self.dimension)
+
+
+def check_texts(texts: Iterable[str], kind: str) -> list[str]:
+    """The texts as a list.
+
+    Raises: TypeError when they are no strings, or a single one; ValueError for an unknown kind, or half of a surrogate
+        pair in a text.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be 'query' or 'document', got {kind!r}")
+    try:
+        listed = None if isinstance(texts, str | bytes) else list(texts)
+    except TypeError:  # cannot be gone through
+        listed = None
+    if listed is None:
+        raise TypeError(f"texts must be several strings, such as [text], got {texts!r:.100}")
+    for place, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings, got {text!r:.100} at position {place}")
+        if not text.isascii() and SURROGATES.search(text):
+            raise ValueError(f"text at position {place} holds half of a surrogate pair (\\ud800 to \\udfff)")
+    return listed
+
+
+def check_embedding_options(batch_size: int, precision: str) -> None:
+    """Raises: ValueError unless batch_size is a whole number from 1 on and precision "float32" or "bfloat16"."""
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1 on, got {batch_size!r}")
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
 
 
 def lose_capitals(tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.collections import Collection
 from gradret.data.sources import open_collection, parse_source
 from gradret.distributed import ALONE, Processes
-from gradret.encoder.model import Encoder
+from gradret.encoder.model import Encoder, check_embedding_options
 from gradret.evaluation.search import EmbeddingFunction, OutsideEmbedder, as_embedder, embed_corpus, search
 from gradret.settings import DEFAULT_MEASURES
 
@@ -93,17 +94,19 @@ def evaluate(
         batch_size: texts at once, for a function all that are encoded together (at most 1,024).
         precision: "float32" or, for an Encoder, "bfloat16".
         processes: all of them must call.
-    Raises: GradretError; ValueError for values out of range, for a cache or a precision with what is no Encoder, and
-        see as_embedder.
+    Raises: GradretError; ValueError for values out of range, for a cache or a precision with what is no Encoder;
+        TypeError for a collection that is none, and see as_embedder.
     """
-    measures = split_measures(measures) if isinstance(measures, str) else measures
-    if not measures or depth < 1 or batch_size < 1:
-        raise ValueError(f"expected measures, depth and batch_size from 1 on; got {measures}, {depth}, {batch_size}")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}")
+    measures = split_measures(measures) if isinstance(measures, str) else list(measures)
+    if not measures or not isinstance(depth, Integral) or depth < 1:
+        given = f"{measures}, {depth!r}, {batch_size!r}"
+        raise ValueError(f"expected measures, depth and batch_size from 1 on; got {given}")
+    check_embedding_options(batch_size, precision)
     parse_measures(measures, depth)
     if isinstance(collection, str | Path):
         collection = open_collection(parse_source(str(collection)))
+    if not isinstance(collection, Collection):
+        raise TypeError(f"collection must be the name of one, or a Collection; got {collection!r:.100}")
     encoder = as_embedder(model, next(iter(collection.queries.values())))
     if isinstance(encoder, OutsideEmbedder) and (cache is not None or precision != "float32"):
         raise ValueError("cache and precision are for an Encoder; leave them out for a model that is not gradret's")

@@ -88,6 +88,110 @@ def test_embeddings_do_not_depend_on_the_batch(tiny_encoder):
     assert encoder.encode([]).shape == (0, 32)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The moon pulls the sea. " * 5000,
+        "tea " + " " * 30_000 + "the sea and the bread " * 100 + " " * 30_000 + " the moon",
+        "月亮" * 5000,
+        "0123456789abcdef" * 3000,
+    ],
+)
+def test_a_long_text_is_cut_before_it_is_tokenized_and_nothing_changes(tiny_encoder, monkeypatch, text, side):
+    """A tokenizer takes some 70 bytes for each character that it looks at."""
+    for name, longest in ((str(tiny_encoder), 64), (DEFAULT_ENCODER, 256)):
+        encoder = load_encoder(name, document_prefix="bread: ")
+        tokenizer = encoder.tokenizer
+        monkeypatch.setattr(tokenizer, "truncation_side", side)
+        whole = tokenizer(["bread: " + text], truncation=True, max_length=longest)["input_ids"][0]
+        seen = []
+
+        def look(texts, seen=seen, tokenizer=tokenizer, **options):
+            seen.append(sum(map(len, [texts] if isinstance(texts, str) else texts)))
+            return tokenizer(texts, **options)
+
+        look.truncation_side = side
+        encoder.tokenizer = look
+        np.testing.assert_array_equal(encoder.tokenize([text], "document")[0], whole)
+        assert max(seen) < 2**17
+        if text.startswith("The moon"):
+            assert sum(seen) < 16 * longest + 5000
+
+
+@pytest.mark.parametrize(
+    "texts", [np.array(["tea", "rye"]), ("tea", "rye"), iter(["tea", "rye"]), {"tea": 1, "rye": 2}]
+)
+def test_texts_may_be_whatever_gives_strings(tiny_encoder, texts):
+    encoder = load_encoder(str(tiny_encoder))
+    np.testing.assert_array_equal(encoder.encode(texts), encoder.encode(["tea", "rye"]))
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "error", "message"),
+    [
+        ("why tides", "query", TypeError, r"texts must be several strings, such as \[text\], got 'why tides'"),
+        (b"why", "query", TypeError, r"texts must be several strings, such as \[text\], got b'why'"),
+        (np.array("why"), "query", TypeError, "texts must be several strings, .* got array"),
+        (None, "query", TypeError, "texts must be several strings, .* got None"),
+        (["tea", 3], "query", TypeError, "texts must be strings, got 3 at position 1"),
+        (["tea", None], "query", TypeError, "texts must be strings, got None at position 1"),
+        ([["tea"]], "query", TypeError, r"texts must be strings, got \['tea'\] at position 0"),
+        (["tea \ud800"], "query", ValueError, "text at position 0 holds half of a surrogate pair"),
+        (["tea"], "passage", ValueError, "kind must be 'query' or 'document', got 'passage'"),
+        ([], "passage", ValueError, "kind must be 'query' or 'document', got 'passage'"),
+        (["tea"], None, ValueError, "kind must be 'query' or 'document', got None"),
+        (["tea"], ["query"], ValueError, "kind must be 'query' or 'document', got "),
+    ],
+)
+def test_texts_and_kinds_that_are_none(tiny_encoder, texts, kind, error, message):
+    encoder = load_encoder(str(tiny_encoder))
+    for call in (encoder.encode, encoder.tokenize, encoder):
+        with pytest.raises(error, match=f"^{message}"):
+            call(texts, kind)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number from 1 on, got 0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number from 1 on, got 1.5"),
+        ({"precision": "bf16"}, "precision must be 'float32' or 'bfloat16', got 'bf16'"),
+    ],
+)
+def test_options_of_encoding_that_are_wrong(tiny_encoder, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_encoder(str(tiny_encoder)).encode(["tea"], **options)
+
+
+def test_no_texts_and_numpy_numbers(tiny_encoder, tmp_path):
+    encoder = load_encoder(tiny_encoder, query_max_length=np.int64(16))
+    empty = encoder([], "query")
+    assert (empty.shape, empty.dtype, encoder.score(empty, encoder(["tea"], "document")).shape) == (
+        (0, 32),
+        torch.float32,
+        (0, 1),
+    )
+    assert encoder.encode(["tea"], batch_size=np.int32(2)).shape == (1, 32)
+    encoder.save(tmp_path)
+    assert load_encoder(tmp_path).config.query_max_length == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        (None, {}, TypeError, "name must be a directory or a hub repository's name, got None"),
+        ("", {"max_length": 3}, TypeError, "'max_length' is no field of EncoderConfig; those are pooling, norm"),
+        ("", {"weights": "int8"}, ValueError, "weights must be 'float32' or 'bfloat16', got 'int8'"),
+        ("", {"layers": 0}, ValueError, "layers must be a whole number from 1 on, got 0"),
+        ("", {"query_prefix": 3}, TypeError, "query_prefix must be a str, got 3"),
+    ],
+)
+def test_arguments_of_load_encoder_that_are_wrong(tiny_encoder, name, options, error, message):
+    with pytest.raises(error, match=message):
+        load_encoder(tiny_encoder if name == "" else name, **options)
+
+
 def test_the_fingerprint_follows_weights_and_settings(tiny_encoder):
     encoder = load_encoder(str(tiny_encoder))
     other = load_encoder(str(tiny_encoder), query_prefix="x")
