@@ -216,7 +216,7 @@ def test_bytes_that_leave_an_id_in_doubt_are_refused(tmp_path, content, message)
     assert str(error.value) == f"{tmp_path / 'f'}:{message}"
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\ufeff"))), st.sampled_from(["\n", "\r\n"])
 )
@@ -226,7 +226,7 @@ def test_lines_come_back_as_they_are(lines, end):
     assert [(line.number, line.text) for line in found] == [(n, t) for n, t in enumerate(lines, 1) if t.strip()]
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary() | st.lists(st.sampled_from([codecs.BOM_UTF8, *LIST_PIECES])).map(b"".join))
 def test_any_bytes_are_lists_or_one_line(tmp_path, content):
     path = tmp_path / "f.jsonl"

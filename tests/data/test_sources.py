@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
-from gradret.data.collections import BEIR_HEADER, QRELS_FORMS, read_qrels
+from gradret.data.collections import BEIR_HEADER, QRELS_FORMS, read_qrels, read_records
 from gradret.data.export import export_lists
 from gradret.data.sources import (
     MixedLists,
@@ -20,6 +20,7 @@ from gradret.data.sources import (
     open_lists,
     parse_grade_map,
     parse_source,
+    query_selector,
 )
 
 
@@ -201,7 +202,7 @@ def format_judgments(qrels: dict, form: str) -> str:
 
 
 @pytest.mark.parametrize(("form", "suffix"), [("beir", "tsv"), ("trec", "qrels"), ("mteb", "jsonl")])
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(judgments)
 def test_ids_in_qrels_survive(tmp_path, form, suffix, qrels):
     if form == "trec":
@@ -212,8 +213,49 @@ def test_ids_in_qrels_survive(tmp_path, form, suffix, qrels):
     assert {(q, d): grade for q, grades in found.items() for d, grade in grades.items()} == qrels
 
 
+RECORD_PIECES = (
+    b'{"_id": " d1", "text": "a"}',
+    b'{"_id": "d1", "text": "\\u0000", "title": null}',
+    b'{"_id": "\xc2\xa0", "text": "\xed\xa0\xbd"}',
+    b'{"_id": "d\\u0000", "text": "a"}',
+    b'{"_id": 1, "text": "a"}',
+    b"\xef\xbb\xbf",
+    b"\xff",
+    b"\n",
+    b"\r\n",
+    b"\r",
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.lists(st.sampled_from(RECORD_PIECES)).map(b"".join))
+def test_any_bytes_are_records_or_one_line(tmp_path, content):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(content)
+    try:
+        records = [record for record, _ in read_records(path)]
+    except GradretError as error:
+        assert re.match(rf"{path}:\d+: [^\n]+$", str(error))
+    else:
+        assert records == [json.loads(line) for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.text('q1 {}":_id\t\xa0\ufeff\r\n', max_size=20).map(str.encode))
+def test_any_bytes_select_queries_or_are_one_line(tmp_path, content):
+    path = tmp_path / "ids"
+    path.write_bytes(content)
+    try:
+        select = query_selector(str(path))
+    except GradretError as error:
+        assert re.match(rf"{path}:\d+: [^\n]+$", str(error))
+    else:
+        for line in content.decode("utf-8-sig").split("\n"):
+            assert select(line.removesuffix("\r")) == select(line.strip()) == bool(line.strip())
+
+
 @pytest.mark.parametrize("suffix", QRELS_FORMS)
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary() | st.text('q1\t "\r\n\0\xa0\ufeff0').map(str.encode))
 def test_any_bytes_are_judgments_or_one_line(tmp_path, suffix, content):
     (tmp_path / "qrels").mkdir(exist_ok=True)

@@ -72,7 +72,7 @@ tables = st.dictionaries(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tables, st.sampled_from([(".csv", ","), (".csv", ";"), (".tsv", "\t")]), st.sampled_from(["\n", "\r\n"]))
 def test_ids_in_tables_survive(tmp_path, table, form, end):
     (suffix, separator), path = form, tmp_path / f"q{form[0]}"
@@ -89,7 +89,7 @@ def test_ids_in_tables_survive(tmp_path, table, form, end):
 
 
 @pytest.mark.parametrize("suffix", ["", *FORMS])
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary() | st.text('1a\t,;"{}:\r\n \ufeff').map(str.encode))
 def test_any_bytes_are_queries_or_one_line(tmp_path, suffix, content):
     path = tmp_path / f"q{suffix}"
