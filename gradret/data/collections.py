@@ -218,8 +218,9 @@ def _parse_trove(line: Line) -> Iterable[tuple[Any, Any, Any]]:
     return [(record["qid"], doc_id, score) for doc_id, score in zip(doc_ids, scores, strict=True)]
 
 
-BEIR_FORM = _parse_beir, "'query-id<TAB>corpus-id<TAB>score' with a whole number as score"
-TREC_FORM = _parse_trec, "'QUERY 0 DOCUMENT GRADE' with a whole number as grade"
+WHOLE = f"a whole number below {GRADE_LIMIT}"
+BEIR_FORM = _parse_beir, f"'query-id<TAB>corpus-id<TAB>score' with {WHOLE} as score"
+TREC_FORM = _parse_trec, f"'QUERY 0 DOCUMENT GRADE' with {WHOLE} as grade"
 MTEB_FORM = _parse_mteb, "a JSON object with the strings query-id and corpus-id and the number score"
 TROVE_FORM = (
     _parse_trove,

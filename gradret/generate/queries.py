@@ -132,12 +132,14 @@ def _split_tabs(lines: Iterable[Line]) -> Iterator[Row]:
         yield line, fields
 
 
-def _split_csv(first: Line, lines: Iterable[Line]) -> Iterator[Row]:
+def _split_csv(first: Line, lines: Iterator[Line]) -> Iterator[Row]:
     """Rows of fields, which may hold line breaks in quotation marks, separated as the first line shows: , or ; or tab.
 
-    Raises: GradretError for quotation marks out of place.
+    A first line `sep=;`, as Excel takes it, is no row. Raises: GradretError for quotation marks out of place.
     """
     separator = re.search("[,;\t]", re.sub('"[^"]*"', "", first.text))
+    if first.text.startswith("sep="):
+        next(lines)
     begun: list[Line] = []  # lines of the row that is being read
 
     def feed() -> Iterator[str]:

@@ -58,6 +58,8 @@ def test_a_spreadsheets_export(tmp_path, separator):
     with open(tmp_path / "q.CSV", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file, delimiter=separator).writerows([("ID", "Question"), *enumerate(texts, 1)])
     assert read_queries(str(tmp_path / "q.CSV")) == [Query(str(n), text) for n, text in enumerate(texts, 1)]
+    (tmp_path / "excel.csv").write_text(f"sep={separator}\n1{separator}x\n")
+    assert read_queries(str(tmp_path / "excel.csv")) == [Query("1", "x")]
     with open(tmp_path / "q.CSV", "a") as file:
         file.write(f"{separator}\n5{separator}x{separator}\n")
     with pytest.raises(GradretError, match=r"q\.CSV:8: expected an id and 2 columns, as in the header, got 3 columns:"):
