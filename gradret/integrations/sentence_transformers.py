@@ -74,7 +74,10 @@ class WassersteinLoss(nn.Module):
         Args:
             sentence_features: of the query and of each passage column.
             labels: (B, n) grades.
+        Raises: ValueError without labels, or where they do not fit the passages.
         """
+        if not isinstance(labels, Tensor):  # a trainer gives None where the data set has no such column
+            raise ValueError(f"the data set needs a column of labels, a list of n grades per row; got {labels!r:.100}")
         embeddings = [self.model(features)["sentence_embedding"] for features in sentence_features]
         return self.compute_loss_from_embeddings(embeddings, labels)
 

@@ -23,6 +23,7 @@ from gradret.loss.grades import (
     accumulation_dtype,
     check_grades,
     check_temperature,
+    check_tensors,
     normalize_mass,
     place_targets,
     result_dtype,
@@ -63,13 +64,13 @@ def wasserstein_loss(
     Returns: scalar, or (B,) for "none"; float64 for float64 scores, else float32. A row without target mass counts as
         0 and gets no gradient.
     Raises: ValueError when shapes differ, order is not 1 or 2, temperature <= 0, targets, ground or reduction are
-        unknown.
+        unknown. TypeError for scores, grades or a mask that are no tensors.
         RuntimeError when the gradient is differentiated again, or was changed in place between two backward passes.
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
     check_options(order, reduction)
-    _check_scores(scores, grades.shape, temperature)
+    _check_scores(scores, grades, temperature)
     if not isinstance(grades, PreparedGrades):
         check_grades(grades, targets, mask)
         grades, targets = place_targets(grades, targets, mask, ground)
@@ -245,7 +246,11 @@ def _widen(scores: Tensor) -> Tensor:
     return scores.to(result_dtype(scores))
 
 
-def _check_scores(scores: Tensor, shape: torch.Size, temperature: float) -> None:
+def _check_scores(scores: Tensor, grades: Tensor | PreparedGrades, temperature: float) -> None:
+    check_tensors(scores=scores)
+    if not isinstance(grades, PreparedGrades):
+        check_tensors(grades=grades)
+    shape = grades.shape
     if scores.dim() != 2 or scores.shape != shape or scores.dtype not in FLOATS:
         raise ValueError(
             "scores and grades must both be (B, N), scores of 16, 32 or 64 bit floating point; "
@@ -258,7 +263,7 @@ def _check_list(
     scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None, targets: str | Tensor = "gain"
 ) -> Tensor:
     """The mask, without documents of score -inf. Raises: ValueError."""
-    _check_scores(scores, grades.shape, temperature)
+    _check_scores(scores, grades, temperature)
     check_grades(grades, targets, mask)
     present = scores != -torch.inf
     return present if mask is None else mask & present

@@ -89,7 +89,8 @@ def prepare_grades(
 
 
 def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> None:
-    """Raises: ValueError unless they fit each other."""
+    """Raises: ValueError unless they fit each other, TypeError for what is no tensor."""
+    check_tensors(grades=grades, **({} if mask is None else {"mask": mask}))
     if grades.dim() != 2 or grades.is_complex():
         raise ValueError(f"grades must be (B, N) and real, got {grades.dtype} {tuple(grades.shape)}")
     for other, what in ((mask, "mask"), (targets, "targets")):
@@ -100,13 +101,20 @@ def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> 
     check_targets(targets, grades.shape)
 
 
+def check_tensors(**arguments: object) -> None:
+    """Raises: TypeError unless all are tensors."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}; see torch.as_tensor")
+
+
 def check_targets(targets: str | Tensor, shape: torch.Size) -> None:
     """Raises: ValueError unless they are one of TARGETS, or weights of that shape."""
     if isinstance(targets, Tensor):
         if targets.shape != shape:
             raise ValueError(f"targets must be {tuple(shape)}, got {tuple(targets.shape)}")
-    elif targets not in TARGETS:
-        raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r}")
+    elif not isinstance(targets, str) or targets not in TARGETS:
+        raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r:.100}")
 
 
 def place_targets(
@@ -148,7 +156,7 @@ def check_temperature(temperature: float) -> None:
     """Raises: ValueError unless it is a number above 0."""
     if isinstance(temperature, Tensor) and temperature.requires_grad:
         raise ValueError("temperature must be a number: the loss has no gradient in it; scale the scores instead")
-    if not 0 < temperature < math.inf:
+    if isinstance(temperature, str | None) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be above 0, got {temperature!r}")
 
 

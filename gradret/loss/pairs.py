@@ -10,6 +10,7 @@ from gradret.loss.grades import (
     PreparedGrades,
     accumulation_dtype,
     check_targets,
+    check_tensors,
     normalize_mass,
     prepare_grades,
     weigh_grades,
@@ -84,8 +85,9 @@ def prepare_pairs(
         ground: "grade", "gain" or "sqrt"; see gradret.loss.functions.
 
     Raises: ValueError when shapes differ, a row or column is out of range, a pair comes twice, or targets or ground are
-        unknown.
+        unknown; TypeError for rows, columns or grades that are no tensors.
     """
+    check_tensors(rows=rows, columns=columns, grades=grades)
     count, documents = shape
     if rows.dim() != 1 or rows.shape != columns.shape or rows.shape != grades.shape:
         raise ValueError(

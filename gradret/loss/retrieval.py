@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradret.loss.functions import LOSS_FUNCTIONS, wasserstein_loss
-from gradret.loss.grades import FLOATS, accumulation_dtype, check_temperature, result_dtype
+from gradret.loss.grades import FLOATS, accumulation_dtype, check_temperature, check_tensors, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
 from gradret.loss.pairs import PreparedPairs, ShortLists, prepare_pairs
 from gradret.loss.transport import check_options, first_derivatives_only, reduce_lists
@@ -55,6 +55,9 @@ def wasserstein_retrieval_loss(
     Source: the tiling after Inf-CL, arXiv 2410.17243, and Cut Cross-Entropy, arXiv 2411.09009; the loss as
         wasserstein_loss.
     """
+    check_tensors(query_embeddings=query_embeddings, document_embeddings=document_embeddings)
+    if not isinstance(grades, tuple | PreparedPairs) or (isinstance(grades, tuple) and len(grades) != 3):
+        raise TypeError(f"grades must be three tensors (rows, columns, grades), or prepared, got {grades!r:.100}")
     queries, documents = query_embeddings, document_embeddings
     if queries.dim() != 2 or documents.dim() != 2 or queries.shape[1] != documents.shape[1]:
         raise ValueError(f"embeddings must be (B, D) and (N, D), got {tuple(queries.shape)}, {tuple(documents.shape)}")

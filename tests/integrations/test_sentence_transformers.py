@@ -46,6 +46,15 @@ def lists() -> list[RankingList]:
     return list(read_lists(SAMPLE_FILE))[:6]
 
 
+@pytest.mark.parametrize("labels", [None, [[3, 0], [3, 0]]])
+def test_a_data_set_without_labels(model_directory, labels):
+    """The trainer then hands over None; most losses of the library need none."""
+    model = SentenceTransformer(str(model_directory), device="cpu")
+    columns = [model.preprocess(["tea", "rye"]) for _ in range(3)]
+    with pytest.raises(ValueError, match="the data set needs a column of labels, a list of n grades per row; got "):
+        WassersteinLoss(model)(columns, labels)
+
+
 def sample_in_order(dataset, **options) -> DefaultBatchSampler:
     return DefaultBatchSampler(SequentialSampler(dataset), **options)
 

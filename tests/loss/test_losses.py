@@ -321,6 +321,21 @@ def test_wrong_arguments(arguments, message):
         wasserstein_loss(**{"scores": torch.zeros(2, 3), "grades": torch.zeros(2, 3), **arguments})
 
 
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("argument", ["scores", "grades", "mask"])
+def test_arrays_and_lists_in_place_of_tensors_are_named(name, argument):
+    whole = {"scores": torch.zeros(2, 3), "grades": torch.ones(2, 3), "mask": torch.ones(2, 3, dtype=torch.bool)}
+    for other in (whole[argument].numpy(), whole[argument].tolist()):
+        with pytest.raises(TypeError, match=f"^{argument} must be a tensor, got (ndarray|list); see torch.as_tensor"):
+            LOSS_FUNCTIONS[name](**whole | {argument: other})
+
+
+@pytest.mark.parametrize("temperature", [None, "1", math.nan])
+def test_temperatures_that_are_no_numbers(temperature):
+    with pytest.raises(ValueError, match="temperature must be above 0, got"):
+        wasserstein_loss(torch.zeros(1, 2), torch.ones(1, 2), temperature=temperature)
+
+
 def test_infonce_with_positives_from_a_grade_on():
     # Grades 3, 2, 1, 0 with masses .4, .3, .2, .1: positives .4 and .3, each against the .3 below: .4 / .7 and .3 / .6.
     scores, grades = logits(0.4, 0.3, 0.2, 0.1), torch.tensor([[3, 2, 1, 0]])
