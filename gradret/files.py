@@ -3,9 +3,10 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -69,6 +70,23 @@ def read_object(path: Path) -> dict:
 def write_json(path: Path, content: object) -> None:
     """Write JSON, indented."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_whole(path: str | os.PathLike, lines: Iterable[str]) -> None:
+    """Write a text file in UTF-8, which is left as it is until all its lines are there.
+
+    Raises: GradretError when it cannot be written; whatever the lines raise.
+    """
+    folder = Path(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as whole:
+            for line in lines:
+                whole.write(line.encode())
+            whole.seek(0)
+            with open(path, "wb") as file:
+                shutil.copyfileobj(whole, file)
+    except OSError as error:
+        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def replace_json(path: Path, content: object) -> None:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.files import write_whole
 
 GRADE_LIMIT = 1000  # 2^grade still fits a float64
 PASSAGE_KEYS = ("grade", "text", "title", "doc_id")
@@ -22,7 +23,8 @@ LIST_KEYS = ("query_id", "query", "passages", "meta")
 TEVATRON_KEYS = {"positive_passages": 1, "negative_passages": 0}  # -> grade
 JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge` gives it
 QUOTED = 60  # characters of a value that a message shows
-SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+SURROGATE, HALVES = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(r"[\ud800-\udfff]")  # in JSON, in a text
+HALF_A_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
 # In no text that was read as it was written, with what it comes from.
 FOREIGN = {"\0": "a NUL character, as UTF-16 has", "\r": "a carriage return within a line, as old Macs end them"}
 
@@ -163,7 +165,14 @@ def format_list(ranking_list: RankingList) -> str:
         **({"meta": ranking_list.meta} if ranking_list.meta is not None else {}),
         **ranking_list.extra,
     }
-    return json.dumps(record, ensure_ascii=False)
+    return json.dumps(record, ensure_ascii=False, default=_make_plain)
+
+
+def _make_plain(value: object) -> Any:
+    """A NumPy number, or an array, as JSON has it. Raises: TypeError."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{value!r:.100} cannot be written as JSON")
 
 
 # Every text of a user comes through the following: lists, corpora, queries, qrels, ids, scales, examples.
@@ -257,17 +266,25 @@ def decode_json(line: str | bytes, where: str) -> Any:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise GradretError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
-            ) from None
+            raise GradretError(f"{where}: {HALF_A_PAIR}") from None
     return record
 
 
 def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> None:
-    """Write ranking lists as JSONL, UTF-8."""
-    with open(path, "w", encoding="utf-8") as file:
-        for ranking_list in lists:
-            file.write(format_list(ranking_list) + "\n")
+    """Write ranking lists as JSONL, UTF-8; the file is left as it is until they are all there.
+
+    Raises: GradretError when a list is none that read_lists reads, or the file cannot be written.
+    """
+    write_whole(path, (_format_checked(r, f"{path}: list {n}") for n, r in enumerate(lists, 1)))
+
+
+def _format_checked(ranking_list: RankingList, where: str) -> str:
+    """The list's line. Raises: GradretError, as parse_list."""
+    text = format_list(ranking_list)
+    parse_list(decode_json(text, where), where)
+    if not text.isascii() and HALVES.search(text):
+        raise GradretError(f"{where}: {HALF_A_PAIR}")
+    return text + "\n"
 
 
 def read_lists(path: str | os.PathLike[str]) -> Iterator[RankingList]:

@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -17,6 +16,7 @@ import torch.nn.functional as nnf
 from tokenizers import normalizers
 from torch import Tensor, nn
 
+from gradret.data.lists import HALF_A_PAIR, HALVES
 from gradret.encoder.directory import EncoderConfig, write_description
 
 # Of a chunk's longest text. At 0.7 padding adds 17 % to passages of 12 to 200 words, and more chunks cost little.
@@ -78,7 +78,6 @@ def pad_tokens(tokens: Sequence[np.ndarray], padding: int, most: int) -> tuple[T
 
 
 Kind = Literal["query", "document"]
-SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 # A text is cut before it is tokenized, generously: twice as many characters again and again, until there are tokens
 # beyond those that are read (words at the cut may be halves), or the text has next to none, such as one of blanks.
@@ -253,8 +252,8 @@ def check_texts(texts: Iterable[str], kind: str) -> list[str]:
     for place, text in enumerate(listed):
         if not isinstance(text, str):
             raise TypeError(f"texts must be strings, got {text!r:.100} at position {place}")
-        if not text.isascii() and SURROGATES.search(text):
-            raise ValueError(f"text at position {place} holds half of a surrogate pair (\\ud800 to \\udfff)")
+        if not text.isascii() and HALVES.search(text):
+            raise ValueError(f"text at position {place} {HALF_A_PAIR}")
     return listed
 
 

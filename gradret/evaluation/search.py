@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from gradret.data.lists import quote
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, Kind
-from gradret.files import hold_lock, replace_json
+from gradret.files import hold_lock, replace_json, write_whole
 
 EmbeddingFunction = Callable[[list[str], Kind], Any]  # texts and "query" or "document" to (n, D), an array or a tensor
 
@@ -426,18 +427,19 @@ def write_run(
 ) -> None:
     """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has.
 
-    Raises: GradretError when an id holds white space, which the format cannot carry, and nothing is written; or when
-        the file cannot be written.
+    Raises: GradretError when an id holds white space, which the format cannot carry, or a score is no finite number,
+        and nothing is written; or when the file cannot be written.
     """
-    for query_id, ranking in run.items():
-        for doc_id, _ in ranking:
-            if query_id.split() != [query_id] or doc_id.split() != [doc_id]:
+    write_whole(path, _format_run(path, run, tag))
+
+
+def _format_run(
+    path: str | os.PathLike[str], run: Mapping[str, Sequence[tuple[str, float]]], tag: str
+) -> Iterator[str]:
+    for query_id, ranking in show_bar(run.items(), desc=f"writing {path}", unit="query", delay=PATIENCE_S):
+        for rank, (doc_id, score) in enumerate(ranking, 1):
+            if any(not isinstance(i, str) or i.split() != [i] for i in (query_id, doc_id)):
                 raise GradretError(f"{path}: a TREC run cannot hold the ids '{query_id}' and '{doc_id}': white space")
-    rankings = show_bar(run.items(), desc=f"writing {path}", unit="query", delay=PATIENCE_S)
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            for query_id, ranking in rankings:
-                for rank, (doc_id, score) in enumerate(ranking, 1):
-                    file.write(f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n")
-    except OSError as error:
-        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
+            if not math.isfinite(score):
+                raise GradretError(f"{path}: score {score} of '{doc_id}' for '{query_id}' is no finite number")
+            yield f"{query_id} Q0 {doc_id} {rank} {score:.9g} {tag}\n"

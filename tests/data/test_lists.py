@@ -1,8 +1,10 @@
 import codecs
 import io
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 from conftest import SAMPLE_FILE, list_record
 from hypothesis import HealthCheck, given, settings
@@ -113,6 +115,29 @@ def test_format_and_parse_are_inverse(ranking_list):
     line = format_list(ranking_list)
     assert "\n" not in line
     assert parse_list(json.loads(line), "") == ranking_list
+
+
+def test_a_file_is_left_as_it_is_until_all_lists_are_there(tmp_path):
+    path = tmp_path / "lists.jsonl"
+    good = RankingList("q", "why", [Passage(np.int64(3), "tea"), Passage(np.float32(0.5), "rye")])
+    write_lists(path, [good])
+    assert list(read_lists(path)) == [RankingList("q", "why", [Passage(3, "tea"), Passage(0.5, "rye")])]
+    before = path.read_text()
+    for bad, message in (
+        (RankingList("q", "why", [Passage(math.nan, "tea")]), "list 2: passage 1: grade NaN is not a finite number"),
+        (RankingList("q", " ", [Passage(1, "tea")]), "list 2: query ' ' of list 'q' is not a non-empty string"),
+        (RankingList("q", "why", [Passage(1, "\ud800")]), "list 2: holds half of a surrogate pair"),
+        (RankingList("q", "why", []), "list 2: list 'q' has no passages"),
+    ):
+        with pytest.raises(GradretError, match=message):
+            write_lists(path, [good, bad])
+    with pytest.raises(TypeError, match="cannot be written as JSON"):
+        write_lists(path, [RankingList("q", "why", [Passage({1}, "tea")])])
+    assert path.read_text() == before
+    write_lists(path, (ranking_list for ranking_list in read_lists(path)))  # a file may be read while it is rewritten
+    assert path.read_text() == before
+    with pytest.raises(GradretError, match=r"nowhere/lists.jsonl: cannot be written \(No such file or directory\)"):
+        write_lists(tmp_path / "nowhere" / "lists.jsonl", [good])
 
 
 def test_file_is_read_by_position_as_in_order(tmp_path):

@@ -216,6 +216,12 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
     write_run(tmp_path / "run", run)
     with pytest.raises(GradretError, match="cannot hold the ids 'q' and 'a b': white space"):
         write_run(tmp_path / "spaces", {"q": [("a b", 1.0)]})
+    for bad, message in (
+        ({"q": [("a", np.nan)]}, "score nan of 'a' for 'q'"),
+        ({"q": [(3, 1.0)]}, "the ids 'q' and '3'"),
+    ):
+        with pytest.raises(GradretError, match=message):
+            write_run(tmp_path / "run", run | bad)
     first = (tmp_path / "run").read_text().splitlines()[0].split(" ")
     assert (first[:4], first[5]) == (["q", "Q0", "b", "1"], "gradret")
     assert np.float32(first[4]) == np.float32(run["q"][0][1])
