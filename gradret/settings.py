@@ -193,6 +193,8 @@ def parse_loss(spelling: str) -> dict[str, float]:
 
     Raises: ValueError.
     """
+    if not isinstance(spelling, str):
+        raise ValueError(f"loss must be text, such as {DEFAULT_LOSS}, got {spelling!r}")
     found: dict[str, float] = {}
     for term in spelling.split("+"):
         name, colon, number = (part.strip() for part in term.partition(":"))

@@ -25,6 +25,7 @@ JUDGED = "judged"  # a passage's key for the real-valued grade that `gen --judge
 QUOTED = 60  # characters of a value that a message shows
 SURROGATE, HALVES = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(r"[\ud800-\udfff]")  # in JSON, in a text
 HALF_A_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
+SPACE, PIECE = re.compile(r"\s"), 1 << 16  # characters
 # In no text that was read as it was written, with what it comes from.
 FOREIGN = {"\0": "a NUL character, as UTF-16 has", "\r": "a carriage return within a line, as old Macs end them"}
 
@@ -306,17 +307,35 @@ def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
 
 def hash64(*parts: str) -> int:
     """A 64-bit key of some strings, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
+    digest = hashlib.blake2b(parts[0].encode(), digest_size=8)
+    for part in parts[1:]:
+        digest.update(b"\0")
+        digest.update(part.encode())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def join_words(text: str) -> str:
+    """The text with a single space for each run of space, and none at its ends.
+
+    Piece by piece: a list of the words of a whole text takes more than ten times its memory.
+    """
+    pieces, start = [], 0
+    while start < len(text):
+        gap = SPACE.search(text, start + PIECE)
+        end = gap.start() if gap else len(text)
+        pieces.append(" ".join(text[start:end].split()))
+        start = end
+    return " ".join(filter(None, pieces))
 
 
 def query_key(query_id: str, query: str) -> int:
     """What makes two queries one: the same id and the same words. Ids of two collections may collide."""
-    return hash64(query_id, " ".join(unicodedata.normalize("NFC", query).split()))
+    return hash64(query_id, join_words(unicodedata.normalize("NFC", query)))
 
 
 def query_words(text: str) -> str:
     """A query, or what else is looked for twice, without case, runs of space and Unicode's ways to write a letter."""
-    return " ".join(unicodedata.normalize("NFC", text.lower()).split())
+    return join_words(unicodedata.normalize("NFC", text.lower()))
 
 
 class DocumentNames:

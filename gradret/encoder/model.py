@@ -170,8 +170,9 @@ class Encoder(nn.Module):
         """(n, D) float32 embeddings of n queries or documents, with gradients. Raises: as check_texts."""
         return self.embed_tokens(self.tokenize(texts, kind))
 
-    def score(self, queries: Tensor, documents: Tensor) -> Tensor:
-        """(B, D) and (N, D) embeddings to (B, N) scores under the encoder's similarity."""
+    def score(self, queries: Tensor | np.ndarray, documents: Tensor | np.ndarray) -> Tensor:
+        """(B, D) and (N, D) embeddings, tensors or arrays, to (B, N) scores under the encoder's similarity."""
+        queries, documents = torch.as_tensor(queries), torch.as_tensor(documents)
         return self.search_vectors(queries) @ self.search_vectors(documents).T
 
     def search_vectors(self, embeddings: Tensor) -> Tensor:

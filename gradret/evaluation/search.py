@@ -249,7 +249,9 @@ def find_store(
         documents = collection.documents()
         while block := list(islice(documents, ENCODE_BLOCK)):
             for document in block:
-                digest.update(f"{document.doc_id}\0{document.content}\0".encode())
+                for part in (document.doc_id, document.content):
+                    digest.update(part.encode())
+                    digest.update(b"\0")
             doc_ids.append(np.array([document.doc_id.encode() for document in block]))
             bar.update(len(block))
     key = f"{encoder.fingerprint(queries=False)} {digest.hexdigest()} {precision}"

@@ -84,8 +84,10 @@ def fit(
         tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
             folder goes on with it.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
-        when another of the processes has ended.
+        when another of the processes has ended; TypeError for settings or a directory that are none.
     """
+    if not isinstance(settings, FitSettings) or not isinstance(out, str | Path):
+        raise TypeError(f"expected FitSettings and a directory, got {settings!r:.100} and {out!r:.100}")
     with join_processes(device) as (processes, device):
         return train(settings, Path(out), processes, device, resume=resume, progress=progress, tensorboard=tensorboard)
 

@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
+from gradret.data import lists as lists_module
 from gradret.data.lists import (
     ListFile,
     Passage,
     RankingList,
     format_list,
+    join_words,
     number_lines,
     parse_list,
     query_key,
@@ -181,6 +184,23 @@ def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"query_id": "\xe9"}\n')
     with pytest.raises(GradretError, match=r"latin\.jsonl:1: not UTF-8 text"):
         ListFile(tmp_path / "latin.jsonl")
+
+
+@given(st.text(st.sampled_from("ab \t\n\u00a0\u2003\x1c\u0301")), st.integers(1, 5))
+def test_words_are_joined_piece_by_piece_as_all_at_once(text, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lists_module, "PIECE", size)
+        assert join_words(text) == " ".join(text.split())
+
+
+def test_words_of_a_long_text_are_joined_in_little_memory():
+    text = "tea and rye  " * 300_000
+    tracemalloc.start()
+    try:
+        assert len(join_words(text)) == 12 * 300_000 - 1
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_one_query_is_the_same_id_and_the_same_words():

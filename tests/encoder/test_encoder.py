@@ -173,6 +173,9 @@ def test_no_texts_and_numpy_numbers(tiny_encoder, tmp_path):
         (0, 1),
     )
     assert encoder.encode(["tea"], batch_size=np.int32(2)).shape == (1, 32)
+    queries, documents = encoder.encode(["why"], "query"), encoder.encode(["tea", "rye"])
+    scores = encoder.score(queries, documents)
+    torch.testing.assert_close(scores, torch.from_numpy(queries @ documents.T))
     encoder.save(tmp_path)
     assert load_encoder(tmp_path).config.query_max_length == 16
 

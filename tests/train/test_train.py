@@ -380,6 +380,15 @@ def test_lists_that_have_no_contrast_are_told(tiny_encoder, tmp_path, write_json
         assert (told in capsys.readouterr().err) == (number in (0, 4))
 
 
+def test_settings_of_another_kind_are_named(tmp_path):
+    with pytest.raises(ValueError, match="loss must be text, such as .*, got None"):
+        FitSettings(loss=None)
+    for settings, out in ((None, tmp_path / "out"), (FitSettings(), None), ("model", "out")):
+        with pytest.raises(TypeError, match="expected FitSettings and a directory, got "):
+            fit(settings, out)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("field", ["temperature", "epochs", "clip", "warmup", "weight_decay", "in_batch_grade"])
 def test_settings_are_finite(field):
     with pytest.raises(ValueError, match=f"{field} must be a finite number, got nan"):
