@@ -237,7 +237,7 @@ def test_any_bytes_are_records_or_one_line(tmp_path, content):
     except GradretError as error:
         assert re.match(rf"{path}:\d+: [^\n]+$", str(error))
     else:
-        assert records == [json.loads(line) for line in content.decode("utf-8-sig").splitlines() if line.strip()]
+        assert records == [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -251,7 +251,7 @@ def test_any_bytes_select_queries_or_are_one_line(tmp_path, content):
         assert re.match(rf"{path}:\d+: [^\n]+$", str(error))
     else:
         for line in content.decode("utf-8-sig").split("\n"):
-            assert select(line.removesuffix("\r")) == select(line.strip()) == bool(line.strip())
+            assert select(line.rstrip("\r")) == select(line.strip()) == bool(line.strip())
 
 
 @pytest.mark.parametrize("suffix", QRELS_FORMS)
