@@ -17,7 +17,7 @@ import torch
 from benchmarks.speed.clock import synchronize
 from gradret.console import GradretError
 from gradret.data.lists import RankingList
-from gradret.encoder.model import EncoderConfig
+from gradret.encoder.directory import EncoderConfig
 from gradret.settings import FitSettings
 
 PACKAGES = ("sentence_transformers", "datasets", "accelerate")

@@ -44,6 +44,8 @@ SETTINGS_KEYS = dict.fromkeys(
     "module_output_name": "token_embeddings",
 }
 OLDER_KEYS = {"model_args": "model_kwargs", "tokenizer_args": "processor_kwargs", "config_args": "config_kwargs"}
+# Where a model is found, and whether its code is run, is not for its directory to say.
+CALLERS_OPTIONS = ("subfolder", "token", "cache_dir", "revision", "local_files_only", "trust_remote_code")
 MODEL_KEYS = dict.fromkeys(
     ("dtype", "torch_dtype", "attn_implementation", "add_pooling_layer", "low_cpu_mem_usage", "use_safetensors"), ANY
 )
@@ -188,7 +190,7 @@ def _read_settings(place: Path) -> tuple[Path, dict[str, Any]]:
         options = settings.get(key, {})
         if not isinstance(options, dict):
             raise GradretError(f"{file}: {key} {json.dumps(options)[:60]} is not a JSON object")
-        settings[key] = {name: value for name, value in options.items() if name != "trust_remote_code"}
+        settings[key] = {name: value for name, value in options.items() if name not in CALLERS_OPTIONS}
     check_keys(settings["model_kwargs"], MODEL_KEYS, f"{file}: model_kwargs")
     return file, settings
 

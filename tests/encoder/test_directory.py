@@ -12,8 +12,9 @@ from sentence_transformers import SentenceTransformer
 
 from gradret.cli import main
 from gradret.console import GradretError
+from gradret.encoder.directory import EncoderConfig
 from gradret.encoder.load import load_encoder
-from gradret.encoder.model import Encoder, EncoderConfig
+from gradret.encoder.model import Encoder
 
 TEXTS = ["WHY does bread need Yeast", "  the   moon \n", "", "the moon pulls the sea " * 30]
 SETTINGS, TOKENIZER, WHOLE = "sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json"
@@ -99,7 +100,11 @@ SAME = {
     "a model of one layer": (lambda d: say(d / SETTINGS, config_args={"num_hidden_layers": 1}), 64),
     "a model with another function": (lambda d: say(d / SETTINGS, config_kwargs={"hidden_act": "relu"}), 64),
     "options without effect": (
-        lambda d: say(d / SETTINGS, model_args={"add_pooling_layer": False, "trust_remote_code": True}),
+        lambda d: say(
+            d / SETTINGS,
+            model_args={"add_pooling_layer": False, "trust_remote_code": True},
+            tokenizer_args={"subfolder": "x"},
+        ),
         64,
     ),
     "settings under an older name": (

@@ -9,8 +9,9 @@ from sentence_transformers import SentenceTransformer
 
 from gradret.console import GradretError
 from gradret.encoder import hub
+from gradret.encoder.directory import EncoderConfig
 from gradret.encoder.load import load_encoder
-from gradret.encoder.model import Encoder, EncoderConfig, pool_tokens
+from gradret.encoder.model import Encoder, pool_tokens
 from gradret.settings import DEFAULT_ENCODER
 
 TEXTS = ["Bread needs yeast.", "", "The moon pulls the sea. " * 30, "tea"]

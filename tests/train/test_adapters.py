@@ -25,8 +25,9 @@ from transformers import (
 
 from gradret.cli import main
 from gradret.console import GradretError
+from gradret.encoder.directory import EncoderConfig
 from gradret.encoder.load import load_encoder
-from gradret.encoder.model import Encoder, EncoderConfig
+from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import Evaluation
 from gradret.settings import FitSettings
 from gradret.train import loop as trainer
