@@ -253,10 +253,7 @@ def _read_settings(out: str) -> dict:
     "--scale",
     group=WRITTEN,
     type=click.Path(),
-    help="JSON file {GRADE: definition}. [default: TREC Deep Learning, 3 to 0]",
-)
-@option(
-    "--examples", group=WRITTEN, type=click.Path(), help="Ranking lists to show. [default: one of the bundled sample]"
+    help="JSON file of grades, see docs/generate.md. [default: TREC Deep Learning, 3 to 0]",
 )
 @option(
     "--length",
@@ -279,7 +276,6 @@ def gen(
     mix_settings,
     shard,
     scale,
-    examples,
     length,
     show_prompt,
     as_json,
@@ -301,7 +297,7 @@ def gen(
     """
     require_one("gen", "; --shard i/n shares the queries out")
     from gradret.generate.journal import Journal
-    from gradret.generate.prompts import TREC_DL, Prompts, read_examples, read_scale
+    from gradret.generate.prompts import TREC_DL, Prompts, read_scale
     from gradret.generate.queries import Query, read_queries, take_shard
     from gradret.generate.replies import Checks
     from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
@@ -313,19 +309,16 @@ def gen(
         chosen["min_chars"], chosen["max_chars"] = length
     settings = make_settings(GenSettings, chosen)
     scale = read_scale(scale) if scale else TREC_DL
-    examples = read_examples(examples, scale, settings)
-    if len(examples) < chosen.get("shots", 0):
-        raise click.UsageError(
-            "--shots needs --examples here: the bundled ones do not fit the scale, language or length"
-        )
-    prompts = Prompts(settings, scale, examples)
-    checks = Checks(settings, prompts.instructions, examples)
+    prompts = Prompts(settings, scale)
+    checks = Checks(settings, prompts.instructions)
     wanted = read_queries(queries)
     wanted = take_shard(wanted, shard) if shard else wanted
     if show_prompt:
         query = next((q for q in wanted if q.text.strip()), Query("", ""))
-        for message in prompts.write(query)[0].messages:
-            click.echo(f"[{message['role']}]\n{message['content']}\n")
+        shown = [prompts.plan(query, part) for part in prompts.plan_parts]
+        for request in [*shown, prompts.write(query, scale.grades[0], query.text)]:
+            for message in request.messages:
+                click.echo(f"[{message['role']}]\n{message['content']}\n")
         return
     with ExitStack() as stack:
         # First the files: a model is not loaded for nothing.

@@ -428,14 +428,14 @@ class GenSettings:
     Raises: ValueError naming the setting, what was expected and what came.
     """
 
-    separate: bool = setting(False, WRITTEN, "One request per grade, instead of one for all, best first.")
     variety: bool = setting(False, WRITTEN, "Each query draws a length, a genre and a reading level.")
-    shots: int = setting(1, WRITTEN, "Example lists in the prompt.", range=ANY_COUNT)
+    borrow: bool = setting(False, WRITTEN, "The lowest grade gets the best passage of another query's list.")
+    strict: bool = setting(False, WRITTEN, "Reject a query that lacks a passage of any grade.")
     language: str | None = setting(
         None, WRITTEN, "ISO 639-1 code that passages must be in.", unset="the query's, unchecked"
     )
-    min_chars: int = rare(100, WRITTEN, "Of a passage.", range=COUNT)  # together: --length
-    max_chars: int = rare(1000, WRITTEN, "Of a passage.", range=COUNT)
+    min_chars: int = rare(200, WRITTEN, "Of a passage.", range=COUNT)  # together: --length
+    max_chars: int = rare(800, WRITTEN, "Of a passage.", range=COUNT)
     judge: bool = setting(False, WRITTEN, "The model then grades each passage blind; stored as 'judged'.")
     temperature: float = setting(
         0.8, SAMPLING, "Temperature of sampling; 0 takes the likeliest token.", range=ANY_COUNT
@@ -444,19 +444,15 @@ class GenSettings:
         0.95, SAMPLING, "Share of the likeliest tokens that are drawn from.", range=Range(0, 1, above=True)
     )
     max_tokens: int | None = setting(
-        None, SAMPLING, "Tokens of a reply.", range=COUNT, unset="enough for passages of the full length"
+        None, SAMPLING, "Tokens of a reply.", range=COUNT, unset="enough for the full length"
     )
-    attempts: int = setting(3, SAMPLING, "Replies tried for a query before it is rejected.", range=COUNT)
+    attempts: int = setting(5, SAMPLING, "Replies tried for a plan or a passage before it is given up.", range=COUNT)
     seed: int = setting(0, SAMPLING, "Seed of sampling and of what queries draw.", range=ANY_COUNT)
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
         check_settings(self)
-
-    def reply_tokens(self, passages: int) -> int:
-        """The token cap of a reply that holds so many passages; in Han and kana a token is one or two characters."""
-        return self.max_tokens or passages * (self.max_chars // 2 + 24)
 
 
 def count_steps(settings: FitSettings, lists: int) -> int:

@@ -189,14 +189,14 @@ def make_reply(request: Request, completion: Completion, warn: Callable[[str], N
 
 def kind_of(request: Request) -> str:
     """What a server may take while it refuses the others."""
-    return "choices" if request.choices else "form" if request.form else "text"
+    return "choices" if request.choices else "form" if request.form and request.form.schema else "text"
 
 
 def ways_to_ask(request: Request) -> list[dict]:
     """Arguments that ask for a request's form or probabilities; the strictest first, of which servers take some."""
     if request.choices:
         return [{"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 5}, {}]
-    if request.form:
+    if request.form and request.form.schema:
         schema = request.form.schema
         named = {"name": "reply", "strict": True, "schema": schema}
         llama_cpps = {"type": "json_object", "schema": schema}  # and Together's

@@ -14,11 +14,11 @@ class Form:
 
     Attributes:
         grammar: GBNF, for llama.cpp.
-        schema: a JSON schema, for endpoints.
+        schema: a JSON schema, for endpoints; None where none says it.
     """
 
     grammar: str
-    schema: dict = field(hash=False)
+    schema: dict | None = field(hash=False)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.lists import RankingList, decode_json, format_list, parse_list, query_key
 from gradret.files import open_folder, read_object, replace_json
 from gradret.generate.queries import Query
+
+RECENT = 256
 
 
 class Journal:
@@ -26,6 +29,7 @@ class Journal:
     Attributes:
         done: query_key of every query that has its list.
         rejected: query_key of every query given up that has none; those not tried to the end are not among them.
+        recent: the lists written last, at most RECENT.
     Raises: GradretError when a file cannot be written, or is in use.
     """
 
@@ -40,6 +44,7 @@ class Journal:
             raise GradretError(f"{self.rejects}: is taken by the lists or their record; name another file for rejects")
         self.done: set[int] = set()
         self.rejected: set[int] = set()
+        self.recent: deque[RankingList] = deque(maxlen=RECENT)
         self._seen: dict[str, tuple[int, int]] = {}  # query id -> query_key, line
         self._fds: dict[Path, int] = {}
         try:
@@ -83,6 +88,7 @@ class Journal:
         self._append(self.out, (format_list(ranking_list) + "\n").encode())
         self._seen[ranking_list.query_id] = key, 0
         self.done.add(key)
+        self.recent.append(ranking_list)
 
     def reject(self, query: Query, reason: str, detail: str, replies: list[str], final: bool = True) -> None:
         """Note a query given up, and what the model replied.
@@ -187,6 +193,7 @@ class Journal:
                 f"{self._seen[ranking_list.query_id][1]}; remove one of the two"
             )
         self._seen[ranking_list.query_id] = key, number
+        self.recent.append(ranking_list)
 
     def _note_reject(self, record: object, where: str, number: int) -> None:
         fields = [record.get(key) for key in ("query_id", "query", "final")] if isinstance(record, dict) else [None]

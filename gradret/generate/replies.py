@@ -1,12 +1,12 @@
-"""From a reply to passages: the form it is asked for, its parsing, and what no list should hold, found by rules."""
+"""From a reply to briefs or a passage: the form asked for, the parsing, and what no list should hold, by rules."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.console import GradretError
-from gradret.data.lists import RankingList, quote
+from gradret.data.lists import quote
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
@@ -18,31 +18,38 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffd]+")
 EXCLUDED = r'"\\\x00-\x1F\x7F'
 THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the prompt may have opened
 OBJECT_START = re.compile(r'\{\s*["}]')
+# Not after an initial, nor after Dr. and its like, except where the text ends.
+SENTENCE_END = re.compile(
+    r"""(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])(?<!\b[A-Z][a-z][a-z])[.!?]["”’')\]]*(?=\s)|[.!?]["”’')\]]*$|[。！？।]["”’」』]?"""
+)
 # An object as its pairs: a key twice shows, arrays stay lists. Line breaks within a string are mended by clean_text.
 DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
 
 
 class Unusable(Exception):
-    """A reply that gives no list. `reason` is two or three words, to count by; `detail` says what was found."""
+    """A brief or passage that is no good. `reason` is two or three words to count by; `detail` says what was found."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
 
-def make_form(keys: Sequence[str], min_chars: int, max_chars: int) -> Form:
-    """The form of a reply: a JSON object of exactly these keys in this order, as json.dumps writes it.
+def make_form(bounds: Mapping[str, tuple[int, int]]) -> Form:
+    """The form of a JSON object of exactly these keys in this order, as json.dumps writes it.
 
-    The grammar bounds the characters of each text, up to llama.cpp's limit of repetitions; above it the token cap and
-    the checks do. It leaves no freedom of space, in which a model could stay for ever, and ends with the brace. The
-    schema, for endpoints, has only what all of them take; no lengths.
+    The grammar bounds the characters of each string. It leaves no freedom of space, in which a model could stay for
+    ever, and ends with the brace. The schema, for endpoints, has only what all of them take; no lengths.
+
+    Args:
+        bounds: of each key the fewest and the most characters of its string.
     """
-    members = ' ", " '.join(f"{json.dumps(json.dumps(key) + ': ')} text" for key in keys)
-    bounds = f"{{{min_chars - 1},{max_chars - 1}}}" if max_chars <= MAX_REPEAT else "*"
+    members = ' ", " '.join(
+        f'{json.dumps(json.dumps(key) + ": ")} "\\"" first char{_repeat(low - 1, high - 1)} "\\""'
+        for key, (low, high) in bounds.items()
+    )
     grammar = "\n".join(
         (
             f'root ::= "{{" {members} "}}"',
-            f'text ::= "\\"" first char{bounds} "\\""',
             f"first ::= [^ {EXCLUDED}] | escape",
             f"char ::= [^{EXCLUDED}] | escape",
             'escape ::= "\\\\" ["\\\\]',
@@ -51,11 +58,25 @@ def make_form(keys: Sequence[str], min_chars: int, max_chars: int) -> Form:
     )
     schema = {
         "type": "object",
-        "properties": {key: {"type": "string"} for key in keys},
-        "required": list(keys),
+        "properties": {key: {"type": "string"} for key in bounds},
+        "required": list(bounds),
         "additionalProperties": False,
     }
     return Form(grammar, schema)
+
+
+def make_text_form(low: int, high: int) -> Form:
+    """The form of plain prose of so many characters: no line break and no markup. There is no schema for it."""
+    grammar = f"""\
+root ::= first char{_repeat(low - 1, high - 1)}
+first ::= [^ "'{{}}\\[\\]*#`\\-\\x00-\\x1F\\x7F]
+char ::= [^*`\\x00-\\x1F\\x7F]
+"""
+    return Form(grammar, None)
+
+
+def _repeat(low: int, high: int) -> str:
+    return f"{{{low},{high}}}" if high < MAX_REPEAT else "*"
 
 
 def clean_text(text: str) -> str:
@@ -63,17 +84,23 @@ def clean_text(text: str) -> str:
     return " ".join(UNPRINTABLE.sub(" ", text).split())
 
 
-def parse_reply(text: str, keys: Sequence[str]) -> dict[str, str]:
-    """The cleaned passages of a reply, in the order of `keys`.
-
-    Thoughts (<think>...</think>) at the start, fences and words around the one JSON object are passed over, and so
-    are keys that nobody asked for.
-
-    Raises: Unusable.
-    """
+def drop_thoughts(text: str) -> str:
+    """The text without <think>...</think> at its start. Raises: Unusable when nothing else is there."""
     text = THOUGHTS.sub("", text, count=1) if THOUGHTS.match(text) else text
     if not text.strip():
         raise Unusable("empty reply", "nothing was written")
+    return text
+
+
+def parse_object(text: str, keys: Sequence[str]) -> dict[str, str]:
+    """The cleaned strings of a reply, in the order of `keys`.
+
+    Thoughts at the start, fences and words around the one JSON object are passed over, and so are keys that nobody
+    asked for.
+
+    Raises: Unusable.
+    """
+    text = drop_thoughts(text)
     found, cut = _find_objects(text)
     answers = [pairs for pairs in found if any(key in keys for key, _ in pairs)]
     if len(answers) > 1:
@@ -91,11 +118,11 @@ def parse_reply(text: str, keys: Sequence[str]) -> dict[str, str]:
     for key in keys:
         if not isinstance(values[key], str):
             raise Unusable("no text", f"{key} is not a string")
-    passages = {key: clean_text(values[key]) for key in keys}
-    for key, passage in passages.items():
-        if not passage:
+    strings = {key: clean_text(values[key]) for key in keys}
+    for key, string in strings.items():
+        if not string:
             raise Unusable("no text", f"{key} is empty")
-    return passages
+    return strings
 
 
 def _find_objects(text: str) -> tuple[list[tuple], bool]:
@@ -167,72 +194,61 @@ REFUSAL = re.compile(
 
 
 class Checks:
-    """All checks on the passages of a list.
+    """All checks on a passage.
 
     Args:
         instructions: what the model was told, which no passage may repeat.
-        examples: the prompt's example lists, likewise.
 
     Raises: GradretError when the settings ask for a language that cannot be recognised, or py3langid is missing.
     """
 
-    def __init__(self, settings: GenSettings, instructions: str, examples: Sequence[RankingList] = ()):
+    def __init__(self, settings: GenSettings, instructions: str):
         self._settings = settings
         self._instructions = _shingles(split_words(instructions), ECHO_WORDS)
-        self._examples = [split_words(passage.text) for example in examples for passage in example.passages]
         self._identifier = _load_identifier(settings.language) if settings.language else None
 
-    def check(self, query: str, texts: Sequence[str]) -> None:
-        """Refuse a list of which one passage, cleaned by replies.parse_reply, is no good.
+    def check(self, query: str, text: str, others: Iterable[str]) -> None:
+        """Refuse a passage that is no good by itself, or beside those of the list that are.
 
-        Raises: Unusable with the reason, and in its detail the passage, counted from 1.
+        Raises: Unusable with the reason.
         """
-        words = [split_words(text) for text in texts]
-        query_words = split_words(query)
-        for number, (text, own) in enumerate(zip(texts, words, strict=True), 1):
-            self._check_passage(f"passage {number}", text, own, query_words)
-        for second, other in enumerate(words):
-            for first, own in enumerate(words[:second]):
-                if share := _near_duplicate(own, other):
-                    raise Unusable(
-                        "duplicate", f"passages {first + 1} and {second + 1} share {share:.0%} of their text"
-                    )
-
-    def _check_passage(self, where: str, text: str, words: list[str], query: list[str]) -> None:
+        words = split_words(text)
         low, high = self._settings.min_chars, self._settings.max_chars
         if not low <= len(text) <= high:
-            raise Unusable("length", f"{where} has {len(text)} characters, expected {low} to {high}")
+            raise Unusable("length", f"{len(text)} characters, expected {low} to {high}")
         if not words:
-            raise Unusable("no text", f"{where} has no words")
+            raise Unusable("no text", "there are no words")
         shingles = len(words) - SHINGLE + 1
         if shingles >= MIN_SHINGLES and len(_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
-            raise Unusable("repetition", f"{where} says the same words again and again")
+            raise Unusable("repetition", "it says the same words again and again")
         if REFUSAL.match(text.replace("’", "'")):
-            raise Unusable("refusal", f"{where} opens with '{text[:50]}'")
+            raise Unusable("refusal", f"it opens with '{text[:50]}'")
         if key := FORM_KEY.search(text):
-            raise Unusable("prompt echo", f"{where} holds '{key[0]}'")
+            raise Unusable("prompt echo", f"it holds '{key[0]}'")
         if echo := _shingles(words, ECHO_WORDS) & self._instructions:
-            raise Unusable("prompt echo", f"{where} repeats the instructions: '{' '.join(min(echo))}'")
-        if any(_near_duplicate(words, example) for example in self._examples):
-            raise Unusable("prompt echo", f"{where} repeats an example")
-        weight = _weigh(query)
-        opens = weight >= OPENING_WORDS and words[: len(query)] == query
-        if opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words))):
-            raise Unusable("query copied", f"{where} holds the whole query")
+            raise Unusable("prompt echo", f"it repeats the instructions: '{' '.join(min(echo))}'")
+        if holds_query(words, split_words(query)):
+            raise Unusable("query copied", "it holds the whole query")
         if self._identifier:
             shares = dict(self._identifier.rank(text))
             if shares[self._settings.language] < LANGUAGE_SHARE:
                 found = max(shares, key=shares.get)
-                raise Unusable("language", f"{where} is in '{found}', expected '{self._settings.language}'")
+                raise Unusable("language", f"it is in '{found}', expected '{self._settings.language}'")
+        for other in others:
+            if share := _near_duplicate(split_words(other), words):
+                raise Unusable("duplicate", f"it shares {share:.0%} of its text with another passage of the list")
+
+
+def holds_query(words: list[str], query: list[str]) -> bool:
+    """Whether a text copies the whole query: opens with it, or has it somewhere and it is long."""
+    weight = sum(0.5 if UNSPACED_WORD.fullmatch(word) else 1 for word in query)
+    opens = weight >= OPENING_WORDS and words[: len(query)] == query
+    return opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
 
 
 def split_words(text: str) -> list[str]:
     """The words of a text, without case and punctuation; in scripts without spaces, its characters."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def _weigh(words: list[str]) -> float:
-    return sum(0.5 if UNSPACED_WORD.fullmatch(word) else 1 for word in words)
 
 
 def _shingles(words: list[str], size: int) -> set[tuple[str, ...]]:

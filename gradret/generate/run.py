@@ -1,5 +1,10 @@
-"""The resumable loop of `gradret gen`: queries to an engine, replies to checked lists or recorded rejects."""
+"""The resumable loop of `gradret gen`: queries to an engine, replies to checked lists or recorded rejects.
 
+A list begins as a plan, a brief for each lower grade (see plans.py), and the passage about the query itself. As soon as
+a grade's briefs are there its passage is asked for. What fails a check, a brief or a passage, is asked for again alone.
+"""
+
+import random
 import signal
 import statistics
 import time
@@ -11,9 +16,10 @@ from gradret.console import GradretError, Interrupted, StopRequest, count_of, sa
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale
+from gradret.generate.plans import check_brief, content_words, split_sentences, trim, weave
+from gradret.generate.prompts import PLANNED, PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
-from gradret.generate.replies import Checks, Unusable, parse_reply
+from gradret.generate.replies import Checks, Unusable, clean_text, drop_thoughts, parse_object
 from gradret.settings import GenSettings
 
 # Why a query got no list, besides the reasons of replies.Unusable.
@@ -21,6 +27,10 @@ NO_REPLY = "no reply"  # the one reason that a later run tries again
 EMPTY_QUERY = "empty query"
 REFUSED = "refused by the engine"
 NOT_JUDGED = "not judged"
+
+# The prompt's examples, which no brief may repeat.
+SHOWN = {f"example {number}": text for number, (_, plan) in enumerate(PLANNED) for text in plan.values()}
+LEAST_GRADES = 3  # a list without any others is kept, the best one among them; scales of two need both
 
 
 def open_engine(
@@ -114,15 +124,23 @@ class Draft:
     """A query on its way to a list.
 
     Attributes:
-        attempt: from 1; replies to requests of an earlier one no longer count.
-        texts: the passages of this attempt, by their keys.
-        judged: their judged grades, by the passage's number.
+        plan: the good briefs by name.
+        attempts: of each part, a plan's or a grade's, from 1; replies to earlier ones no longer count.
+        came: passages that are not checked yet, or why there is none, by grade.
+        texts: the good passages, by grade.
+        failed: why the other grades have none.
+        borrowed: the id of the query whose passage is the lowest grade's.
+        judged: judged grades, by the passage's number.
         replies: of all attempts, as they came.
     """
 
     query: Query
-    attempt: int = 1
-    texts: dict[str, str] = field(default_factory=dict)
+    plan: dict[str, str] = field(default_factory=dict)
+    attempts: dict[object, int] = field(default_factory=dict)
+    came: dict[float, str | Unusable] = field(default_factory=dict)
+    texts: dict[float, str] = field(default_factory=dict)
+    failed: dict[float, Unusable] = field(default_factory=dict)
+    borrowed: str | None = None
     judged: dict[int, float] = field(default_factory=dict)
     replies: list[str] = field(default_factory=list)
 
@@ -143,19 +161,19 @@ class Generation:
             # First what a begun list still needs: so one sequence writes the same file however often it is stopped.
             while self._waiting:
                 request = self._waiting.popleft()
-                if self._find_draft(request):  # or its list was rejected, or begun again, while it waited
+                if self._find_draft(request):  # or its list was rejected while it waited
                     return request
             query = next(queries, None)
             if query is None:
                 return None
             draft = self._drafts[query.query_id] = Draft(query)
             if query.text.strip():
-                self._waiting += self._prompts.write(query, draft.attempt, self._model)
+                self._begin(draft)
             else:
                 self._reject(draft, EMPTY_QUERY, "there is nothing to write passages for")
 
     def take(self, reply: Reply) -> None:
-        """Move a reply's draft on: to the judge, to another attempt, or into the journal."""
+        """Move a reply's draft on: to its passages, to the judge, to another attempt, or into the journal."""
         self.summary.tokens += reply.tokens
         self.summary.prompt_tokens += reply.prompt_tokens
         draft = self._find_draft(reply.request)
@@ -168,48 +186,131 @@ class Generation:
         elif reply.finish == "refused":
             self._reject(draft, NOT_JUDGED if reply.request.choices else REFUSED, reply.error)
         elif reply.request.choices:
-            draft.judged[part] = expected_grade(reply.probabilities, self._scale)
+            draft.judged[part[1]] = expected_grade(reply.probabilities, self._scale)
             if len(draft.judged) == len(draft.texts):
                 self._write(draft)
         else:
             draft.replies.append(reply.text)
-            try:
-                self._read(draft, reply, part)
-            except Unusable as problem:
-                self._retry(draft, problem)
+            if part in self._prompts.plan_parts:
+                self._read_plan(draft, part, reply.text)
+            else:
+                draft.came[part] = self._read_passage(draft, part, reply)
+                self._settle(draft)
 
     def _find_draft(self, request: Request) -> Draft | None:
-        """The draft that a request is for; None when it is decided, or at another attempt."""
-        query_id, attempt, _ = request.key
+        """The draft that a request is for; None when it is decided, or its part at another attempt."""
+        query_id, attempt, part = request.key
         draft = self._drafts.get(query_id)
-        return draft if draft and draft.attempt == attempt else None
+        return draft if draft and draft.attempts.get(part, 1) == attempt else None
 
-    def _read(self, draft: Draft, reply: Reply, part: float | None) -> None:
-        if reply.finish == "length":
-            raise Unusable(
-                "cut off", f"{reply.tokens} tokens were not enough; raise --max-tokens and pass --retry-rejects"
-            )
-        draft.texts |= parse_reply(reply.text, self._prompts.parts[part])
-        keys = self._scale.keys
-        if len(draft.texts) < len(keys):
-            return
-        draft.texts = {key: draft.texts[key] for key in keys}  # separate replies come in any order
-        texts = list(draft.texts.values())
-        self._checks.check(draft.query.text, texts)
-        if self._settings.judge:
-            self._waiting += self._prompts.judge(draft.query, draft.attempt, texts)
+    def _begin(self, draft: Draft) -> None:
+        lowest = self._scale.grades[-1]
+        if self._settings.borrow and (lender := self._find_lender(draft.query)):
+            draft.borrowed, draft.came[lowest] = lender.query_id, lender.passages[0].text
+        needed = {name for grade, names in self._scale.briefs.items() if grade not in draft.came for name in names}
+        for part, names in self._prompts.plan_parts.items():
+            if needed & {*names}:
+                self._waiting.append(self._prompts.plan(draft.query, part, 1, self._model))
+        self._ask_passage(draft, self._scale.grades[0])
+
+    def _find_lender(self, query: Query) -> RankingList | None:
+        """One of the lists written last, about something else."""
+        words = content_words(query.text)
+        lists = [found for found in self._journal.recent if not words & content_words(found.query)]
+        draw = random.Random(draw_seed(query, self._settings.seed, self._model, 1, "borrow"))
+        return lists[int(draw.random() * len(lists))] if lists else None
+
+    def _read_plan(self, draft: Draft, part: str, text: str) -> None:
+        """Keep the good briefs of a reply, ask for their passages, and ask again for the other briefs."""
+        names = self._prompts.plan_parts[part]
+        problem = None
+        try:
+            found = parse_object(text, names)
+        except Unusable as unusable:
+            found, problem = {}, unusable
+        before = {*draft.plan}
+        for name, brief in found.items():
+            try:
+                if name not in draft.plan:
+                    longest = self._prompts.longest(name)
+                    check_brief(draft.query.text, name, brief, {**SHOWN, **draft.plan}, longest=longest)
+                    draft.plan[name] = brief
+            except Unusable as unusable:
+                problem = problem or unusable
+        for grade, briefs in self._scale.briefs.items():
+            if {*briefs} & ({*draft.plan} - before) and {*briefs} <= {*draft.plan}:
+                self._ask_passage(draft, grade)
+        if problem and not self._ask_again(draft, part, problem):
+            for grade, briefs in self._scale.briefs.items():
+                if {*briefs} & {*names} - {*draft.plan}:
+                    draft.came[grade] = draft.failed[grade] = problem
+            self._settle(draft)
+
+    def _ask_passage(self, draft: Draft, grade: float) -> None:
+        briefs = self._scale.briefs[grade]
+        subject = draft.plan[briefs[-1]] if briefs else draft.query.text
+        attempt = draft.attempts.get(grade, 1)
+        self._waiting.append(self._prompts.write(draft.query, grade, subject, attempt, self._model))
+
+    def _ask_again(self, draft: Draft, part: object, problem: Unusable) -> bool:
+        """Ask for a plan or a passage with another seed; False when it was asked for often enough."""
+        attempt = draft.attempts.get(part, 1) + 1
+        if draft.borrowed and part == self._scale.grades[-1]:  # there is no brief for another
+            return False
+        # At temperature 0 the reply would be the same again.
+        if attempt > self._settings.attempts or self._settings.temperature == 0:
+            return False
+        self.summary.retries[problem.reason] += 1
+        draft.attempts[part] = attempt
+        if part in self._prompts.plan_parts:
+            self._waiting.append(self._prompts.plan(draft.query, part, attempt, self._model))
+        else:
+            draft.came.pop(part)
+            self._ask_passage(draft, part)
+        return True
+
+    def _read_passage(self, draft: Draft, grade: float, reply: Reply) -> str | Unusable:
+        """The passage of a reply, whole sentences of about the target's length; or what is wrong."""
+        target = self._prompts.target(draft.query)
+        try:
+            text = clean_text(drop_thoughts(reply.text))
+        except Unusable as problem:
+            return problem
+        sentences = split_sentences(text)
+        if not sentences:
+            return Unusable("cut off", f"no sentence ends: '{text[-40:]}'; it had {reply.tokens} tokens")
+        if "answer" in self._scale.briefs[grade]:
+            return weave(sentences, draft.plan["answer"], target)
+        return trim(sentences, target)
+
+    def _settle(self, draft: Draft) -> None:
+        """Check what came, the best grade first, each beside the good ones above it; go on when nothing is missing."""
+        for grade in self._scale.grades:
+            if grade in draft.texts or grade in draft.failed:
+                continue
+            if grade not in draft.came:
+                return  # those below wait, so that what is checked does not depend on which reply came first
+            passage = draft.came[grade]
+            try:
+                if isinstance(passage, Unusable):
+                    raise passage
+                self._checks.check(draft.query.text, passage, draft.texts.values())
+                draft.texts[grade] = passage
+            except Unusable as problem:
+                if self._ask_again(draft, grade, problem):
+                    return
+                draft.failed[grade] = problem
+        self._finish(draft)
+
+    def _finish(self, draft: Draft) -> None:
+        least = len(self._scale.grades) if self._settings.strict else min(LEAST_GRADES, len(self._scale.grades))
+        if len(draft.texts) < least or self._scale.grades[0] in draft.failed:
+            grade, problem = next(iter(sorted(draft.failed.items(), reverse=True)))
+            self._reject(draft, problem.reason, f"grade {grade:g}: {problem.detail}")
+        elif self._settings.judge:
+            self._waiting += self._prompts.judge(draft.query, [*draft.texts.values()])
         else:
             self._write(draft)
-
-    def _retry(self, draft: Draft, problem: Unusable) -> None:
-        # At temperature 0 the reply would be the same again.
-        if draft.attempt == self._settings.attempts or self._settings.temperature == 0:
-            self._reject(draft, problem.reason, problem.detail)
-            return
-        self.summary.retries[problem.reason] += 1
-        draft.texts.clear()
-        draft.attempt += 1
-        self._waiting += self._prompts.write(draft.query, draft.attempt, self._model)
 
     def _reject(self, draft: Draft, reason: str, detail: str) -> None:
         del self._drafts[draft.query.query_id]
@@ -222,10 +323,15 @@ class Generation:
         del self._drafts[draft.query.query_id]
         passages = [
             Passage(grade, text, extra={JUDGED: draft.judged[number]} if self._settings.judge else {})
-            for number, (grade, text) in enumerate(zip(self._scale.grades, draft.texts.values(), strict=True))
+            for number, (grade, text) in enumerate(draft.texts.items())
         ]
-        style = self._prompts.draw_style(draft.query)
-        meta = {"attempt": draft.attempt} | ({"style": asdict(style)} if style else {})
+        meta: dict = {"plan": draft.plan}
+        if style := self._prompts.draw_style(draft.query):
+            meta["style"] = asdict(style)
+        if draft.borrowed:
+            meta["borrowed"] = draft.borrowed
+        if draft.failed:
+            meta["missing"] = {f"{grade:g}": problem.reason for grade, problem in draft.failed.items()}
         ranking_list = RankingList(draft.query.query_id, draft.query.text, passages, meta)
         self._journal.add(ranking_list)
         self.summary.add(ranking_list)
@@ -244,6 +350,7 @@ class Summary:
         grades: of the scale, the best first.
         judge: whether passages are judged.
         lists, rejected: queries that became lists, and that did not, by reason.
+        incomplete: lists that lack a passage of a grade.
         skipped, rejected_before: queries that had their list, or their reject, from an earlier run.
         retries: replies that failed a check and were asked for again, by reason.
         tokens, prompt_tokens, seconds: written and read by the model, and the run's wall time.
@@ -257,6 +364,7 @@ class Summary:
     grades: tuple[float, ...]
     judge: bool
     lists: int = 0
+    incomplete: int = 0
     skipped: int = 0
     rejected_before: int = 0
     rejected: Counter = field(default_factory=Counter)
@@ -273,6 +381,7 @@ class Summary:
     def add(self, ranking_list: RankingList) -> None:
         """Count a list."""
         self.lists += 1
+        self.incomplete += len(ranking_list.passages) < len(self.grades)
         for passage in ranking_list.passages:
             self.lengths.setdefault(passage.grade, []).append(len(passage.text))
         if self.judge:
@@ -300,6 +409,7 @@ class Summary:
         }
         return {
             "lists": self.lists,
+            "incomplete": self.incomplete,
             "skipped": self.skipped,
             "rejected_before": self.rejected_before,
             "rejected": dict(self.rejected.most_common()),
@@ -317,6 +427,7 @@ def format_summary(document: dict) -> str:
     """The document of Summary.as_dict, with `out` and `rejects`, as lines for a terminal."""
     lines = [
         f"{document['out']}: {count_of(document['lists'], 'list')} written"
+        + (f" ({document['incomplete']} without a passage of some grade)" if document["incomplete"] else "")
         + (f", {count_of(document['skipped'], 'query', 'queries')} done before" if document["skipped"] else "")
         + (f", {document['rejected_before']} rejected before (--retry-rejects)" if document["rejected_before"] else "")
         + f"; {document['tokens']} tokens in {document['seconds']:.0f} s"
