@@ -154,7 +154,7 @@ Reply with one JSON object of strings, in {language}:
 BRIEF_LINES = {
     "answer": "one full sentence, of at most 25 words, that answers the query with a specific fact, or backs what it "
     "claims",
-    "broader": "a short search query on the general subject that this one is a detail of",
+    "broader": "a short search query with the main word of this one, on the whole subject that it is a detail of",
     "near": "a short search query with the same main word as this one, that asks for something quite different",
 }
 DEFINED_LINE = "a short search query; the passage that answers it best is, for the given query, this: {definition}"
@@ -168,7 +168,7 @@ PLANNED = (
         "how long do cut tulips last in a vase",
         {
             "answer": "Cut tulips stay fresh for five to seven days in cool water that is changed every other day.",
-            "broader": "caring for cut flowers at home",
+            "broader": "tulips in the house and the garden",
             "near": "when to plant tulip bulbs",
         },
     ),
@@ -176,7 +176,7 @@ PLANNED = (
         "Warum platzen Kastanien im Ofen",
         {
             "answer": "In der Hitze wird das Wasser in der Kastanie zu Dampf, der die ungeschnittene Schale sprengt.",
-            "broader": "Zubereitung von Herbstfrüchten",
+            "broader": "Kastanien ernten und zubereiten",
             "near": "wie man Kastanien lagert",
         },
     ),
@@ -184,7 +184,7 @@ PLANNED = (
         "Vitamin D supplements lower the risk of falls in nursing homes.",
         {
             "answer": "Nursing home residents who took vitamin D fell a fifth less often than those given a placebo.",
-            "broader": "preventing injuries in old people",
+            "broader": "how to prevent falls of old people",
             "near": "how the skin makes vitamin D",
         },
     ),
@@ -193,7 +193,7 @@ PLANNED = (
         {
             "answer": "At low frequencies the noise of a transistor amplifier is mostly flicker noise, which rises as "
             "the frequency falls.",
-            "broader": "design of electronic circuits",
+            "broader": "design of transistor circuits",
             "near": "who invented the transistor",
         },
     ),

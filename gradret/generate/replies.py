@@ -20,7 +20,7 @@ THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the pro
 OBJECT_START = re.compile(r'\{\s*["}]')
 # Not after an initial, nor after Dr. and its like, except where the text ends.
 SENTENCE_END = re.compile(
-    r"""(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])(?<!\b[A-Z][a-z][a-z])[.!?]["”’')\]]*(?=\s)|[.!?]["”’')\]]*$|[。！？।]["”’」』]?"""
+    r"""(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])(?<!\bMrs)[.!?]["”’')\]]*(?=\s)|[.!?]["”’')\]]*$|[。！？।]["”’」』]?"""
 )
 # An object as its pairs: a key twice shows, arrays stay lists. Line breaks within a string are mended by clean_text.
 DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
