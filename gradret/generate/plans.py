@@ -29,7 +29,7 @@ FIELDS = (
 )
 
 # Shares of content words above which a brief counts as the query in other words, or as another brief.
-PARAPHRASE, REPEATED = 0.6, 0.5
+PARAPHRASE, REPEATED = 0.5, 0.5
 STEM = 5  # characters: inflected forms of a word mostly share so many
 SHORT = 3  # words of so many characters are no content, unless there are no others
 # Longer words that say nothing of a query's subject, in English, the language of most collections.
@@ -83,7 +83,9 @@ def check_brief(query: str, name: str, text: str, others: Mapping[str, str], *, 
         raise Unusable("bad plan", f"the brief 'far' is near the query: '{text}'")
     if name in ("near", "broader") and not content_words(query, ASKING) & found:
         raise Unusable("bad plan", f"the brief '{name}' is far from the query: '{text}'")
-    if split_words(text) == split_words(query) or (name in ("near", "broader") and shared > PARAPHRASE * len(wanted)):
+    # Of three words two are the subject itself: "baking soda vs baking powder".
+    same = shared == len(wanted) > 1 or shared > max(2, PARAPHRASE * len(wanted))
+    if split_words(text) == split_words(query) or (name in ("near", "broader") and same):
         raise Unusable("bad plan", f"the brief '{name}' is the query in other words: '{text}'")
     for other, brief in others.items():
         words = content_words(brief)

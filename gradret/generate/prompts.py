@@ -155,7 +155,8 @@ BRIEF_LINES = {
     "answer": "one full sentence, of at most 25 words, that answers the query with a specific fact, or backs what it "
     "claims",
     "broader": "a short search query with the main word of this one, on the whole subject that it is a detail of",
-    "near": "a short search query with the same main word as this one, that asks for something quite different",
+    "near": "a short search query with the main word of this one, by somebody who wants to know something else: where "
+    "it comes from, who discovered or made it, what it is used for or the like",
 }
 DEFINED_LINE = "a short search query; the passage that answers it best is, for the given query, this: {definition}"
 FAR = """\
@@ -169,7 +170,7 @@ PLANNED = (
         {
             "answer": "Cut tulips stay fresh for five to seven days in cool water that is changed every other day.",
             "broader": "tulips in the house and the garden",
-            "near": "when to plant tulip bulbs",
+            "near": "where tulips come from",
         },
     ),
     (
@@ -177,7 +178,7 @@ PLANNED = (
         {
             "answer": "In der Hitze wird das Wasser in der Kastanie zu Dampf, der die ungeschnittene Schale sprengt.",
             "broader": "Kastanien ernten und zubereiten",
-            "near": "wie man Kastanien lagert",
+            "near": "wer die Kastanien nach Deutschland brachte",
         },
     ),
     (
@@ -242,10 +243,16 @@ class Prompts:
         plan_parts: the requests that a plan is made of and the briefs each is for: "plan" reads the query, "far" does
             not.
         fingerprint: hex digest of the version and the scale; with the settings it decides a prompt.
+    Raises: GradretError when the lowest grade is to be borrowed but is not far.
     """
 
     def __init__(self, settings: GenSettings, scale: Scale):
         self.settings, self.scale = settings, scale
+        if settings.borrow and scale.distances and scale.distances[-1] != "far":
+            raise GradretError(
+                f"--borrow gives the lowest grade a passage that is far from the query; this scale's is to be "
+                f"{scale.distances[-1]}; leave it out"
+            )
         names = [name for briefs in scale.briefs.values() for name in briefs]
         parts = {"plan": tuple(name for name in names if name != "far"), "far": ("far",) if "far" in names else ()}
         self.plan_parts = {part: briefs for part, briefs in parts.items() if briefs}

@@ -7,7 +7,7 @@ from conftest import SAMPLE_FILE
 
 from gradret.console import GradretError
 from gradret.data.lists import read_lists
-from gradret.generate.prompts import TREC_DL, Prompts, read_examples
+from gradret.generate.prompts import TREC_DL, Prompts
 from gradret.generate.replies import Checks, Unusable, split_words
 from gradret.settings import GenSettings
 
@@ -22,17 +22,21 @@ GERMAN = (
 
 @cache  # the model of languages takes a second to load
 def make_checks(**settings) -> Checks:
-    chosen = GenSettings(**settings)
-    examples = read_examples(None, TREC_DL, GenSettings(shots=1))
-    return Checks(chosen, Prompts(chosen, TREC_DL, examples).instructions, examples)
+    chosen = GenSettings(**{"min_chars": 100, "max_chars": 1000, **settings})
+    return Checks(chosen, Prompts(chosen, TREC_DL).instructions)
 
 
 CHECKS = make_checks()
 
 
+def check(texts, query=QUERY, checks=CHECKS) -> None:
+    """Check the last text, beside the others."""
+    checks.check(query, texts[-1], texts[:-1])
+
+
 def problem(texts, query=QUERY, checks=CHECKS) -> tuple[str, str]:
     with pytest.raises(Unusable) as found:
-        checks.check(query, texts)
+        check(texts, query, checks)
     return found.value.reason, found.value.detail
 
 
@@ -40,21 +44,24 @@ def replace_words(text: str, every: int) -> str:
     return " ".join("zebra" if i % every == every - 1 else word for i, word in enumerate(text.split()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"language": "en"}, {"separate": True, "variety": True}])
+@pytest.mark.parametrize("settings", [{}, {"language": "en"}, {"variety": True}])
 def test_real_lists_pass(settings):
     checks = make_checks(**settings)
-    for ranking_list in LISTS[1:]:  # the first one is the example
-        checks.check(ranking_list.query, [passage.text for passage in ranking_list.passages])
+    for ranking_list in LISTS:
+        texts = [passage.text for passage in ranking_list.passages]
+        for count in range(1, 5):
+            check(texts[:count], ranking_list.query, checks)
 
 
-@pytest.mark.parametrize(("length", "message"), [(99, "has 99 characters"), (1001, "has 1001 characters")])
+@pytest.mark.parametrize(("length", "message"), [(99, "99 characters"), (1001, "1001 characters")])
 def test_lengths_outside_the_bounds_are_refused(length, message):
     text = (TEXTS[1] * 10)[:length]
-    assert problem([TEXTS[0], text]) == ("length", f"passage 2 {message}, expected 100 to 1000")
+    assert problem([TEXTS[0], text]) == ("length", f"{message}, expected 100 to 1000")
 
 
 def test_lengths_at_the_bounds_pass():
-    CHECKS.check(QUERY, [(TEXTS[0] * 10)[:100], " ".join(f"word{i}" for i in range(200))[:1000]])
+    for text in ((TEXTS[0] * 10)[:100], " ".join(f"word{i}" for i in range(200))[:1000]):
+        check([text])
 
 
 @pytest.mark.parametrize(
@@ -68,16 +75,17 @@ def test_lengths_at_the_bounds_pass():
 )
 def test_duplicates_are_refused_whatever_their_case_and_punctuation(copy):
     reason, detail = problem([TEXTS[0], TEXTS[1], copy(TEXTS[0])])
-    assert (reason, detail[:22]) == ("duplicate", "passages 1 and 3 share")
+    assert (reason, detail[:10]) == ("duplicate", "it shares ")
+    assert detail.endswith(" of its text with another passage of the list")
 
 
 def test_a_text_with_every_second_word_of_another_is_no_duplicate():
-    CHECKS.check(QUERY, [TEXTS[0], replace_words(TEXTS[0], 2)])
+    check([TEXTS[0], replace_words(TEXTS[0], 2)])
 
 
 def test_short_passages_are_duplicates_only_when_equal():
     checks = make_checks(min_chars=5)
-    checks.check(QUERY, ["The capital of France is Paris.", "The capital of France is Lyon."])
+    check(["The capital of France is Paris.", "The capital of France is Lyon."], QUERY, checks)
     assert problem(["It is Paris.", "it is paris"], checks=checks)[0] == "duplicate"
 
 
@@ -85,7 +93,7 @@ def test_scripts_without_spaces_are_compared_by_characters():
     checks = make_checks(min_chars=40)
     sleep = "猫在白天睡觉的时间很长，一般每天要睡十二到十六个小时。这与它们的捕猎习性有关，需要在两次捕猎之间保存体力。"
     play = "养猫的人常常会发现，猫的活动时间与人不同。它们喜欢在清晨和黄昏玩耍，白天则在窗台上晒太阳，夜里更安静一些。"
-    checks.check("猫一天睡多久", [sleep, play])
+    check([sleep, play], "猫一天睡多久", checks)
     assert problem([sleep, play, sleep.replace("猫", "它")], "猫", checks)[0] == "duplicate"
     query = "为什么猫在白天睡觉的时间很长"
     assert problem(
@@ -94,7 +102,7 @@ def test_scripts_without_spaces_are_compared_by_characters():
         checks,
     ) == (
         "query copied",
-        "passage 2 holds the whole query",
+        "it holds the whole query",
     )
 
 
@@ -125,7 +133,7 @@ def test_vowel_signs_do_not_cut_words():
 )
 def test_refusals_and_talk_about_the_task_are_refused(opening):
     assert problem([TEXTS[0], f"{opening} {TEXTS[1]}"])[0] == "refusal"
-    CHECKS.check(QUERY, [TEXTS[0], f"{TEXTS[1]} {opening}"])  # only at the start: people do say sorry
+    check([TEXTS[0], f"{TEXTS[1]} {opening}"])  # only at the start: people do say sorry
 
 
 @pytest.mark.parametrize(
@@ -143,19 +151,17 @@ def test_refusals_and_talk_about_the_task_are_refused(opening):
     ],
 )
 def test_good_passages_may_open_like_refusals(opening):
-    CHECKS.check(QUERY, [TEXTS[0], f"{opening} {TEXTS[1]}"])
+    check([TEXTS[0], f"{opening} {TEXTS[1]}"])
 
 
 def test_echoes_of_the_prompt_are_refused():
-    echo = "It is as long, as fluent, and as well informed as the rest."
+    echo = "It is one paragraph of plain prose, four or five sentences long."
     assert problem([TEXTS[0], f"{TEXTS[1]} {echo}"]) == (
         "prompt echo",
-        "passage 2 repeats the instructions: 'as long as fluent and as well informed'",
+        "it repeats the instructions: 'one paragraph of plain prose four or five'",
     )
-    assert problem([f"Grade_3: {TEXTS[0]}"]) == ("prompt echo", "passage 1 holds 'Grade_3'")
-    example = LISTS[0].passages[2].text
-    assert problem([TEXTS[0], replace_words(example, 9)]) == ("prompt echo", "passage 2 repeats an example")
-    CHECKS.check(QUERY, [f"In grade 3 pupils learn to write. {TEXTS[0]}"])
+    assert problem([f"Grade_3: {TEXTS[0]}"]) == ("prompt echo", "it holds 'Grade_3'")
+    check([f"In grade 3 pupils learn to write. {TEXTS[0]}"])
 
 
 @pytest.mark.parametrize(
@@ -171,9 +177,9 @@ def test_echoes_of_the_prompt_are_refused():
 )
 def test_a_query_is_not_copied_whole(query, passage, copied):
     if copied:
-        assert problem([TEXTS[0], passage], query) == ("query copied", "passage 2 holds the whole query")
+        assert problem([TEXTS[0], passage], query) == ("query copied", "it holds the whole query")
     else:
-        CHECKS.check(query, [TEXTS[0], passage])
+        check([TEXTS[0], passage], query)
 
 
 def test_a_passage_is_not_a_short_query_and_little_more():
@@ -182,19 +188,13 @@ def test_a_passage_is_not_a_short_query_and_little_more():
 
 
 def test_the_language_is_as_asked():
-    assert problem([GERMAN, TEXTS[0]], checks=make_checks(language="de")) == (
-        "language",
-        "passage 2 is in 'en', expected 'de'",
-    )
-    assert problem([TEXTS[0], GERMAN], checks=make_checks(language="en")) == (
-        "language",
-        "passage 2 is in 'de', expected 'en'",
-    )
-    CHECKS.check(QUERY, [TEXTS[0], GERMAN])  # the query's language is not checked
+    assert problem([TEXTS[0]], checks=make_checks(language="de")) == ("language", "it is in 'en', expected 'de'")
+    assert problem([GERMAN], checks=make_checks(language="en")) == ("language", "it is in 'de', expected 'en'")
+    check([GERMAN])  # the query's language is not checked
     danish = (
         "Surdejen lugter af acetone, fordi den er sulten. Giv den oftere frisk mel og lunkent vand, så går lugten væk."
     )
-    make_checks(language="no").check(QUERY, [danish])  # too near to tell
+    check([danish], checks=make_checks(language="no"))  # too near to tell
 
 
 def test_a_language_that_nobody_recognises_is_refused():
@@ -213,7 +213,7 @@ def test_random_words_pass():
     rng = random.Random(0)
     words = sorted({word for text in TEXTS for word in text.split()})
     for _ in range(50):
-        CHECKS.check(QUERY, [" ".join(rng.choices(words, k=60)) for _ in range(4)])
+        check([" ".join(rng.choices(words, k=60)) for _ in range(4)])
 
 
 def test_repetition():
@@ -226,7 +226,7 @@ def test_repetition():
         ("\u200b" * 150, "no text"),
     ):
         with pytest.raises(Unusable) as problem:
-            CHECKS.check("why do cats purr", [text.strip()])
+            check([text.strip()], "why do cats purr")
         assert problem.value.reason == reason
 
 
@@ -240,12 +240,12 @@ def test_repetition():
     ],
 )
 def test_openings_that_only_look_like_refusals(opening):
-    CHECKS.check("garden shipping", [f"{opening} " + " ".join(f"word{i}" for i in range(30))])
+    check([f"{opening} " + " ".join(f"word{i}" for i in range(30))], "garden shipping")
 
 
 def test_a_name_may_come_up_in_a_passage_that_answers():
     query = "United Nations Framework Convention on Climate Change"
     words = " ".join(f"word{i}" for i in range(30))
-    CHECKS.check(query, [f"In 1992 the {query} was opened for signature, {words}"])
+    check([f"In 1992 the {query} was opened for signature, {words}"], query)
     with pytest.raises(Unusable, match="holds the whole query"):
-        CHECKS.check(query, [f"{query}: {words}"])
+        check([f"{query}: {words}"], query)

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradret.generate.prompts import TREC_DL
-from gradret.generate.replies import Unusable, clean_text, make_form, parse_reply
+from gradret.generate.replies import Unusable, clean_text, drop_thoughts, make_form, make_text_form, parse_object
 
 KEYS = ("grade_3", "grade_0")
+FORM = make_form(dict.fromkeys(KEYS, (1, 20)))
 GOOD = '{"grade_3": "a b", "grade_0": "c"}'
 
 
@@ -26,8 +26,8 @@ GOOD = '{"grade_3": "a b", "grade_0": "c"}'
         f'{GOOD} {{"grade_3": "and a seco',
     ],
 )
-def test_the_passages_are_found_cleaned_and_ordered(reply):
-    assert list(parse_reply(reply, KEYS).items()) == [("grade_3", "a b"), ("grade_0", "c")]
+def test_the_strings_are_found_cleaned_and_ordered(reply):
+    assert list(parse_object(reply, KEYS).items()) == [("grade_3", "a b"), ("grade_0", "c")]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_the_passages_are_found_cleaned_and_ordered(reply):
 )
 def test_what_is_wrong_has_a_reason(reply, reason, detail):
     with pytest.raises(Unusable) as problem:
-        parse_reply(reply, KEYS)
+        parse_object(reply, KEYS)
     assert (problem.value.reason, problem.value.detail[: len(detail)]) == (reason, detail)
 
 
@@ -62,7 +62,7 @@ def test_what_is_wrong_has_a_reason(reply, reason, detail):
 )
 def test_much_of_nothing_is_refused_soon(reply):
     with pytest.raises(Unusable):
-        parse_reply(reply, KEYS)
+        parse_object(reply, KEYS)
 
 
 json_values = st.recursive(
@@ -73,10 +73,10 @@ json_values = st.recursive(
 
 
 @given(st.text() | json_values.map(json.dumps), st.integers(0, 200))
-def test_whatever_comes_gives_clean_passages_or_a_reason(reply, end):
+def test_whatever_comes_gives_clean_strings_or_a_reason(reply, end):
     for text in (reply, reply[:end], GOOD[: end % len(GOOD)] + reply):
         try:
-            passages = parse_reply(text, KEYS)
+            passages = parse_object(text, KEYS)
         except Unusable as problem:
             problem.detail.encode()
         else:
@@ -84,15 +84,21 @@ def test_whatever_comes_gives_clean_passages_or_a_reason(reply, end):
             assert all(p and p == clean_text(p) and p.encode() for p in passages.values())
 
 
-@given(st.dictionaries(st.sampled_from(TREC_DL.keys), st.text(), min_size=4))
-def test_what_json_dumps_writes_comes_back_cleaned(passages):
-    wanted = {key: clean_text(passages[key]) for key in TREC_DL.keys}
+@given(st.dictionaries(st.sampled_from(KEYS), st.text(), min_size=2))
+def test_what_json_dumps_writes_comes_back_cleaned(strings):
+    wanted = {key: clean_text(strings[key]) for key in KEYS}
     if all(wanted.values()):
-        assert parse_reply(json.dumps(passages), TREC_DL.keys) == wanted
+        assert parse_object(json.dumps(strings), KEYS) == wanted
+
+
+def test_thoughts_are_dropped():
+    assert drop_thoughts("<think>\nWell. </think>\nRust is an oxide.") == "\nRust is an oxide."
+    with pytest.raises(Unusable, match="nothing was written"):
+        drop_thoughts("<think>\nWell")
 
 
 def test_the_schema_is_what_strict_servers_take():
-    assert make_form(("grade_2.5", "grade_-1"), 1, 9).schema == {
+    assert make_form({"grade_2.5": (1, 9), "grade_-1": (1, 9)}).schema == {
         "type": "object",
         "properties": {"grade_2.5": {"type": "string"}, "grade_-1": {"type": "string"}},
         "required": ["grade_2.5", "grade_-1"],
@@ -135,7 +141,7 @@ def takes(vocabulary, grammar: str, text: str, end: bool = True) -> bool:
 
 
 def test_the_grammar_takes_the_form_and_nothing_else(vocabulary):
-    grammar = make_form(KEYS, 1, 20).grammar
+    grammar = FORM.grammar
     for text in (
         GOOD,
         json.dumps({"grade_3": 'say "no" \\ ü', "grade_0": "猫は 🐈 <|im_end|>{}[]"}, ensure_ascii=False),
@@ -167,14 +173,14 @@ def test_the_grammar_takes_the_form_and_nothing_else(vocabulary):
     [(1, 1), (1, 2), (5, 5), (100, 1000), (1999, 2000)],
 )
 def test_the_grammar_bounds_the_characters(vocabulary, low, high):
-    grammar = make_form(KEYS, low, high).grammar
+    grammar = make_form(dict.fromkeys(KEYS, (low, high))).grammar
     for count in {low - 1, low, (low + high) // 2, high, high + 1, high + 2000}:
         text = json.dumps(dict.fromkeys(KEYS, ('x"é\\ 猫' * count)[:count]), ensure_ascii=False)
         assert takes(vocabulary, grammar, text) == (low <= count <= high), count
 
 
 def test_above_what_llama_cpp_can_count_the_grammar_leaves_the_length_to_the_checks(vocabulary):
-    grammar = make_form(KEYS, 2100, 6500).grammar
+    grammar = make_form(dict.fromkeys(KEYS, (2100, 6500))).grammar
     for count in (1, 6500):
         assert takes(vocabulary, grammar, json.dumps(dict.fromkeys(KEYS, "x" * count)))
 
@@ -183,4 +189,15 @@ def test_above_what_llama_cpp_can_count_the_grammar_leaves_the_length_to_the_che
 @given(st.lists(st.text().map(clean_text).filter(bool), min_size=2, max_size=2))
 def test_the_grammar_takes_whatever_cleaned_text_json_dumps_writes(vocabulary, texts):
     text = json.dumps(dict(zip(KEYS, texts, strict=True)), ensure_ascii=False)
-    assert takes(vocabulary, make_form(KEYS, 1, 1000).grammar, text)
+    assert takes(vocabulary, make_form(dict.fromkeys(KEYS, (1, 1000))).grammar, text)
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 1), (5, 9), (1999, 2000), (2100, 6500)])
+def test_plain_prose_has_its_length_and_no_markup(vocabulary, low, high):
+    form = make_text_form(low, high)
+    assert form.schema is None
+    for count in {low - 1, low, high, high + 1} if high <= 2000 else {1, high}:
+        text = ('x"é\\ 猫{1}' * high)[:count]
+        assert takes(vocabulary, form.grammar, text) == (1 <= count and (high > 2000 or low <= count <= high)), count
+    for text in ("a\nb", "a*b", "`a", "# a", "{", "[a]", " a", "- a", '"a"', "a\x7f"):
+        assert not takes(vocabulary, make_text_form(1, 9).grammar, text, end=False), text

@@ -10,31 +10,58 @@ from gradret.console import GradretError
 from gradret.data.lists import read_lists
 from gradret.generate.engine import Reply
 from gradret.generate.journal import Journal
-from gradret.generate.prompts import TREC_DL, Prompts, Scale, draw_seed, read_examples
+from gradret.generate.prompts import TREC_DL, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
 from gradret.generate.replies import Checks
 from gradret.generate.run import format_summary, generate, settings_record
 from gradret.settings import GenSettings
 
-SETTINGS = GenSettings(min_chars=10, max_chars=200)
+SETTINGS = GenSettings(min_chars=10, max_chars=400)
 QUERIES = [Query(f"q{i}", f"what is thing number {i}") for i in range(6)]
+WORDS = ["".join(random.Random(i).choices("abcdefghijklmnop", k=6)) for i in range(4000)]
+PARTS = ("plan", "far", 3, 2, 1, 0)
 
 
-def text_of(query: str, grade: float) -> str:
-    """Words of their own for each query and grade, the last of which is g3, g2, ..."""
-    draw = random.Random(f"{query} {grade}")
-    words = ["".join(draw.choices("abcdefghijklmnop", k=6)) for _ in range(15)]
-    return " ".join([*words, f"g{grade:g}"])
+def text_of(subject: str) -> str:
+    """Two sentences of words of their own for each subject, the last of which is the subject's last."""
+    words = random.Random(subject).choices(WORDS, k=16)
+    return f"{' '.join(words[:8])}. {' '.join(words[8:])} {subject.split()[-1]}."
 
 
-def write_well(request, scale=TREC_DL) -> Reply:
+def brief_of(query: str, name: str) -> str:
+    end, longest = query.split()[-1], max(query.split(), key=len)
+    other = " ".join(random.Random(f"{query} {name}").choices(WORDS, k=2))
+    return {
+        "answer": f"Its {end} is zebra{end}.",
+        "broader": f"every {longest} b{end}",
+        "near": f"{longest} of another n{end}",
+    }.get(name, f"{other} f{end}")
+
+
+def plan_of(query: str) -> dict[str, str]:
+    return {name: brief_of(query, name) for name in ("answer", "broader", "near", "far")}
+
+
+def passage_of(query: str, grade: float) -> str:
+    """What a good model's reply to a grade's brief becomes."""
+    if grade == 3:
+        return text_of(query)
+    if grade == 2:
+        first, second = text_of(brief_of(query, "broader")).split(". ")
+        return f"{first}. {brief_of(query, 'answer')} {second}"
+    return text_of(brief_of(query, {1: "near", 0: "far"}[grade]))
+
+
+def write_well(request) -> Reply:
     """What a good model replies."""
     if request.choices:
         return Reply(request, "", "stop", 0, 5, {label: float(label == "2") for label in request.choices})
-    asked = json.loads(request.messages[-1]["content"])
-    grades = [asked["grade"]] if "grade" in asked else scale.grades
-    passages = {f"grade_{g:g}": text_of(asked["query"], g) for g in grades}
-    return Reply(request, json.dumps(passages), "stop", 40, 100)
+    content = request.messages[-1]["content"]
+    if content.startswith("Subject: "):
+        return Reply(request, text_of(json.loads(content.splitlines()[0].removeprefix("Subject: "))), "stop", 40, 100)
+    query = json.loads(content).get("query", f"what is thing number {request.key[0][1:]}")
+    names = request.form.schema["required"]
+    return Reply(request, json.dumps({name: brief_of(query, name) for name in names}), "stop", 40, 100)
 
 
 class ScriptedEngine:
@@ -64,11 +91,10 @@ class ScriptedEngine:
 @pytest.fixture
 def run(tmp_path):
     def run_once(engine, settings=SETTINGS, queries=QUERIES, scale=TREC_DL, **journal_options):
-        examples = read_examples(None, scale, settings)
-        prompts = Prompts(settings, scale, examples)
+        prompts = Prompts(settings, scale)
         with Journal(tmp_path / "lists.jsonl") as journal:
             journal.resume(settings_record(prompts, engine.identity), **journal_options)
-            checks = Checks(settings, prompts.instructions, examples)
+            checks = Checks(settings, prompts.instructions)
             return generate(queries, engine, prompts, checks, journal, progress=False)
 
     return run_once
@@ -84,6 +110,18 @@ def rejects(tmp_path):
     return lambda: [json.loads(line) for line in (tmp_path / "lists.rejects.jsonl").read_text().splitlines()]
 
 
+def failing(*wrong, text="", finish="stop", attempts=99):
+    """An engine whose model writes no more than `text` for the given (query id, part), for so many attempts."""
+
+    def reply(request):
+        query_id, attempt, part = request.key
+        if (query_id, part) in wrong and attempt <= attempts:
+            return Reply(request, text, finish, 3, 100)
+        return write_well(request)
+
+    return ScriptedEngine(reply)
+
+
 def test_a_list_for_every_query(run, written, rejects):
     engine = ScriptedEngine()
     summary = run(engine)
@@ -91,74 +129,135 @@ def test_a_list_for_every_query(run, written, rejects):
     for query in QUERIES:
         found = written()[query.query_id]
         assert found.query == query.text
-        assert [(p.grade, p.text) for p in found.passages] == [(g, text_of(query.text, g)) for g in (3, 2, 1, 0)]
-        assert found.meta == {"attempt": 1}
+        assert [(p.grade, p.text) for p in found.passages] == [(g, passage_of(query.text, g)) for g in (3, 2, 1, 0)]
+        assert found.meta == {"plan": plan_of(query.text)}
     assert rejects() == []
-    assert (summary.lists, summary.skipped, summary.tokens, summary.prompt_tokens) == (6, 0, 240, 600)
+    assert (summary.lists, summary.incomplete, summary.skipped) == (6, 0, 0)
+    assert (summary.tokens, summary.prompt_tokens) == (6 * 6 * 40, 6 * 6 * 100)
     assert {grade: len(lengths) for grade, lengths in summary.lengths.items()} == {3: 6, 2: 6, 1: 6, 0: 6}
-    assert len({r.seed for r in engine.asked}) == 6
-    assert engine.asked[0].max_tokens == SETTINGS.reply_tokens(4)
+    assert {r.key[2] for r in engine.asked} == {*PARTS}
+    assert len({r.seed for r in engine.asked}) == 36
 
 
 def test_what_is_done_is_skipped(run, written):
     run(ScriptedEngine(), queries=QUERIES[:4])
     engine = ScriptedEngine()
     summary = run(engine)
-    assert (summary.lists, summary.skipped, len(engine.asked)) == (2, 4, 2)
+    assert (summary.lists, summary.skipped, len(engine.asked)) == (2, 4, 12)
     assert len(written()) == 6
 
 
-def test_a_failed_reply_is_asked_again_with_another_seed(run, written, rejects):
-    def reply(request):
-        query_id, attempt, _ = request.key
-        if query_id == "q2" or (query_id == "q4" and attempt < 3):
-            return Reply(request, f"sorry, {attempt}", "stop", 3, 100)
-        return write_well(request)
-
-    engine = ScriptedEngine(reply)
+@pytest.mark.parametrize("part", PARTS)
+def test_what_fails_is_asked_again_alone_with_another_seed(run, written, rejects, part):
+    engine = failing(("q2", part), text="Sorry, no", attempts=2)
     summary = run(engine)
+    assert (summary.lists, summary.incomplete, rejects()) == (6, 0, [])
+    assert [p.text for p in written()["q2"].passages] == [passage_of(QUERIES[2].text, g) for g in (3, 2, 1, 0)]
+    asked = [r for r in engine.asked if r.key[0] == "q2"]
+    assert sorted(str(r.key[2]) for r in asked) == sorted(map(str, [*PARTS, part, part]))
+    assert len({r.seed for r in asked}) == 8
+    assert summary.retries == {"not JSON" if isinstance(part, str) else "cut off": 2}
+
+
+@pytest.mark.parametrize(("part", "grade"), [("far", 0), (2, 2), (1, 1), (0, 0)])
+def test_a_list_is_kept_without_what_cannot_be_written(run, written, rejects, part, grade):
+    summary = run(failing(("q2", part), text="I'm sorry, but I can't help with that."))
+    found = written()["q2"]
+    assert [p.grade for p in found.passages] == [g for g in (3, 2, 1, 0) if g != grade]
+    reason = "not JSON" if part == "far" else "refusal"
+    assert found.meta["missing"] == {str(grade): reason}
+    assert (summary.lists, summary.incomplete, summary.retries, rejects()) == (6, 1, {reason: 4}, [])
+    assert format_summary({"out": "o", "rejects": "r", **summary.as_dict()}).startswith(
+        "o: 6 lists written (1 without a passage of some grade); "
+    )
+
+
+@pytest.mark.parametrize("wrong", [[3], ["plan"], [1, 0], [2]])
+def test_too_little_is_no_list(run, written, rejects, wrong):
+    """The best grade's passage and two others are a list; with --strict all are."""
+    settings = replace(SETTINGS, strict=wrong == [2], attempts=3)
+    engine = failing(*(("q2", part) for part in wrong), text="<think>")
+    summary = run(engine, settings)
     assert set(written()) == {q.query_id for q in QUERIES} - {"q2"}
-    assert written()["q4"].meta == {"attempt": 3}
     (reject,) = rejects()
     assert (reject["query_id"], reject["query"], reject["final"]) == ("q2", QUERIES[2].text, True)
-    assert reject["reason"] == "not JSON"
-    assert reject["replies"] == ["sorry, 1", "sorry, 2", "sorry, 3"]
-    assert (summary.rejected, summary.retries) == ({"not JSON": 1}, {"not JSON": 4})
-    seeds = [r.seed for r in engine.asked if r.key[0] == "q2"]
-    assert len(set(seeds)) == 3
+    grade = 2 if wrong == ["plan"] else wrong[0]
+    assert (reject["reason"], reject["detail"]) == ("empty reply", f"grade {grade}: nothing was written")
+    assert reject["replies"].count("<think>") >= 3
+    assert summary.rejected == {"empty reply": 1}
     # Final: not asked again, unless told to.
     engine = ScriptedEngine()
-    again = run(engine)
+    again = run(engine, settings)
     assert (again.skipped, again.rejected_before, engine.asked) == (5, 1, [])
-    assert run(engine, retry_rejects=True).lists == 1
+    assert run(engine, settings, retry_rejects=True).lists == 1
     assert len(written()) == 6
+
+
+def test_good_briefs_are_kept_while_others_are_asked_again(run, written):
+    def reply(request):
+        good = write_well(request)
+        if request.key[2] != "plan":
+            return good
+        names = {1: ("near",), 2: ("answer", "broader")}[request.key[1]]
+        return replace(good, text=json.dumps({**json.loads(good.text), **dict.fromkeys(names, "elsewhere")}))
+
+    engine = ScriptedEngine(reply, room=1)
+    summary = run(engine, queries=QUERIES[:1])
+    assert written()["q0"].meta == {"plan": plan_of(QUERIES[0].text)}
+    assert summary.retries == {"bad plan": 1}
+    order = [r.key[2] for r in engine.asked]
+    assert sorted(map(str, order)) == sorted(map(str, [*PARTS, "plan"])) and order.index(2) < order.index(1)
+
+
+@pytest.mark.parametrize("room", [1, 6])
+def test_of_two_that_are_alike_the_lower_one_is_written_again(run, written, room):
+    """In whatever order they came."""
+    query = QUERIES[0].text
+
+    def reply(request):
+        good = write_well(request)
+        return replace(good, text=text_of(brief_of(query, "near"))) if request.key[1:] == (1, 0) else good
+
+    engine = ScriptedEngine(reply, room)
+    run(engine, queries=QUERIES[:1])
+    assert [r.key[1:] for r in engine.asked if r.key[1] == 2] == [(2, 0)]
+    assert [p.text for p in written()["q0"].passages] == [passage_of(query, g) for g in (3, 2, 1, 0)]
 
 
 def test_the_likeliest_reply_is_asked_for_once(run, rejects):
-    run(ScriptedEngine(lambda r: Reply(r, "{}", "stop", 1)), replace(SETTINGS, temperature=0), QUERIES[:1])
-    assert len(rejects()[0]["replies"]) == 1
+    settings = replace(SETTINGS, temperature=0)
+    run(ScriptedEngine(lambda r: Reply(r, "{}", "stop", 1)), settings, QUERIES[:1])
+    assert len(rejects()[0]["replies"]) == 3  # a plan, a far brief, a passage
 
 
-def test_a_reply_of_a_failed_attempt_does_not_count(run, written):
-    """With --separate: grade 1 fails while grade 0 of the same attempt is still under way."""
-
+def test_passages_end_with_a_sentence(run, written):
     def reply(request):
-        _, attempt, grade = request.key
-        return Reply(request, "{}", "stop", 1) if (attempt, grade) == (1, 1) else write_well(request)
+        good = write_well(request)
+        return replace(good, text=f"{good.text} And then the", finish="length") if request.key[2] in (3, 1) else good
 
-    class Late(ScriptedEngine):
-        def collect(self):  # what ran longest comes last
-            return [self.reply(self.running.pop(0 if len(self.running) < 3 else 1))] if self.running else []
-
-    engine = Late(reply, room=4)
-    run(engine, replace(SETTINGS, separate=True), QUERIES[:2])
-    assert {r.meta["attempt"] for r in written().values()} == {2}
+    run(ScriptedEngine(reply), queries=QUERIES[:1])
+    assert [p.text for p in written()["q0"].passages] == [passage_of(QUERIES[0].text, g) for g in (3, 2, 1, 0)]
 
 
-def test_a_cut_reply_is_no_list(run, rejects):
-    run(ScriptedEngine(lambda r: replace(write_well(r), finish="length")), replace(SETTINGS, attempts=1), QUERIES[:1])
-    assert rejects()[0]["reason"] == "cut off"
-    assert rejects()[0]["detail"] == "40 tokens were not enough; raise --max-tokens and pass --retry-rejects"
+def test_a_plan_that_is_cut_off_is_asked_again(run, written):
+    engine = failing(("q0", "plan"), text='{"answer": "It is', finish="length", attempts=1)
+    summary = run(engine, queries=QUERIES[:1])
+    assert (summary.lists, summary.retries) == (1, {"cut off": 1})
+
+
+def test_a_far_passage_can_be_borrowed(run, written):
+    queries = [Query(f"q{i}", f"{word} is thing number {i}") for i, word in enumerate(WORDS[:4])]
+    others = [Query("q8", "zebras graze together")]
+    settings = replace(SETTINGS, borrow=True)
+
+    engine = ScriptedEngine(room=1)
+    run(engine, settings, [*queries, *others])
+    lists = written()
+    assert "far" in lists["q0"].meta["plan"] and "borrowed" not in lists["q0"].meta
+    assert "far" in lists["q1"].meta["plan"]  # the queries before it are about the same
+    lender = lists[lists["q8"].meta["borrowed"]]
+    assert lists["q8"].passages[-1].text == lender.passages[0].text and "far" not in lists["q8"].meta["plan"]
+    assert [r.key[2] for r in engine.asked if r.key[0] == "q8"].count("far") == 0
 
 
 def test_an_engine_that_fails_leaves_the_query_for_later(run, written, rejects):
@@ -185,33 +284,11 @@ def test_an_empty_query_is_recorded(run, written, rejects):
     assert summary.rejected == {"empty query": 2}
 
 
-def test_one_request_a_grade(run, written):
-    engine = ScriptedEngine()
-    settings = replace(SETTINGS, separate=True)
-    run(engine, settings)
-    assert len(engine.asked) == 24
-    assert len({r.seed for r in engine.asked}) == 24
-    assert {r.max_tokens for r in engine.asked} == {settings.reply_tokens(1)}
-    assert [p.grade for p in written()["q3"].passages] == [3, 2, 1, 0]
-    assert len(written()) == 6
-
-
-def test_a_grade_that_fails_starts_the_list_again(run, written, rejects):
-    def reply(request):
-        _, attempt, grade = request.key
-        return Reply(request, "{}", "stop", 1) if attempt == 1 and grade == 1 else write_well(request)
-
-    engine = ScriptedEngine(reply, room=2)
-    summary = run(engine, replace(SETTINGS, separate=True), QUERIES[:2])
-    assert {r.meta["attempt"] for r in written().values()} == {2}
-    assert (summary.lists, summary.retries, rejects()) == (2, {"wrong keys": 2}, [])
-
-
 def test_what_a_list_still_needs_comes_before_the_next_query(run):
     """So that one sequence writes the same file whenever it was stopped."""
     engine = ScriptedEngine(room=1)
-    run(engine, replace(SETTINGS, separate=True, judge=True), QUERIES[:3])
-    assert [r.key[0] for r in engine.asked] == ["q0"] * 8 + ["q1"] * 8 + ["q2"] * 8
+    run(engine, replace(SETTINGS, judge=True), QUERIES[:3])
+    assert [r.key[0] for r in engine.asked] == ["q0"] * 10 + ["q1"] * 10 + ["q2"] * 10
 
 
 def test_judged_grades_are_expectations(run, written):
@@ -220,7 +297,9 @@ def test_judged_grades_are_expectations(run, written):
             return write_well(request)
         passage = json.loads(request.messages[-1]["content"])["passage"]
         shares = {"3": (0.5, 0.5, 0, 0), "2": (0, 0.9, 0.1, 0), "1": (0, 0, 0, 1), "0": (0, 0, 0.25, 0.75)}
-        chosen = shares[passage.split(" g")[-1][0]]
+        query = f"what is thing number {request.key[0][1:]}"
+        grade = next(g for g in (3, 2, 1, 0) if passage_of(query, g) == passage)
+        chosen = shares[str(grade)]
         return Reply(request, "", "stop", 0, 50, dict(zip(request.choices, chosen, strict=True)))
 
     settings = replace(SETTINGS, judge=True)
@@ -249,19 +328,21 @@ def test_a_judge_without_an_answer(run, written, rejects):
     run(ScriptedEngine(reply), replace(SETTINGS, judge=True), QUERIES[:1])
     assert not written()
     assert (rejects()[0]["reason"], rejects()[0]["detail"]) == ("not judged", "no label")
-    assert json.loads(rejects()[0]["replies"][0])["grade_3"] == text_of(QUERIES[0].text, 3)
+    assert text_of(QUERIES[0].text) in rejects()[0]["replies"]
 
 
 def test_variety_is_one_style_a_list_whatever_the_order(run, written, tmp_path):
-    settings = replace(SETTINGS, variety=True, separate=True)
+    settings = replace(SETTINGS, variety=True)
     engine = ScriptedEngine()
     run(engine, settings)
     styles = {i: found.meta["style"] for i, found in written().items()}
     assert len({json.dumps(s) for s in styles.values()}) > 3
     for request in engine.asked:
-        asked = json.loads(request.messages[-1]["content"])
-        style = styles[request.key[0]]
-        assert (asked["words"], asked["genre"], asked["reader"]) == tuple(style.values())
+        words, genre, level = styles[request.key[0]].values()
+        if request.key[2] in (3, 2, 1, 0):
+            assert request.messages[-1]["content"].endswith(
+                f"\nKind of text: {genre}\nFor: {level}\nLength: {words} words"
+            )
     (tmp_path / "lists.jsonl").unlink()
     run(ScriptedEngine(room=1), settings, QUERIES[::-1])
     assert {i: found.meta["style"] for i, found in written().items()} == styles
@@ -269,9 +350,12 @@ def test_variety_is_one_style_a_list_whatever_the_order(run, written, tmp_path):
 
 def test_any_scale(run, written):
     scale = Scale(((10, "right"), (2.5, "half right"), (-1, "wrong")))
-    engine = ScriptedEngine(lambda r: write_well(r, scale))
-    run(engine, scale=scale, queries=QUERIES[:2])
-    assert [p.grade for p in written()["q0"].passages] == [10, 2.5, -1]
+    run(ScriptedEngine(), scale=scale, queries=QUERIES[:2])
+    found = written()["q0"]
+    plan = {name: brief_of(QUERIES[0].text, name) for name in ("grade_2.5", "grade_-1")}
+    assert found.meta == {"plan": plan}
+    wanted = [(10, QUERIES[0].text), (2.5, plan["grade_2.5"]), (-1, plan["grade_-1"])]
+    assert [(p.grade, p.text) for p in found.passages] == [(grade, text_of(subject)) for grade, subject in wanted]
 
 
 def test_other_settings_are_refused(run, written):
@@ -290,7 +374,7 @@ def test_other_settings_are_refused(run, written):
 
 def test_an_engine_that_gives_up_keeps_what_is_there(run, written, capsys):
     def reply(request):
-        if len(engine.asked) > 3:
+        if len(engine.asked) > 18:
             raise GradretError("http://there: 3 requests in a row failed")
         return write_well(request)
 
@@ -311,15 +395,11 @@ def test_streams_differ_in_all_they_should(run):
 
 
 def test_kinds_are_those_submitted(run):
-    for query, settings in zip(
-        QUERIES, (replace(SETTINGS, judge=True), replace(SETTINGS, separate=True)), strict=False
-    ):
-        engine = ScriptedEngine()
-        run(engine, settings, [query], mix=True)
-        prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
-        kinds = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, prompts.kinds())}
-        asked = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, engine.asked)}
-        assert asked <= kinds
+    engine = ScriptedEngine()
+    settings = replace(SETTINGS, judge=True)
+    run(engine, settings, QUERIES[:1])
+    kinds = {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, Prompts(settings, TREC_DL).kinds())}
+    assert {(k.messages[:-1], k.max_tokens, k.choices) for k in map(freeze, engine.asked)} == kinds
 
 
 def freeze(request):
