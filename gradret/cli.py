@@ -70,6 +70,7 @@ MEASURES = option("--measures", default=",".join(DEFAULT_MEASURES), help="ir_mea
 
 MODEL_ONLY = ("sequences", "context", "gpu_layers", "threads")
 OWN_FIELDS = ("model", "messages", "stream", "n", "seed", "temperature", "top_p", "logprobs", "top_logprobs")
+MEASURED_LISTS = 200  # whose order closes a run
 ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
 
 
@@ -334,7 +335,8 @@ def gen(
         journal.check_queries(wanted)
         say(f"gen: {count_of(len(wanted), 'query', 'queries')}, {engine.describe()}")
         summary = generate(wanted, engine, prompts, checks, journal)
-    document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
+    order = measure_written(out) if summary.lists else None
+    document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict(), "order": order}
     click.echo(json.dumps(document) if as_json else format_summary(document))
     if unanswered := summary.rejected[NO_REPLY]:
         again = "run the same command again to ask for what is missing"
@@ -342,6 +344,24 @@ def gen(
         raise GradretError(
             f"{count_of(unanswered, 'query', 'queries')} got no reply (last: {summary.last_error}); {advice}"
         )
+
+
+def measure_written(out):
+    """Of some lists of a file, the share of pairs that the default encoder has in order; None where it is not there."""
+    from gradret.data.lists import ListFile
+    from gradret.encoder.load import load_encoder
+    from gradret.evaluation.order import measure_order
+
+    lists = ListFile(out)
+    step = -(-len(lists) // MEASURED_LISTS)
+    try:
+        order = measure_order([lists[i] for i in range(0, len(lists), step)], load_encoder()).encoder
+    except GradretError as error:  # the lists are written all the same
+        say(f"whether the grades follow an encoder's order was not measured: {error}")
+        return None
+    if warning := order.warn():
+        say(f"{warning}; look at them with `gradret look {out}` before training")
+    return order.share
 
 
 @click.command(cls=Command, short_help="Look at lists before training on them.")

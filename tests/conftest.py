@@ -91,6 +91,9 @@ def make_tiny_gguf(path: Path, *, liked: dict | None = None, **changes) -> Path:
         **{space + word: 4.0 for word in words},
         **{d: -3.0 for d in "0123"},
         "<|im_end|>": -8.0,
+        # It ends sentences and strings.
+        ".": 6.5,
+        '"': 7.0,
         **(liked or {}),
     }
     size = Size(layers=2, width=64, heads=2, kv_heads=1, feed_forward=128, vocabulary=3000, context=16_384)
@@ -108,9 +111,7 @@ def tiny_gguf(tmp_path_factory) -> Path:
 def real_server(tmp_path_factory):
     """The URL of llama_cpp.server with a tiny model that ends its strings by itself and likes digits."""
     pytest.importorskip("llama_cpp.server.app")
-    path = make_tiny_gguf(
-        tmp_path_factory.mktemp("served") / "tiny.gguf", liked={'"': 7.0, **dict.fromkeys("0123", 8.0)}
-    )
+    path = make_tiny_gguf(tmp_path_factory.mktemp("served") / "tiny.gguf", liked=dict.fromkeys("0123", 8.0))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     log = path.with_suffix(".log")

@@ -32,7 +32,7 @@ LAYERS = """
 """
 TORCHLESS = """
     cli options settings console files data.lists data.words data.collections data.sources data.export encoder.hub
-    generate.engine generate.queries generate.prompts generate.replies generate.journal generate.run
+    generate.engine generate.queries generate.plans generate.prompts generate.replies generate.journal generate.run
 """.split()
 
 

@@ -7,13 +7,15 @@ lower grade is the best one about something else, and the plan says what.
 import random
 from collections.abc import Mapping, Sequence, Set
 
-from gradret.generate.replies import REFUSAL, SENTENCE_END, Unusable, holds_query, split_words
+from gradret.data.words import split_words
+from gradret.generate.replies import REFUSAL, SENTENCE_END, Unusable, holds_query
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.
 BRIEFS = {
     "answer": (),  # about the query itself
     "part": ("answer", "broader"),  # about a broader subject; one sentence, `answer`, answers the query
-    "near": ("near",),  # about the same thing, but another question
+    # About the same thing, but another question. `same` is there so that `near` does not say the query once more.
+    "near": ("same", "near"),
     "far": ("far",),  # about something else that shares a word
 }
 TOPIC_CHARS = (6, 70)  # of a brief that is a search query
@@ -76,6 +78,8 @@ def check_brief(query: str, name: str, text: str, others: Mapping[str, str], *, 
             raise Unusable("bad plan", f"the answer is no sentence: '{text[:50]}'")
         if holds_query(split_words(text), split_words(query)):
             raise Unusable("bad plan", "the answer copies the query")
+        return
+    if name == "same":
         return
     wanted, found = content_words(query), content_words(text)
     shared = len(wanted & found)

@@ -155,8 +155,9 @@ BRIEF_LINES = {
     "answer": "one full sentence, of at most 25 words, that answers the query with a specific fact, or backs what it "
     "claims",
     "broader": "a short search query with the main word of this one, on the whole subject that it is a detail of",
-    "near": "a short search query with the main word of this one, by somebody who wants to know something else: where "
-    "it comes from, who discovered or made it, what it is used for or the like",
+    "same": "the query in other words",
+    "near": "a short search query with the main word of this one, by somebody who wants to know something else, which "
+    "the answer does not tell",
 }
 DEFINED_LINE = "a short search query; the passage that answers it best is, for the given query, this: {definition}"
 FAR = """\
@@ -170,6 +171,7 @@ PLANNED = (
         {
             "answer": "Cut tulips stay fresh for five to seven days in cool water that is changed every other day.",
             "broader": "tulips in the house and the garden",
+            "same": "vase life of cut tulips",
             "near": "where tulips come from",
         },
     ),
@@ -178,6 +180,7 @@ PLANNED = (
         {
             "answer": "In der Hitze wird das Wasser in der Kastanie zu Dampf, der die ungeschnittene Schale sprengt.",
             "broader": "Kastanien ernten und zubereiten",
+            "same": "Weshalb Esskastanien im Backofen aufspringen",
             "near": "wer die Kastanien nach Deutschland brachte",
         },
     ),
@@ -186,6 +189,7 @@ PLANNED = (
         {
             "answer": "Nursing home residents who took vitamin D fell a fifth less often than those given a placebo.",
             "broader": "how to prevent falls of old people",
+            "same": "effect of cholecalciferol on fall risk of the elderly in care",
             "near": "how the skin makes vitamin D",
         },
     ),
@@ -195,6 +199,7 @@ PLANNED = (
             "answer": "At low frequencies the noise of a transistor amplifier is mostly flicker noise, which rises as "
             "the frequency falls.",
             "broader": "design of transistor circuits",
+            "same": "unwanted signals in amplifiers built with transistors",
             "near": "who invented the transistor",
         },
     ),

@@ -2,11 +2,11 @@
 
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.console import GradretError
 from gradret.data.lists import quote
+from gradret.data.words import MIN_SHINGLES, NEAR_DUPLICATE, SHINGLE, UNSPACED, make_shingles, split_words
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
@@ -147,12 +147,6 @@ def quote_reply(text: str) -> str:
     return quote(clean_text(text))
 
 
-# Thresholds against 513 real lists (2,052 passages written by a large model), of which they reject none.
-SHINGLE = 3  # words
-MIN_SHINGLES = 8  # of the shorter text; below, chance decides
-# Share of the shorter text's shingles that the other has, too. Two passages of a real list share at most .06; a copy
-# in which every fifth word is another shares .5 of them in the median.
-NEAR_DUPLICATE = 0.3
 ECHO_WORDS = 8  # in a row, as in the instructions; real passages have at most 4 in common with them
 # No real passage holds its whole query, of 3 words or more; but a shorter one, or a name, may come up by itself: only
 # one of COPIED_WORDS is a copy wherever it stands, one of OPENING_WORDS if the passage opens with it.
@@ -160,13 +154,6 @@ COPIED_WORDS, OPENING_WORDS = 12, 6
 LEAST_DISTINCT = 0.5  # share of a passage's shingles that are not there a second time; real passages have .95 at least
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
 
-# Thai, Lao, Burmese, Khmer, kana and Han write no spaces: there each character counts as a word, if half a one.
-UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-)
-# Vowel signs of Indic scripts, Hebrew and Arabic points, accents: part of a word, though not for \w.
-MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
-WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")
 UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
 
 FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
@@ -204,7 +191,7 @@ class Checks:
 
     def __init__(self, settings: GenSettings, instructions: str):
         self._settings = settings
-        self._instructions = _shingles(split_words(instructions), ECHO_WORDS)
+        self._instructions = make_shingles(split_words(instructions), ECHO_WORDS)
         self._identifier = _load_identifier(settings.language) if settings.language else None
 
     def check(self, query: str, text: str, others: Iterable[str]) -> None:
@@ -219,13 +206,13 @@ class Checks:
         if not words:
             raise Unusable("no text", "there are no words")
         shingles = len(words) - SHINGLE + 1
-        if shingles >= MIN_SHINGLES and len(_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
+        if shingles >= MIN_SHINGLES and len(make_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
             raise Unusable("repetition", "it says the same words again and again")
         if REFUSAL.match(text.replace("’", "'")):
             raise Unusable("refusal", f"it opens with '{text[:50]}'")
         if key := FORM_KEY.search(text):
             raise Unusable("prompt echo", f"it holds '{key[0]}'")
-        if echo := _shingles(words, ECHO_WORDS) & self._instructions:
+        if echo := make_shingles(words, ECHO_WORDS) & self._instructions:
             raise Unusable("prompt echo", f"it repeats the instructions: '{' '.join(min(echo))}'")
         if holds_query(words, split_words(query)):
             raise Unusable("query copied", "it holds the whole query")
@@ -246,15 +233,6 @@ def holds_query(words: list[str], query: list[str]) -> bool:
     return opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
 
 
-def split_words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation; in scripts without spaces, its characters."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def _shingles(words: list[str], size: int) -> set[tuple[str, ...]]:
-    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
-
-
 def _contains(words: list[str], part: list[str]) -> bool:
     return bool(part) and f" {' '.join(part)} " in f" {' '.join(words)} "
 
@@ -263,7 +241,7 @@ def _near_duplicate(one: list[str], other: list[str]) -> float:
     """The share of the shorter text's shingles that both have, if it makes them near-duplicates; otherwise 0."""
     if one == other:
         return 1.0
-    shingles = _shingles(one, SHINGLE), _shingles(other, SHINGLE)
+    shingles = make_shingles(one, SHINGLE), make_shingles(other, SHINGLE)
     shorter = min(map(len, shingles))
     if shorter < MIN_SHINGLES:
         return 0.0

@@ -436,6 +436,8 @@ def format_summary(document: dict) -> str:
     for title, counts in ((document["rejects"], document["rejected"]), ("tried again", document["retries"])):
         if counts:
             lines.append(f"{title}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}")
+    if document.get("order") is not None:
+        lines.append(f"pairs of passages that the default encoder has in the intended order: {document['order']:.3f}")
     if document["characters"]:
         lines += ["", "grade  characters: mean  median   min   max"]
         lines += [

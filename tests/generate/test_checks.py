@@ -8,7 +8,7 @@ from conftest import SAMPLE_FILE
 from gradret.console import GradretError
 from gradret.data.lists import read_lists
 from gradret.generate.prompts import TREC_DL, Prompts
-from gradret.generate.replies import Checks, Unusable, split_words
+from gradret.generate.replies import Checks, Unusable
 from gradret.settings import GenSettings
 
 LISTS = list(read_lists(SAMPLE_FILE))
@@ -104,10 +104,6 @@ def test_scripts_without_spaces_are_compared_by_characters():
         "query copied",
         "it holds the whole query",
     )
-
-
-def test_vowel_signs_do_not_cut_words():
-    assert split_words("हिन्दी में, Ünïted na\u0308rrow ไท") == ["हिन्दी", "में", "ünïted", "närrow", "ไ", "ท"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it 
         ("answer", "I'm sorry, but I can't answer that.", "is no brief"),
         ("answer", "How do noise cancelling headphones work? They add a wave.", "copies the query"),
         ("answer", "Long. " * 40, "does not end"),
+        ("same", "how headphones against noise cancelling work", None),
         ("near", "how to repair headphones", None),
         ("near", "how noise cancelling headphones are made to work", "is the query in other words"),
         ("near", "history of noise cancelling", None),

@@ -32,7 +32,7 @@ def judge(prompts: Prompts, text: str, passage: str) -> tuple[dict, ...]:
 
 # Of every message of the default prompts. When this test fails, what is asked has changed: raise PROMPT_VERSION, so
 # that no file mixes lists of both, and put the new version and digest here.
-PINNED = ("2", "")
+PINNED = ("2", "a66b3b12b8e7dd53")
 
 
 def test_another_prompt_is_another_version():
@@ -43,11 +43,13 @@ def test_another_prompt_is_another_version():
 
 
 def test_one_request_plans_the_lower_grades_and_another_what_is_far():
-    assert PROMPTS.plan_parts == {"plan": ("answer", "broader", "near"), "far": ("far",)}
+    assert PROMPTS.plan_parts == {"plan": ("answer", "broader", "same", "near"), "far": ("far",)}
     messages = plan(PROMPTS, "why")
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * len(PLANNED), "user"]
     assert messages[-1]["content"] == '{"query": "why"}'
-    assert [list(json.loads(m["content"])) for m in messages[2:-1:2]] == [["answer", "broader", "near"]] * len(PLANNED)
+    assert [list(json.loads(m["content"])) for m in messages[2:-1:2]] == [["answer", "broader", "same", "near"]] * len(
+        PLANNED
+    )
     far = plan(PROMPTS, "why cats purr", "far")
     assert set(json.loads(far[-1]["content"])) == {"field", "word"}
     assert json.loads(far[-1]["content"])["word"] in ("cats", "purr")
@@ -77,8 +79,8 @@ def test_a_scale_without_distances_is_planned_from_its_definitions():
 def test_distances_leave_out_what_a_scale_has_not():
     scale = Scale(((2, "a"), (1, "b")), ("answer", "near"))
     prompts = Prompts(GenSettings(), scale)
-    assert prompts.plan_parts == {"plan": ("near",)}
-    assert json.loads(plan(prompts, "q")[2]["content"]) == {"near": PLANNED[0][1]["near"]}
+    assert prompts.plan_parts == {"plan": ("same", "near")}
+    assert json.loads(plan(prompts, "q")[2]["content"]) == {name: PLANNED[0][1][name] for name in ("same", "near")}
     assert Prompts(GenSettings(), Scale(((1, "a"), (0, "b")), ("answer", "far"))).plan_parts == {"far": ("far",)}
 
 
@@ -186,7 +188,7 @@ def test_the_fingerprint_tells_what_prompts_come_from():
 
 
 def test_scales_name_their_grades():
-    assert TREC_DL.briefs == {3: (), 2: ("answer", "broader"), 1: ("near",), 0: ("far",)}
+    assert TREC_DL.briefs == {3: (), 2: ("answer", "broader"), 1: ("same", "near"), 0: ("far",)}
     assert TREC_DL.labels == ("3", "2", "1", "0")
     assert HALVES.briefs == {1.5: (), 0: ("grade_0",), -1: ("grade_-1",)}
     assert HALVES.labels == ("A", "B", "C")

@@ -34,12 +34,13 @@ def brief_of(query: str, name: str) -> str:
     return {
         "answer": f"Its {end} is zebra{end}.",
         "broader": f"every {longest} b{end}",
+        "same": f"which one is {end}",
         "near": f"{longest} of another n{end}",
     }.get(name, f"{other} f{end}")
 
 
 def plan_of(query: str) -> dict[str, str]:
-    return {name: brief_of(query, name) for name in ("answer", "broader", "near", "far")}
+    return {name: brief_of(query, name) for name in ("answer", "broader", "same", "near", "far")}
 
 
 def passage_of(query: str, grade: float) -> str:
