@@ -23,6 +23,7 @@ from gradret.console import (
     show_wait,
 )
 from gradret.data.export import FORMS
+from gradret.data.lists import quote
 from gradret.files import check_writable, open_folder, read_object, write_json
 from gradret.generate.queries import parse_shard
 from gradret.options import (
@@ -333,7 +334,8 @@ def gen(
         record = settings_record(prompts, engine.identity, given["request_options"])
         journal.resume(record, mix=mix_settings, retry_rejects=retry_rejects)
         journal.check_queries(wanted)
-        say(f"gen: {count_of(len(wanted), 'query', 'queries')}, {engine.describe()}")
+        first = f", the first {quote(wanted[0].text)}" if wanted else ""  # seen before anything is paid for
+        say(f"gen: {count_of(len(wanted), 'query', 'queries')}{first}; {engine.describe()}")
         summary = generate(wanted, engine, prompts, checks, journal)
     order = measure_written(out) if summary.lists else None
     document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict(), "order": order}

@@ -2,16 +2,20 @@
 
     python -m benchmarks.speed.gen [--model FILE.gguf]
 
-The same model (by default random weights of Qwen2-0.5B's size), prompts, sampler and token cap, without a grammar and
-with one; rounds of the two take turns. Prints tokens/s and writes OUT/gen.json, of which
-`python -m benchmarks.tables gen` makes the table of docs/generate.md. Needs the extra gen.
+The same model (by default random weights of Qwen2-0.5B's size), prompts, sampler and token cap: without a grammar, with
+the grammars of `gradret gen`, and so beside a process that keeps a core busy. Rounds of the two take turns. Prints
+tokens/s and writes OUT/gen.json, of which `python -m benchmarks.tables gen` makes the table of docs/generate.md. Needs
+the extra gen.
 """
 
 import json
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -27,10 +31,16 @@ from gradret.data.sources import find_path
 from gradret.files import open_folder, versions, write_json
 from gradret.generate.engine import Form, Reply, Request
 from gradret.generate.llama import TOP_K, LlamaEngine, count_cores, locate_gguf, make_parameters
-from gradret.generate.prompts import TREC_DL, Prompts, read_examples
+from gradret.generate.prompts import TREC_DL, Prompts
 from gradret.generate.queries import Query, read_queries
 from gradret.settings import SAMPLE, GenSettings
 
+# What is measured: its name, whether replies are held to their grammar, whether something else runs.
+CONDITIONS = (
+    ("without grammar", False, False),
+    ("with grammar", True, False),
+    ("beside a busy process", True, True),
+)
 LOOP = "create_chat_completion loop"
 SAME_PROMPT = 0.02  # both sides may count a prompt's tokens this differently, by how they cut the text
 
@@ -48,14 +58,15 @@ def measure_engine(
     gpu_layers: int = -1,
     threads: int | None = None,
 ) -> dict:
-    """Time both on the same model, prompts, sampler and token cap, without a grammar and with one.
+    """Time both on the same model, prompts, sampler and token cap, under each of CONDITIONS.
 
     Rounds of the loop and of the engine take turns in one process; the ratio is taken within each round. The loop
     keeps what prompts share in its cache, too.
 
     Args:
-        queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them.
-        max_tokens: of every reply; a model with random weights always writes so many.
+        queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them: plan, far
+            brief and best passage.
+        max_tokens: the longest reply; a model with random weights always writes so many without a grammar.
     Returns: a JSON-serialisable document; "rows" hold tokens_per_s, "ratios" the engine's over the loop's, each as
         median, p20 and p80 over the rounds.
     Raises: GradretError when the two do not read the same prompts.
@@ -65,24 +76,30 @@ def measure_engine(
     threads = threads or count_cores()
     options = {"gpu_layers": gpu_layers, "threads": threads}
     options |= {"temperature": settings.temperature, "top_p": settings.top_p}
-    kind = replace(prompts.kinds()[0], max_tokens=max_tokens)
-    engine = LlamaEngine(model, [kind], sequences=sequences, **options)
+    kinds = [replace(kind, max_tokens=max_tokens) for kind in prompts.kinds()]
+    engine = LlamaEngine(model, kinds, sequences=sequences, **options)
     loop = ChatLoop(model, engine.context_tokens, **options)
-    written = [request for query in queries for request in prompts.write(query, 1, engine.identity)]
+    best = prompts.scale.grades[0]
+    written = []
+    for query in queries:
+        written += [prompts.plan(query, part, 1, engine.identity) for part in prompts.plan_parts]
+        written.append(prompts.write(query, best, query.text, 1, engine.identity))
+    loop_requests = loop_queries * len(kinds)
     rows, ratios = [], {}
     try:
-        for name, held in (("without grammar", False), ("with grammar", True)):
+        for name, held, beside in CONDITIONS:
             requests = [replace(r, max_tokens=max_tokens, form=r.form if held else None) for r in written]
             _check_same_prompts(engine, loop, requests)
             speeds: dict[str, list[float]] = {LOOP: [], "gradret": []}
             for repeat in range(repeats):
-                turn = [requests[(repeat * loop_queries + i) % len(requests)] for i in range(loop_queries)]
+                turn = [requests[(repeat * loop_requests + i) % len(requests)] for i in range(loop_requests)]
                 for system, run, wanted in ((LOOP, loop.run, turn), ("gradret", engine_run(engine), requests)):
-                    began = time.perf_counter()
-                    tokens = sum(reply.tokens for reply in run(wanted))
-                    speeds[system].append(tokens / (time.perf_counter() - began))
+                    with busy_process(beside):
+                        began = time.perf_counter()
+                        tokens = sum(reply.tokens for reply in run(wanted))
+                        speeds[system].append(tokens / (time.perf_counter() - began))
                     say(f"{name}, round {repeat + 1} of {repeats}: {system} {speeds[system][-1]:.1f} tokens/s")
-            rows += [{"system": s, "grammar": held, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
+            rows += [{"system": s, "condition": name, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
             ratios[name] = _spread(np.divide(speeds["gradret"], speeds[LOOP]))
     finally:
         engine.close()
@@ -97,7 +114,9 @@ def measure_engine(
         "loop_queries": loop_queries,
         "repeats": repeats,
         "max_tokens": max_tokens,
-        "prompt_tokens": engine.count_shared(kind),
+        "prompt_tokens": {
+            part: engine.count_shared(kind) for part, kind in zip(("plan", "far", "write"), kinds, strict=True)
+        },
         "rows": rows,
         "ratios": ratios,
     }
@@ -151,6 +170,18 @@ class ChatLoop:
         self._llama.close()
 
 
+@contextmanager
+def busy_process(wanted: bool) -> Iterator[None]:
+    """A process that keeps one core busy meanwhile, if it is wanted."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
+    try:
+        yield
+    finally:
+        if process:
+            process.kill()
+            process.wait()
+
+
 def engine_run(engine: LlamaEngine):
     """The same for an engine: a function from requests to their replies, in the order they are done."""
 
@@ -185,11 +216,11 @@ def _spread(values) -> dict:
 def format_engine_speed(document: dict) -> str:
     """The document of measure_engine as lines for a terminal."""
     lines = [f"{document['model']}: {document['sequences']} sequences, {document['max_tokens']} tokens per reply"]
-    lines.append(f"{'tokens/s':<30}{'without grammar':>18}{'with grammar':>18}")
+    lines.append(f"{'tokens/s':<30}" + "".join(f"{name:>24}" for name in document["ratios"]))
     for system in dict.fromkeys(row["system"] for row in document["rows"]):
         speeds = [row["tokens_per_s"]["median"] for row in document["rows"] if row["system"] == system]
-        lines.append(f"{system:<30}" + "".join(f"{speed:>18.1f}" for speed in speeds))
-    lines.append(f"{'gradret / loop':<30}" + "".join(f"{r['median']:>18.2f}" for r in document["ratios"].values()))
+        lines.append(f"{system:<30}" + "".join(f"{speed:>24.1f}" for speed in speeds))
+    lines.append(f"{'gradret / loop':<30}" + "".join(f"{r['median']:>24.2f}" for r in document["ratios"].values()))
     return "\n".join(lines)
 
 
@@ -199,7 +230,7 @@ POSITIVE = click.IntRange(min=1)
 @click.command(cls=Script)
 @click.option("--model", metavar="FILE|HUB_REPO[:FILE]", help="[default: random weights, Qwen2-0.5B's size]")
 @click.option("--sequences", default=16, show_default=True, type=POSITIVE, help="Replies the engine writes at once.")
-@click.option("--queries", default=32, show_default=True, type=click.IntRange(1, 95), help="Of the sample, per round.")
+@click.option("--queries", default=32, show_default=True, type=click.IntRange(1, 96), help="Of the sample, per round.")
 @click.option("--loop-queries", default=3, show_default=True, type=POSITIVE, help="The same for the loop.")
 @click.option("--max-tokens", default=256, show_default=True, type=POSITIVE, help="Of a reply.")
 @click.option("--repeats", default=3, show_default=True, type=POSITIVE, help="Rounds.")
@@ -211,8 +242,8 @@ def main(model, queries, out, as_json, **given):
     """Time the llama.cpp engine against a loop over llama-cpp-python's create_chat_completion."""
     open_folder(out, "gen.json")
     settings = GenSettings()
-    prompts = Prompts(settings, TREC_DL, read_examples(None, TREC_DL, settings))
-    sample = read_queries(str(find_path(SAMPLE)))[1:]  # the first is the prompt's example
+    prompts = Prompts(settings, TREC_DL)
+    sample = read_queries(str(find_path(SAMPLE)))
     with tempfile.TemporaryDirectory(prefix="gradret-") as temporary:
         path = locate_gguf(model) if model else Path(temporary, "random.gguf")
         if not model:  # a vocabulary with the prompts' words, so that they are as long as in a real one
