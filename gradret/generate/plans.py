@@ -31,13 +31,14 @@ FIELDS = (
 )
 
 # Shares of content words above which a brief counts as the query in other words, or as another brief.
-PARAPHRASE, REPEATED = 0.5, 0.5
+PARAPHRASE, REPEATED = 0.4, 0.5
 STEM = 5  # characters: inflected forms of a word mostly share so many
 SHORT = 3  # words of so many characters are no content, unless there are no others
 # Longer words that say nothing of a query's subject, in English, the language of most collections.
 EMPTY = set(
-    "about also been best between could does from have help into list made make many more most much other should some "
-    "than that their there these they this used uses using what when where whether which while will with would".split()
+    "about also been best between could does from have help into list made make makes many more most much other should "
+    "some than that their there these they this used uses using what when where whether which while will with would "
+    "your".split()
 )
 # And those that many queries ask by: to share one of them alone is not to be about the same thing.
 ASKING = set(
