@@ -26,6 +26,10 @@ for other in ("JAX", "CUPY", "TENSORFLOW"):  # POT loads them where they are, an
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GRADRET_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
+# Favourite words of make_tiny_gguf's model, so that its briefs have some in common with the query, as they must.
+TINY_QUERY = (
+    "additio commone barred claim absorbs describ cancels atlases belarus became boundar clubs above command {}"
+)
 SAMPLE_FILE = REPOSITORY / "gradret" / "data" / "sample.jsonl"
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, SAMPLE_FILE
+from conftest import REPOSITORY, SAMPLE_FILE, TINY_QUERY
 from test_large_encoders import make_tiny_decoder
 
 from gradret import load_encoder, read_lists, write_lists
@@ -28,7 +28,7 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 EVEN, ODD = (list(read_lists(SAMPLE_FILE))[start::2] for start in (1, 0))  # by their numbers, which begin at 1
 LANGUAGES = ("bash", "python", "sh", "json", "bibtex", "")
 SMALL = {  # what is put behind a command, for time
-    "gradret gen": "--length 30:90 --max-tokens 600",
+    "gradret gen": "--length 30:150 --max-tokens 600",
     "gradret gen --endpoint": "--length 1:4000 --max-tokens 600",  # that server holds to no length
     "gradret fit": "--max-steps 2 --query-max-length 16 --document-max-length 16",
     "gradret bench quality": "--max-steps 1 --query-max-length 16 --document-max-length 16",
@@ -79,6 +79,8 @@ def translate(line: str, names: dict[str, str]) -> str:
     command = re.search(r"gradret (gen|fit|bench quality)", line)
     if command is None:
         return line
+    if "gradret gen" in line and "--model" not in line and "--endpoint" not in line:
+        line += f" --model {names['qwen2.5-7b-instruct-q4_k_m.gguf']}"
     kind = command.group() + " --endpoint" * ("gradret gen" in line and "--endpoint" in line)
     return f"{line} {SMALL[kind]}"
 
@@ -111,7 +113,7 @@ def folder(tmp_path, tiny_encoder, monkeypatch):
     """Where a page's snippets run: the files they name, and `start`, a model to begin with."""
     write_lists(tmp_path / "lists.jsonl", ODD)
     write_lists(tmp_path / "dev.jsonl", EVEN[:8])
-    (tmp_path / "queries.tsv").write_text("".join(f"{r.query_id}\t{r.query}\n" for r in ODD[:2]))
+    (tmp_path / "queries.tsv").write_text("".join(f"{i}\t{TINY_QUERY.format(i)}\n" for i in range(2)))
     load_encoder(str(tiny_encoder)).save(tmp_path / "start")
     (tmp_path / "graded").mkdir()
     write_lists(tmp_path / "graded" / "cranfield.jsonl", ODD[:24])
