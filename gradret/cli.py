@@ -265,7 +265,7 @@ def _read_settings(out: str) -> dict:
     help=f"Characters of a passage. [default: {GenSettings.min_chars}:{GenSettings.max_chars}]",
 )
 @setting_options(GenSettings)
-@option("--show-prompt", is_flag=True, help="Print the first query's prompt, and stop.")
+@option("--show-prompt", is_flag=True, help="Print the first query's prompts, and stop.")
 @QUIET
 @JSON
 @click.pass_context
@@ -337,9 +337,16 @@ def gen(
         first = f", the first {quote(wanted[0].text)}" if wanted else ""  # seen before anything is paid for
         say(f"gen: {count_of(len(wanted), 'query', 'queries')}{first}; {engine.describe()}")
         summary = generate(wanted, engine, prompts, checks, journal)
-    order = measure_written(out) if summary.lists else None
-    document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict(), "order": order}
-    click.echo(json.dumps(document) if as_json else format_summary(document))
+    document = {"out": out, "rejects": str(journal.rejects), **summary.as_dict()}
+    if not as_json:  # before the encoder is loaded, which may take its time or fail
+        click.echo(format_summary(document))
+    order, warning = measure_written(out) if summary.lists else (None, "")
+    if as_json:
+        click.echo(json.dumps(document | {"order": order, "warning": warning or None}))
+    elif order is not None:
+        click.echo(f"pairs of passages that the default encoder has in the intended order: {order:.3f}")
+    if warning and not as_json:
+        click.echo(warning)
     if unanswered := summary.rejected[NO_REPLY]:
         again = "run the same command again to ask for what is missing"
         advice = "mend the request options or the model" if summary.lasting == unanswered else again
@@ -349,7 +356,10 @@ def gen(
 
 
 def measure_written(out):
-    """Of some lists of a file, the share of pairs that the default encoder has in order; None where it is not there."""
+    """Of MEASURED_LISTS of a file the share of pairs that the default encoder has in order, and a warning.
+
+    None and "" where there is no such encoder; "" as the warning where enough are in order.
+    """
     from gradret.data.lists import ListFile
     from gradret.encoder.load import load_encoder
     from gradret.evaluation.order import measure_order
@@ -360,10 +370,9 @@ def measure_written(out):
         order = measure_order([lists[i] for i in range(0, len(lists), step)], load_encoder()).encoder
     except GradretError as error:  # the lists are written all the same
         say(f"whether the grades follow an encoder's order was not measured: {error}")
-        return None
-    if warning := order.warn():
-        say(f"{warning}; look at them with `gradret look {out}` before training")
-    return order.share
+        return None, ""
+    warning = order.warn()
+    return order.share, f"{warning}; look at them with `gradret look {out}` before training" if warning else ""
 
 
 @click.command(cls=Command, short_help="Look at lists before training on them.")

@@ -423,7 +423,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class GenSettings:
-    """Everything that decides what is generated, besides the queries, the model, the scale and the examples.
+    """Everything that decides what is generated, besides the queries, the model and the scale.
 
     Raises: ValueError naming the setting, what was expected and what came.
     """
@@ -452,6 +452,8 @@ class GenSettings:
     def __post_init__(self) -> None:
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
+        if self.borrow and self.variety:
+            raise ValueError("borrow takes passages of another genre and length; leave it or variety out")
         check_settings(self)
 
 

@@ -4,7 +4,7 @@
 
 The same model (by default random weights of Qwen2-0.5B's size), prompts, sampler and token cap: without a grammar, with
 the grammars of `gradret gen`, and so beside a process that keeps a core busy. Rounds of the two take turns. Prints
-tokens/s and writes OUT/gen.json, of which `python -m benchmarks.tables gen` makes the table of docs/generate.md. Needs
+tokens/s and writes OUT/gen.json, of which `python -m benchmarks.tables gen` makes its table. Needs
 the extra gen.
 """
 
@@ -29,7 +29,7 @@ from gradret.bench.loss import find_percentiles
 from gradret.console import GradretError, say
 from gradret.data.sources import find_path
 from gradret.files import open_folder, versions, write_json
-from gradret.generate.engine import Form, Reply, Request
+from gradret.generate.engine import Reply, Request
 from gradret.generate.llama import TOP_K, LlamaEngine, count_cores, locate_gguf, make_parameters
 from gradret.generate.prompts import TREC_DL, Prompts
 from gradret.generate.queries import Query, read_queries
@@ -65,7 +65,7 @@ def measure_engine(
 
     Args:
         queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them: plan, far
-            brief and best passage.
+            brief and four passages.
         max_tokens: the longest reply; a model with random weights always writes so many without a grammar.
     Returns: a JSON-serialisable document; "rows" hold tokens_per_s, "ratios" the engine's over the loop's, each as
         median, p20 and p80 over the rounds.
@@ -79,12 +79,11 @@ def measure_engine(
     kinds = [replace(kind, max_tokens=max_tokens) for kind in prompts.kinds()]
     engine = LlamaEngine(model, kinds, sequences=sequences, **options)
     loop = ChatLoop(model, engine.context_tokens, **options)
-    best = prompts.scale.grades[0]
     written = []
     for query in queries:
         written += [prompts.plan(query, part, 1, engine.identity) for part in prompts.plan_parts]
-        written.append(prompts.write(query, best, query.text, 1, engine.identity))
-    loop_requests = loop_queries * len(kinds)
+        written += [prompts.write(query, grade, query.text, 1, engine.identity) for grade in prompts.scale.grades]
+    loop_requests = loop_queries * len(written) // len(queries)
     rows, ratios = [], {}
     try:
         for name, held, beside in CONDITIONS:
@@ -146,7 +145,7 @@ class ChatLoop:
         from llama_cpp import LlamaGrammar
 
         for request in requests:
-            form: Form | None = request.form
+            form = request.form
             answer = self._llama.create_chat_completion(
                 list(request.messages),
                 max_tokens=request.max_tokens,

@@ -5,10 +5,11 @@ lower grade is the best one about something else, and the plan says what.
 """
 
 import random
-from collections.abc import Mapping, Sequence, Set
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 
-from gradret.data.words import split_words
-from gradret.generate.replies import REFUSAL, SENTENCE_END, Unusable, holds_query
+from gradret.data.words import UNSPACED, split_words
+from gradret.generate.replies import SENTENCE_END, Unusable, holds_query, is_refusal
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.
 BRIEFS = {
@@ -30,6 +31,7 @@ FIELDS = (
     *("postal services", "dance", "city planning", "advertising", "knitting", "libraries"),
 )
 
+UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 # Shares of content words above which a brief counts as the query in other words, or as another brief.
 PARAPHRASE, REPEATED = 0.4, 0.5
 STEM = 5  # characters: inflected forms of a word mostly share so many
@@ -47,55 +49,69 @@ ASKING = set(
 
 
 def content_words(text: str, left_out: Set[str] = frozenset()) -> set[str]:
-    """The stems of the words that a text is about; in scripts without spaces, its characters."""
-    words = [word for word in split_words(text) if word not in left_out]
-    content = {word[:STEM] for word in words if len(word) > SHORT and word not in EMPTY}
-    return content or set(words)
+    """The stems of the words that a text is about; in scripts without spaces, its pairs of characters."""
+    pairs = {run[i : i + 2] for run in UNSPACED_RUN.findall(text) for i in range(max(1, len(run) - 1))}
+    words = [word for word in split_words(text) if word not in EMPTY and not UNSPACED_RUN.match(word)]
+    words = [word for word in words if word not in left_out] or words
+    return pairs | ({word[:STEM] for word in words if len(word) > SHORT} or {*words})
 
 
 def draw_far(query: str, draw: random.Random) -> dict[str, str]:
     """What the model that writes a far brief is told: a field, and a word of the query."""
-    words = [word for word in split_words(query) if len(word) > SHORT and word not in EMPTY] or query.split() or [query]
+    words = [word for word in split_words(query) if len(word) > SHORT and word not in EMPTY]
+    words = words or sorted(content_words(query)) or [query[:STEM]]
     # random() is the one method whose sequence Python promises to keep.
     return {"field": FIELDS[int(draw.random() * len(FIELDS))], "word": words[int(draw.random() * len(words))]}
 
 
-def check_brief(query: str, name: str, text: str, others: Mapping[str, str], *, longest: int) -> None:
+def check_brief(
+    query: str, name: str, text: str, others: Mapping[str, str], *, longest: int, shown: Iterable[str] = ()
+) -> None:
     """Refuse a brief that its grade cannot be written from.
 
     Args:
         name: of BRIEFS' briefs, or any other.
-        others: briefs of the same plan that are good, and those of the prompt's examples.
+        others: the good briefs of the same reply and of those before it.
         longest: characters that a brief can have; one of as many was cut off.
+        shown: what the prompt's examples say.
 
     Raises: Unusable.
     """
     if len(text) >= longest:
         raise Unusable("bad plan", f"the brief '{name}' does not end")
-    if REFUSAL.match(text.replace("’", "'")):
+    if not split_words(text) or is_refusal(text):
         raise Unusable("bad plan", f"the brief '{name}' is no brief: '{text[:50]}'")
+    if name == "same":
+        return
+    wanted, found = content_words(query), content_words(text)
+    if any(_repeats(found, example) for example in shown):
+        raise Unusable("bad plan", f"the brief '{name}' repeats an example: '{text}'")
     if name == "answer":
-        if not SENTENCE_END.search(text):
+        ends = [match.end() for match in SENTENCE_END.finditer(text)]
+        if not ends or ends[-1] < len(text):
             raise Unusable("bad plan", f"the answer is no sentence: '{text[:50]}'")
         if holds_query(split_words(text), split_words(query)):
             raise Unusable("bad plan", "the answer copies the query")
         return
-    if name == "same":
-        return
-    wanted, found = content_words(query), content_words(text)
     shared = len(wanted & found)
     if name == "far" and shared > max(1, len(wanted) // 3):
         raise Unusable("bad plan", f"the brief 'far' is near the query: '{text}'")
-    if name in ("near", "broader") and not content_words(query, ASKING) & found:
+    # The subject may be a short word: "what is dna".
+    subject, words = content_words(query, ASKING), found | {word[:STEM] for word in split_words(text)}
+    if name in ("near", "broader") and subject and not subject & words:
         raise Unusable("bad plan", f"the brief '{name}' is far from the query: '{text}'")
     # Of three words two are the subject itself: "baking soda vs baking powder".
     same = shared == len(wanted) > 1 or shared > max(2, PARAPHRASE * len(wanted))
     if split_words(text) == split_words(query) or (name in ("near", "broader") and same):
         raise Unusable("bad plan", f"the brief '{name}' is the query in other words: '{text}'")
     for other, brief in others.items():
-        words = content_words(brief)
-        if other != "answer" and len(words & found) > REPEATED * len(words | found):
+        if other != "answer" and _repeats(found, brief):
             raise Unusable("bad plan", f"the brief '{name}' repeats '{other}': '{text}'")
+
+
+def _repeats(found: set[str], brief: str) -> bool:
+    words = content_words(brief)
+    return len(words & found) > REPEATED * len(words | found)
 
 
 def weave(sentences: Sequence[str], sentence: str, target: int) -> str:

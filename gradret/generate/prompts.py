@@ -247,16 +247,17 @@ class Prompts:
         instructions: what the model is told before any query.
         plan_parts: the requests that a plan is made of and the briefs each is for: "plan" reads the query, "far" does
             not.
+        shown: the briefs of the prompts' examples.
         fingerprint: hex digest of the version and the scale; with the settings it decides a prompt.
     Raises: GradretError when the lowest grade is to be borrowed but is not far.
     """
 
     def __init__(self, settings: GenSettings, scale: Scale):
         self.settings, self.scale = settings, scale
-        if settings.borrow and scale.distances and scale.distances[-1] != "far":
+        if settings.borrow and scale.distances[-1:] != ("far",):
             raise GradretError(
-                f"--borrow gives the lowest grade a passage that is far from the query; this scale's is to be "
-                f"{scale.distances[-1]}; leave it out"
+                "--borrow gives the lowest grade a passage that is far from the query, which is not what this scale's "
+                "has as its distance; leave it out"
             )
         names = [name for briefs in scale.briefs.values() for name in briefs]
         parts = {"plan": tuple(name for name in names if name != "far"), "far": ("far",) if "far" in names else ()}
@@ -288,7 +289,9 @@ class Prompts:
         }
         self.instructions = "\n\n".join(systems[part] for part in ("plan", "far", "write"))
         self._heads = {part: [{"role": "system", "content": system}] for part, system in systems.items()}
+        self.shown: list[str] = []
         if scale.distances:  # there is no example of a plan for other scales
+            self.shown += [text for _, plan in PLANNED for text in plan.values()] + [text for _, text in PLANNED_FAR]
             for query, plan in PLANNED:
                 shown = {name: plan[name] for name in self.plan_parts.get("plan", ())}
                 self._heads["plan"] += [_ask({"query": query}), _answer(shown)]

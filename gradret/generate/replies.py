@@ -20,7 +20,7 @@ THOUGHTS = re.compile(r".*?</think>|\s*<think>.*\Z", re.DOTALL)  # which the pro
 OBJECT_START = re.compile(r'\{\s*["}]')
 # Not after an initial, nor after Dr. and its like, except where the text ends.
 SENTENCE_END = re.compile(
-    r"""(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])(?<!\bMrs)[.!?]["”’')\]]*(?=\s)|[.!?]["”’')\]]*$|[。！？।]["”’」』]?"""
+    r"""(?<!\b[^\W\d_])(?<!\b[A-Z][a-z])(?<!\bMrs)[.!?]["”’')\]]*(?=\s)|[.!?]["”’')\]]*$|[。！？।۔؟។]["”’」』]?"""
 )
 # An object as its pairs: a key twice shows, arrays stay lists. Line breaks within a string are mended by clean_text.
 DECODER = json.JSONDecoder(object_pairs_hook=tuple, strict=False)
@@ -68,7 +68,7 @@ def make_form(bounds: Mapping[str, tuple[int, int]]) -> Form:
 def make_text_form(low: int, high: int) -> Form:
     """The form of plain prose of so many characters: no line break and no markup. There is no schema for it."""
     grammar = f"""\
-root ::= first char{_repeat(low - 1, high - 1)}
+root ::= first char{_repeat(low - 1, max(low, high) - 1)}
 first ::= [^ "'{{}}\\[\\]*#`\\-\\x00-\\x1F\\x7F]
 char ::= [^*`\\x00-\\x1F\\x7F]
 """
@@ -156,6 +156,7 @@ LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such 
 
 UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
 
+MARKUP = re.compile(r"^\s*(#|[-*•] |\|)|\*\*|```|^Subject:", re.MULTILINE)  # which no prose has
 FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
 # At the start only, and with what is refused: "I can't sleep" opens many a good passage.
 REFUSAL = re.compile(
@@ -208,7 +209,7 @@ class Checks:
         shingles = len(words) - SHINGLE + 1
         if shingles >= MIN_SHINGLES and len(make_shingles(words, SHINGLE)) < LEAST_DISTINCT * shingles:
             raise Unusable("repetition", "it says the same words again and again")
-        if REFUSAL.match(text.replace("’", "'")):
+        if is_refusal(text):
             raise Unusable("refusal", f"it opens with '{text[:50]}'")
         if key := FORM_KEY.search(text):
             raise Unusable("prompt echo", f"it holds '{key[0]}'")
@@ -224,6 +225,11 @@ class Checks:
         for other in others:
             if share := _near_duplicate(split_words(other), words):
                 raise Unusable("duplicate", f"it shares {share:.0%} of its text with another passage of the list")
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text opens as refusals and talk about the task do."""
+    return REFUSAL.match(text.replace("’", "'")) is not None
 
 
 def holds_query(words: list[str], query: list[str]) -> bool:

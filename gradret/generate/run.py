@@ -17,9 +17,9 @@ from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
 from gradret.generate.plans import check_brief, content_words, split_sentences, trim, weave
-from gradret.generate.prompts import PLANNED, PROMPT_VERSION, Prompts, Scale, draw_seed
+from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
-from gradret.generate.replies import Checks, Unusable, clean_text, drop_thoughts, parse_object
+from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object
 from gradret.settings import GenSettings
 
 # Why a query got no list, besides the reasons of replies.Unusable.
@@ -28,8 +28,6 @@ EMPTY_QUERY = "empty query"
 REFUSED = "refused by the engine"
 NOT_JUDGED = "not judged"
 
-# The prompt's examples, which no brief may repeat.
-SHOWN = {f"example {number}": text for number, (_, plan) in enumerate(PLANNED) for text in plan.values()}
 LEAST_GRADES = 3  # a list without any others is kept, the best one among them; scales of two need both
 
 
@@ -56,7 +54,7 @@ def open_engine(
 
 
 def settings_record(prompts: Prompts, model: str, request_options: dict | None = None) -> dict:
-    """What lists of one file have in common, JSON-serialisable; neither `attempts` nor `max_tokens` shows in a list."""
+    """What lists of one file have in common, JSON-serialisable; not how often and how long a model may try."""
     chosen = {k: v for k, v in asdict(prompts.settings).items() if k not in ("attempts", "max_tokens")}
     scale = {f"{grade:g}": definition for grade, definition in prompts.scale.levels}
     more = {"request_options": request_options} if request_options else {}
@@ -183,8 +181,10 @@ class Generation:
         if reply.finish == "error":
             self.summary.lasting += reply.lasting
             self._reject(draft, NO_REPLY, reply.error)
+        elif reply.finish == "refused" and reply.request.choices:
+            self._reject(draft, NOT_JUDGED, reply.error)
         elif reply.finish == "refused":
-            self._reject(draft, NOT_JUDGED if reply.request.choices else REFUSED, reply.error)
+            self._fail(draft, part, Unusable(REFUSED, reply.error))
         elif reply.request.choices:
             draft.judged[part[1]] = expected_grade(reply.probabilities, self._scale)
             if len(draft.judged) == len(draft.texts):
@@ -232,8 +232,10 @@ class Generation:
         for name, brief in found.items():
             try:
                 if name not in draft.plan:
-                    longest = self._prompts.longest(name)
-                    check_brief(draft.query.text, name, brief, {**SHOWN, **draft.plan}, longest=longest)
+                    # Of the other request's briefs some may have come, or not.
+                    others = {other: draft.plan[other] for other in names if other in draft.plan}
+                    longest, shown = self._prompts.longest(name), self._prompts.shown
+                    check_brief(draft.query.text, name, brief, others, longest=longest, shown=shown)
                     draft.plan[name] = brief
             except Unusable as unusable:
                 problem = problem or unusable
@@ -241,10 +243,15 @@ class Generation:
             if {*briefs} & ({*draft.plan} - before) and {*briefs} <= {*draft.plan}:
                 self._ask_passage(draft, grade)
         if problem and not self._ask_again(draft, part, problem):
-            for grade, briefs in self._scale.briefs.items():
-                if {*briefs} & {*names} - {*draft.plan}:
-                    draft.came[grade] = draft.failed[grade] = problem
-            self._settle(draft)
+            self._fail(draft, part, problem)
+
+    def _fail(self, draft: Draft, part: object, problem: Unusable) -> None:
+        """Go on without the grades for which a part is needed."""
+        missing = {*self._prompts.plan_parts.get(part, ())} - {*draft.plan}
+        for grade, briefs in self._scale.briefs.items():
+            if grade == part or {*briefs} & missing:
+                draft.failed[grade] = problem
+        self._settle(draft)
 
     def _ask_passage(self, draft: Draft, grade: float) -> None:
         briefs = self._scale.briefs[grade]
@@ -257,8 +264,8 @@ class Generation:
         attempt = draft.attempts.get(part, 1) + 1
         if draft.borrowed and part == self._scale.grades[-1]:  # there is no brief for another
             return False
-        # At temperature 0 the reply would be the same again.
-        if attempt > self._settings.attempts or self._settings.temperature == 0:
+        # At temperature 0 the reply would be the same again, but for a far brief, which draws another field and word.
+        if attempt > self._settings.attempts or (self._settings.temperature == 0 and part != "far"):
             return False
         self.summary.retries[problem.reason] += 1
         draft.attempts[part] = attempt
@@ -273,7 +280,10 @@ class Generation:
         """The passage of a reply, whole sentences of about the target's length; or what is wrong."""
         target = self._prompts.target(draft.query)
         try:
-            text = clean_text(drop_thoughts(reply.text))
+            text = drop_thoughts(reply.text)
+            if markup := MARKUP.search(text):
+                raise Unusable("markup", f"it holds '{markup[0].strip()}'")
+            text = clean_text(text)
         except Unusable as problem:
             return problem
         sentences = split_sentences(text)
@@ -286,6 +296,8 @@ class Generation:
     def _settle(self, draft: Draft) -> None:
         """Check what came, the best grade first, each beside the good ones above it; go on when nothing is missing."""
         for grade in self._scale.grades:
+            if grade in draft.failed and (grade == self._scale.grades[0] or self._settings.strict):
+                break  # nothing can become of it
             if grade in draft.texts or grade in draft.failed:
                 continue
             if grade not in draft.came:
@@ -300,13 +312,14 @@ class Generation:
                 if self._ask_again(draft, grade, problem):
                     return
                 draft.failed[grade] = problem
+                return self._settle(draft)
         self._finish(draft)
 
     def _finish(self, draft: Draft) -> None:
         least = len(self._scale.grades) if self._settings.strict else min(LEAST_GRADES, len(self._scale.grades))
         if len(draft.texts) < least or self._scale.grades[0] in draft.failed:
-            grade, problem = next(iter(sorted(draft.failed.items(), reverse=True)))
-            self._reject(draft, problem.reason, f"grade {grade:g}: {problem.detail}")
+            grade = max(draft.failed)
+            self._reject(draft, draft.failed[grade].reason, f"grade {grade:g}: {draft.failed[grade].detail}")
         elif self._settings.judge:
             self._waiting += self._prompts.judge(draft.query, [*draft.texts.values()])
         else:
@@ -325,7 +338,8 @@ class Generation:
             Passage(grade, text, extra={JUDGED: draft.judged[number]} if self._settings.judge else {})
             for number, (grade, text) in enumerate(draft.texts.items())
         ]
-        meta: dict = {"plan": draft.plan}
+        briefs = [name for names in self._scale.briefs.values() for name in names]
+        meta: dict = {"plan": {name: draft.plan[name] for name in briefs if name in draft.plan}}
         if style := self._prompts.draw_style(draft.query):
             meta["style"] = asdict(style)
         if draft.borrowed:
@@ -436,8 +450,6 @@ def format_summary(document: dict) -> str:
     for title, counts in ((document["rejects"], document["rejected"]), ("tried again", document["retries"])):
         if counts:
             lines.append(f"{title}: {', '.join(f'{count} {reason}' for reason, count in counts.items())}")
-    if document.get("order") is not None:
-        lines.append(f"pairs of passages that the default encoder has in the intended order: {document['order']:.3f}")
     if document["characters"]:
         lines += ["", "grade  characters: mean  median   min   max"]
         lines += [

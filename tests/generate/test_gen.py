@@ -63,7 +63,7 @@ def queries(tmp_path):
 def no_encoder(request, monkeypatch):
     """Only tests of the order load an encoder when lists are written; the others run in less time."""
     if "order" not in request.node.name:
-        monkeypatch.setattr("gradret.cli.measure_written", lambda out: None)
+        monkeypatch.setattr("gradret.cli.measure_written", lambda out: (None, ""))
 
 
 def assert_valid(ranking_list, length=(30, 150)):
@@ -325,9 +325,9 @@ def test_the_order_closes_a_run(few, tiny_gguf, tiny_encoder, tmp_path, monkeypa
     found = re.search(
         r"pairs of passages that the default encoder has in the intended order: ([01]\.\d{3})", result.stdout
     )
-    warned = "the grades of these lists do not follow the order of the encoder" in result.stderr
+    warned = "the grades of these lists do not follow the order of the encoder" in result.stdout
     assert warned == (float(found[1]) < 0.7)
-    assert not warned or f"look at them with `gradret look {out}` before training" in result.stderr
+    assert not warned or f"look at them with `gradret look {out}` before training" in result.stdout
     assert "order:" not in invoke("gen", few, "--model", tiny_gguf, "--out", out, *SHORT).stdout
 
 
@@ -336,7 +336,7 @@ def test_the_order_is_not_measured_without_an_encoder(few, tiny_gguf, tmp_path, 
     result = invoke("gen", few, "--model", tiny_gguf, "--out", tmp_path / "lists.jsonl", *SHORT, "--json")
     assert result.exit_code == 0, result.output
     assert "whether the grades follow an encoder's order was not measured: ./nowhere" in result.stderr
-    assert json.loads(result.stdout)["order"] is None
+    assert (json.loads(result.stdout)["order"], json.loads(result.stdout)["warning"]) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -479,3 +479,24 @@ def test_files_flow_from_gen_to_fit_to_eval(tiny_gguf, tiny_encoder, tmp_path):
             document = json.loads(result.stdout)
             assert (document["queries"], document["documents"]) == (16, sum(len(r.passages) for r in read_lists(lists)))
             assert 0 < document["measures"]["nDCG@10"] <= 1
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(
+    "GRADRET_TEST_GGUF" not in os.environ, reason="needs GRADRET_TEST_GGUF, an instruction model's file"
+)
+def test_a_real_model_writes_lists_in_order(tmp_path):
+    asked = [
+        "how do noise cancelling headphones work",
+        "best time of year to prune apple trees",
+        "who invented zippers",
+    ]
+    queries = write_queries(tmp_path / "queries.jsonl", dict(enumerate(asked)))
+    out = tmp_path / "lists.jsonl"
+    result = invoke("gen", queries, "--model", os.environ["GRADRET_TEST_GGUF"], "--out", out, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["lists"], document["rejected"]) == (3, {})
+    assert document["order"] >= 0.7
+    for ranking_list in read_lists(out):
+        assert_valid(ranking_list, (200, 800))

@@ -227,8 +227,11 @@ def test_of_two_that_are_alike_the_lower_one_is_written_again(run, written, room
 
 def test_the_likeliest_reply_is_asked_for_once(run, rejects):
     settings = replace(SETTINGS, temperature=0)
-    run(ScriptedEngine(lambda r: Reply(r, "{}", "stop", 1)), settings, QUERIES[:1])
-    assert len(rejects()[0]["replies"]) == 3  # a plan, a far brief, a passage
+    engine = ScriptedEngine(lambda r: Reply(r, "{}", "stop", 1))
+    run(engine, settings, QUERIES[:1])
+    assert [r.key[2] for r in engine.asked].count("plan") == 1
+    # A plan and a passage; a far brief would be another, but the best passage has failed by then.
+    assert len(rejects()[0]["replies"]) <= 7 and len(engine.asked) == len({r.seed for r in engine.asked})
 
 
 def test_passages_end_with_a_sentence(run, written):
@@ -274,8 +277,22 @@ def test_an_engine_that_fails_leaves_the_query_for_later(run, written, rejects):
 def test_a_refused_request_is_final(run, rejects):
     run(ScriptedEngine(lambda r: Reply(r, "", "refused", error="too long; raise --context")), queries=QUERIES[:1])
     assert [(r["reason"], r["detail"], r["final"]) for r in rejects()] == [
-        ("refused by the engine", "too long; raise --context", True)
+        ("refused by the engine", "grade 3: too long; raise --context", True)
     ]
+
+
+def test_what_the_engine_refuses_costs_its_grade_alone(run, written):
+    engine = failing(("q1", 1), ("q2", "far"), finish="refused")
+    run(engine, queries=QUERIES[:3])
+    assert written()["q1"].meta["missing"] == {"1": "refused by the engine"}
+    assert written()["q2"].meta["missing"] == {"0": "refused by the engine"}
+    assert [r.key for r in engine.asked if r.key[1] > 1] == []
+
+
+@pytest.mark.parametrize("text", ["# A title. And more.", "First. **Second**.", "One.\n- Two."])
+def test_markup_is_written_again(run, written, text):
+    summary = run(failing(("q0", 1), text=text, attempts=1), queries=QUERIES[:1])
+    assert (summary.lists, summary.incomplete, summary.retries) == (1, 0, {"markup": 1})
 
 
 def test_an_empty_query_is_recorded(run, written, rejects):
