@@ -4,8 +4,10 @@
     python -m benchmarks.tables ablations                    what each setting does
     python -m benchmarks.tables apart                        SciFact's claims that no list is near to
     python -m benchmarks.tables loss|fit|gen [FILE.json]     speed of losses, of training, of writing lists
+    python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
 
-The first three read results/quality/rows.jsonl (or --rows), the others results/NAME-cpu.json. Needs no data.
+The first three read results/quality/rows.jsonl (or --rows), look results/lists/*/look.json, the others
+results/NAME-cpu.json. Needs no data.
 """
 
 from pathlib import Path
@@ -183,11 +185,26 @@ def write_gen(result: dict) -> list[str]:
     return write_table(f"tokens/s, {result['sequences']} sequences", [*result["ratios"]], rows)
 
 
+def write_look(results: dict[str, dict]) -> list[str]:
+    """By what the lists are for, documents of `gradret look --json`: pairs in order by kind, lists, lengths."""
+    rows: dict[str, list[str]] = {}
+    for result in results.values():
+        order, lists = result["order"]["encoder"], result["lists"]
+        for kind, found in order["kinds"].items():
+            rows.setdefault(f"grades {kind.replace('>', ' and ')}", []).append(f"{found['share']:.2f}")
+        rows.setdefault("all pairs", []).append(f"{order['share']:.2f}")
+        rows.setdefault("lists, with all grades", []).append(f"{lists}, {result['complete']}")
+        lengths = " ".join(f"{grade['characters']:.0f}" for grade in result["grades"].values())
+        rows.setdefault("mean characters at 3, 2, 1, 0", []).append(lengths)
+        rows.setdefault("passages that repeat another list's", []).append(str(result["repeating"]))
+    return write_table("pairs in the order of their grades", [*results], rows)
+
+
 SPEED = {"loss": write_loss, "fit": write_fit, "gen": write_gen}
 
 
 @click.command(cls=Script)
-@click.argument("table", type=click.Choice(("quality", "ablations", "apart", *SPEED)))
+@click.argument("table", type=click.Choice(("quality", "ablations", "apart", "look", *SPEED)))
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", type=click.Path(path_type=Path), help="Of quality, ablations and apart: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
@@ -195,6 +212,9 @@ def main(table, file, rows, measure):
     """Print a table made of committed results."""
     if table in SPEED:
         lines = SPEED[table](read_object(file or RESULTS / f"{table}-cpu.json"))
+    elif table == "look":
+        found = sorted((RESULTS / "lists").glob("*/look.json"))
+        lines = write_look({path.parent.name: read_object(path) for path in found})
     else:
         path = rows or RESULTS / "quality" / ROWS_FILE
         if table == "quality":
