@@ -345,8 +345,8 @@ def gen(
         click.echo(json.dumps(document | {"order": order, "warning": warning or None}))
     elif order is not None:
         click.echo(f"pairs of passages that the default encoder has in the intended order: {order:.3f}")
-    if warning and not as_json:
-        click.echo(warning)
+        if warning:
+            click.echo(warning)
     if unanswered := summary.rejected[NO_REPLY]:
         again = "run the same command again to ask for what is missing"
         advice = "mend the request options or the model" if summary.lasting == unanswered else again

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
+UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 # Vowel signs of Indic scripts, Hebrew and Arabic points, accents: part of a word, though not for \w.
 MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
 WORD = re.compile(f"[{UNSPACED}]|(?:[^\\W_{UNSPACED}]|[{MARKS}])+")

@@ -5,10 +5,9 @@ lower grade is the best one about something else, and the plan says what.
 """
 
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence, Set
 
-from gradret.data.words import UNSPACED, split_words
+from gradret.data.words import UNSPACED_RUN, split_words
 from gradret.generate.replies import SENTENCE_END, Unusable, holds_query, is_refusal
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.
@@ -31,7 +30,6 @@ FIELDS = (
     *("postal services", "dance", "city planning", "advertising", "knitting", "libraries"),
 )
 
-UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 # Shares of content words above which a brief counts as the query in other words, or as another brief.
 PARAPHRASE, REPEATED = 0.4, 0.5
 STEM = 5  # characters: inflected forms of a word mostly share so many
@@ -60,8 +58,12 @@ def draw_far(query: str, draw: random.Random) -> dict[str, str]:
     """What the model that writes a far brief is told: a field, and a word of the query."""
     words = [word for word in split_words(query) if len(word) > SHORT and word not in EMPTY]
     words = words or sorted(content_words(query)) or [query[:STEM]]
-    # random() is the one method whose sequence Python promises to keep.
-    return {"field": FIELDS[int(draw.random() * len(FIELDS))], "word": words[int(draw.random() * len(words))]}
+    return {"field": pick(FIELDS, draw), "word": pick(words, draw)}
+
+
+def pick(choices: Sequence, draw: random.Random):
+    """One of the choices. random() is the one method whose sequence Python promises to keep."""
+    return choices[int(draw.random() * len(choices))]
 
 
 def check_brief(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from gradret.console import GradretError
 from gradret.data.lists import GRADE_LIMIT, decode_json, decode_text, hash64, open_file
 from gradret.generate.engine import Form, Request
-from gradret.generate.plans import BRIEFS, TOPIC_CHARS, draw_far
+from gradret.generate.plans import BRIEFS, TOPIC_CHARS, draw_far, pick
 from gradret.generate.queries import Query
 from gradret.generate.replies import make_form, make_text_form
 from gradret.settings import GenSettings
@@ -361,8 +361,7 @@ class Prompts:
         low, high = self.settings.min_chars, self.settings.max_chars
         # A model misses a length by a fifth without trying; only lengths that leave it room are drawn.
         words = range(math.ceil(1.25 * low / WORD_CHARS), math.floor(high / 1.25 / WORD_CHARS) + 1)
-        # random() is the one method whose sequence Python promises to keep.
-        return Style(*(_pick(choices, rng.random()) for choices in (words or [self._words], GENRES, LEVELS)))
+        return Style(*(pick(choices, rng) for choices in (words or [self._words], GENRES, LEVELS)))
 
     def _request(
         self, query: Query, attempt: int, part: object, message: dict, tokens: int, seed: int, form: Form
@@ -393,7 +392,3 @@ def _ask(content: Mapping[str, str]) -> dict:
 
 def _answer(content: Mapping[str, str]) -> dict:
     return {"role": "assistant", "content": json.dumps(content, ensure_ascii=False)}
-
-
-def _pick(choices: Sequence, share: float):
-    return choices[int(share * len(choices))]

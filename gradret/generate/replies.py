@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.console import GradretError
 from gradret.data.lists import quote
-from gradret.data.words import MIN_SHINGLES, NEAR_DUPLICATE, SHINGLE, UNSPACED, make_shingles, split_words
+from gradret.data.words import MIN_SHINGLES, NEAR_DUPLICATE, SHINGLE, UNSPACED_RUN, make_shingles, split_words
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
@@ -154,8 +154,6 @@ COPIED_WORDS, OPENING_WORDS = 12, 6
 LEAST_DISTINCT = 0.5  # share of a passage's shingles that are not there a second time; real passages have .95 at least
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
 
-UNSPACED_WORD = re.compile(f"[{UNSPACED}]")
-
 MARKUP = re.compile(r"^\s*(#|[-*•] |\|)|\*\*|```|^Subject:", re.MULTILINE)  # which no prose has
 FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
 # At the start only, and with what is refused: "I can't sleep" opens many a good passage.
@@ -234,7 +232,7 @@ def is_refusal(text: str) -> bool:
 
 def holds_query(words: list[str], query: list[str]) -> bool:
     """Whether a text copies the whole query: opens with it, or has it somewhere and it is long."""
-    weight = sum(0.5 if UNSPACED_WORD.fullmatch(word) else 1 for word in query)
+    weight = sum(0.5 if UNSPACED_RUN.match(word) else 1 for word in query)
     opens = weight >= OPENING_WORDS and words[: len(query)] == query
     return opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
 

@@ -16,7 +16,7 @@ from gradret.console import GradretError, Interrupted, StopRequest, count_of, sa
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.plans import check_brief, content_words, split_sentences, trim, weave
+from gradret.generate.plans import check_brief, content_words, pick, split_sentences, trim, weave
 from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
 from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object
@@ -218,7 +218,7 @@ class Generation:
         words = content_words(query.text)
         lists = [found for found in self._journal.recent if not words & content_words(found.query)]
         draw = random.Random(draw_seed(query, self._settings.seed, self._model, 1, "borrow"))
-        return lists[int(draw.random() * len(lists))] if lists else None
+        return pick(lists, draw) if lists else None
 
     def _read_plan(self, draft: Draft, part: str, text: str) -> None:
         """Keep the good briefs of a reply, ask for their passages, and ask again for the other briefs."""
