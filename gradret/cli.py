@@ -70,7 +70,7 @@ DEVICE = option("--device", group=MEMORY, help="cuda, cuda:1, mps or cpu; by def
 MEASURES = option("--measures", default=",".join(DEFAULT_MEASURES), help="ir_measures names, separated by commas.")
 
 MODEL_ONLY = ("sequences", "context", "gpu_layers", "threads")
-OWN_FIELDS = ("model", "messages", "stream", "n", "seed", "temperature", "top_p", "logprobs", "top_logprobs")
+OWN_FIELDS = ("stream", "n", "seed", "temperature", "top_p", "logprobs", "top_logprobs")
 MEASURED_LISTS = 200  # whose order closes a run
 ENDPOINT_ONLY = ("concurrency", "timeout", "retries", "request_options")
 
@@ -84,15 +84,17 @@ def parse_length(text):
 
 
 def parse_request_options(text):
-    """A JSON object with fields of a request that gradret does not set itself. Raises: ValueError."""
+    """A JSON object with fields of a request: those that gradret does not set itself, or null. Raises: ValueError."""
     try:
         found = json.loads(text)
     except ValueError as error:
         raise ValueError(f"'{text}' is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise ValueError(f"'{text}' is not a JSON object")
-    if own := [name for name in OWN_FIELDS if name in found]:
-        raise ValueError(f"'{own[0]}' is set by gradret itself; leave it out")
+    if own := [name for name, value in found.items() if name in OWN_FIELDS and value is not None]:
+        raise ValueError(f"'{own[0]}' is set by gradret itself; give null, and it is not sent")
+    if needed := found.keys() & {"model", "messages"}:
+        raise ValueError(f"'{min(needed)}' is set by gradret itself; leave it out")
     return found
 
 
@@ -135,7 +137,7 @@ ENGINE_OPTIONS = options(
         group=ENGINE,
         type=Parsed("json", parse_request_options),
         metavar="JSON",
-        help="More fields for each request's body.",
+        help="More fields for each request's body; null leaves a field out.",
     ),
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from gradret.console import GradretError, say
 from gradret.generate.engine import Reply, Request
@@ -31,17 +31,40 @@ CONNECT_TIMEOUT_S = 20
 CHECK_TIMEOUT_S, CHECK_RETRIES = 5, 2  # a server that has not listed its models by then counts as out of reach
 PASSING = {408, 409, 425, 429}  # and nearly all from 500 on: the next run may not meet them
 REFUSED = {400, 413, 422, 501}  # this request, not every request
+REFUSED_BY_NAME = {403, 500}  # in which some answer what others do with 400: OpenAI of logprobs, llama_cpp.server
 LEAST_LOGPROB = -9999.0  # what vLLM and llama.cpp send for a token that cannot be
 MOST_SHOWN = 200  # characters of a server's message
-FORMS = ("json_schema", "json_object with a schema", "nothing")  # what asks for a form, the strictest first
+# How refusals name what a request asks for, see ways_to_ask; no model's name, such as bytedance/seed-oss.
+NAMES = {
+    name: re.compile(rf"(?<![\w-])(?:{pattern})(?![\w/-])", re.IGNORECASE)
+    for name, pattern in {
+        "seed": "seed",
+        "top_p": "top[ _-]?p",
+        "temperature": "temperature",
+        "logprobs": "(?:top|response)?[ _-]?log[ _-]?prob(?:s|abilities)",
+        "response_format": "response[ _-]?(?:format|schema)|json[ _]schema|structured[ _]outputs?",
+        "max_tokens": "max[ _-]?(?:output[ _-]?)?tokens",
+        "system": r"system (?:role|message|instruction|prompt)s?|developer instruction|roles must alternate|"
+        r"assistant roles|messages\[0\]\.role",
+    }.items()
+}
+# From here on a refusal repeats what it was sent, as pydantic's do.
+ECHO = re.compile(r"""["']input\\?["']\s*:|\binput_value=""")
+# What refuses a number of tokens: as much as that, under whatever name, will be refused again.
+TOO_MANY = re.compile(
+    "context|too (?:large|long|big|high|many)|at most|exceed|less than|greater|maximum|reached|reduce"
+)
+# How a server is reached and known, which the client reads from the environment.
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+CERTIFICATES = ("SSL_CERT_FILE", "SSL_CERT_DIR")
 ADVICE = "is the server running, and is the URL the protocol's root, which usually ends in /v1?"
 KEPT = "what is written is kept, run the same command again to go on"
 REFUSED_ALL = "what is written is kept, mend the request options or the model"
 
 
 def is_refusal(status: int, message: str) -> bool:
-    """Whether a server will never take a request; llama_cpp.server says 500 where others say 400."""
-    return status in REFUSED or (status == 500 and re.search("response_format|logprobs", message) is not None)
+    """Whether a server will never take a request."""
+    return status in REFUSED or (status in REFUSED_BY_NAME and any(name.search(message) for name in NAMES.values()))
 
 
 class PatientClient(openai.DefaultAsyncHttpxClient):
@@ -76,11 +99,13 @@ class Failure:
         status: of HTTP; None when no answer came, or one that is none.
         message: the server's. It may quote what it was sent, the key included: only Endpoint._tell may show it.
         tries: how often the client asked.
+        field: of the request, which the server names as the one at fault; "" where it says so in words alone.
     """
 
     status: int | None
     message: str
     tries: int
+    field: str = ""
 
     @property
     def refused(self) -> bool:
@@ -121,7 +146,7 @@ def read_completion(content: bytes) -> Completion:
         text = read_text(message)
         thought = message.get("reasoning_content") or message.get("reasoning")
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise ValueError(f"no reply, but {read_message(content.decode(errors='replace'))}") from None
+        raise ValueError(f"no reply, but {read_error(content.decode(errors='replace'))[0]}") from None
     logprobs = read_logprobs(choice)
     if text is None and finish != "length" and not thought and not logprobs:
         raise ValueError("a reply without content")
@@ -151,16 +176,23 @@ def read_logprobs(choice: dict) -> dict[str, float]:
     return {t: max(min(p, 0.0), LEAST_LOGPROB) for t, p in found.items() if isinstance(p, int | float) and p == p}
 
 
-def read_message(body: str) -> str:
-    """What the body of an error says, in whichever of the usual places."""
+def read_error(body: str) -> tuple[str, str]:
+    """What the body of an error says, in whichever of the usual places, and the field of the request that it names."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        return body
+        return body, ""
+    field = ""
+    if isinstance(found, list) and len(found) == 1:  # Gemini's
+        found = found[0]
     for name in ("error", "message", "detail"):
         if isinstance(found, dict) and found.get(name):
+            field = found.get("param") or field
+            relayed = found.get("metadata")  # OpenRouter's: what the provider says
+            if isinstance(relayed, dict) and isinstance(relayed.get("raw"), str):
+                return read_error(relayed["raw"])
             found = found[name]
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False), str(field)
 
 
 def make_reply(request: Request, completion: Completion, warn: Callable[[str], None]) -> Reply:
@@ -176,9 +208,11 @@ def make_reply(request: Request, completion: Completion, warn: Callable[[str], N
         for token, logprob in logprobs.items():
             if token.strip() in shares:  # vocabularies have a token with a space before it and one without
                 shares[token.strip()] += math.exp(logprob)
+        if len(logprobs) == 1:
+            warn("sends logprobs of the written token alone; what the judge writes counts as certain")
         missing = f"is among the {len(logprobs)} likeliest tokens; the likeliest is {max(logprobs, key=logprobs.get)!r}"
     else:
-        warn("sends no probabilities of tokens; what the judge writes counts as certain")
+        warn("sends no logprobs; what the judge writes counts as certain")
         shares |= {choice: 1.0 for choice in shares if text.strip(" \n\"'*") == choice}
         missing = f"was written; {quote_reply(text)} was"
     total = sum(shares.values())
@@ -192,16 +226,61 @@ def kind_of(request: Request) -> str:
     return "choices" if request.choices else "form" if request.form and request.form.schema else "text"
 
 
-def ways_to_ask(request: Request) -> list[dict]:
-    """Arguments that ask for a request's form or probabilities; the strictest first, of which servers take some."""
+Ways = dict[str, list[tuple[dict, str]]]
+
+
+def ways_to_ask(request: Request, sampling: dict[str, float]) -> Ways:
+    """What a request asks for, by name: the arguments that do so, the best first, and what is told of the later ones.
+
+    The cap on tokens is never left out: replies might have no end.
+    """
+    ways: Ways = {
+        "system": [({"messages": request.messages}, "")],
+        "seed": [({"seed": request.seed % 2**31}, ""), ({}, "takes no seed: another run will get other replies")],
+        "max_tokens": [
+            ({"max_tokens": request.max_tokens}, ""),
+            ({"max_completion_tokens": request.max_tokens}, "takes max_completion_tokens in place of max_tokens"),
+        ],
+    }
+    if request.messages[0]["role"] == "system":
+        system, first, *others = request.messages
+        joined = {"role": "user", "content": f"{system['content']}\n\n{first['content']}"}
+        told = "takes no system message, which stands before the first question instead"
+        ways["system"].append(({"messages": [joined, *others]}, told))
+    for name, value in ({"temperature": 0.0} if request.choices else sampling).items():
+        told = f"takes no {name} {value:g}, which is left to the server"
+        ways[f"{name} {value:g}"] = [({name: value}, ""), ({}, told)]
     if request.choices:
-        return [{"logprobs": True, "top_logprobs": 20}, {"logprobs": True, "top_logprobs": 5}, {}]
+        counts = [({"logprobs": True, "top_logprobs": most}, "") for most in (20, 5)]
+        ways["logprobs"] = [*counts, ({}, "")]  # what then comes is told
     if request.form and request.form.schema:
         schema = request.form.schema
-        named = {"name": "reply", "strict": True, "schema": schema}
+        named = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": schema}}
         llama_cpps = {"type": "json_object", "schema": schema}  # and Together's
-        return [{"response_format": {"type": "json_schema", "json_schema": named}}, {"response_format": llama_cpps}, {}]
-    return [{}]
+        told = "takes no response_format json_schema, so {} asks for the form; replies are checked"
+        ways["response_format"] = [
+            ({"response_format": named}, ""),
+            ({"response_format": llama_cpps}, told.format("json_object with a schema")),
+            ({}, told.format("nothing")),
+        ]
+    return ways
+
+
+def find_refused(refusal: Failure, sent: dict[str, dict]) -> str | None:
+    """Which of the things asked for a refusal names; the first, as lists of what is supported may follow.
+
+    Args:
+        sent: the arguments of each; {} of what was left out.
+    """
+    text = f"{refusal.field} {ECHO.split(refusal.message)[0]}"
+    found = {name: NAMES[name.split()[0]].search(text) for name, arguments in sent.items() if arguments}
+    places = {name: match.start() for name, match in found.items() if match}
+    if TOO_MANY.search(text):
+        places.pop("max_tokens", None)
+    first = min(places, key=places.__getitem__, default="")
+    if first.startswith("temperature"):  # Anthropic's models take one of the two, and temperature says more
+        return next((name for name in places if name.startswith("top_p")), first)
+    return first or None
 
 
 def check_url(url: str) -> str:
@@ -222,6 +301,12 @@ def name_model(served: str) -> str:
     return re.split(r"[/\\]", served.rstrip("/\\"))[-1] if is_path else served
 
 
+def name_variables(variables: tuple[str, ...]) -> str:
+    """Those that the environment sets, as the end of a message; their values may be secret."""
+    found = [name for name in os.environ if name.upper() in variables]
+    return f"; the environment sets {', '.join(found)}" if {name.upper() for name in found} - {"NO_PROXY"} else ""
+
+
 class Endpoint:
     """An engine.Engine over HTTP.
 
@@ -229,6 +314,10 @@ class Endpoint:
     connection error, a timeout, a body without a reply (see PatientClient), HTTP 408, 409, 429 or 5xx: after 0.5, 1, 2,
     ... 8 s, or what Retry-After says. What then still fails ends as "error", and so does at once what Retry-After puts
     off for more than two minutes.
+
+    Some fields of a request are optional, and not every server takes them: what a refusal names, or of a first request
+    the form or the probabilities, is asked for in another way or not at all. Where a request then succeeds, all later
+    ones are made so, which is told once.
 
     HTTP 400, 413 and 422, a content filter, and a judge's answer without a grade refuse one request: "refused" if the
     server took the one of its kind that ended before. Otherwise "error", as the fault may lie in what all requests
@@ -238,15 +327,17 @@ class Endpoint:
     Requests run in an event loop in a thread of its own: an interruption of the caller cannot hit the middle of one.
 
     Args:
-        url: the protocol's root, such as http://localhost:8000/v1; /v1 is added where the server needs it.
+        url: the protocol's root, such as http://localhost:8000/v1; /v1 is added where the server needs it. Its query
+            goes with each request.
         model: as the server calls it; None for the only one it has.
         concurrency: requests that run at once.
         timeout: seconds that a try may take.
         retries: further tries.
-        request_options: go into each request's body as they are, over what stands there.
+        request_options: go into each request's body as they are, over what stands there; None leaves a field out.
         key: the server's; None for that of the environment. No message shows it.
 
-    Raises: GradretError when the server cannot be reached, refuses the key, or has several models and none is named.
+    Raises: GradretError when the server cannot be reached, refuses the key, or has several models and none is named;
+        when the environment names a proxy or certificates that cannot be used.
     """
 
     def __init__(
@@ -268,22 +359,19 @@ class Endpoint:
             raise GradretError(f"{KEY_VARIABLE}: expected letters, digits and signs, got others; set it again")
         self._model, self._concurrency, self._timeout_s = model, concurrency, timeout
         self._sampling, self._options = {"temperature": temperature, "top_p": top_p}, request_options or {}
-        self._cap = "max_tokens"  # or what newer servers call it
-        self._ways: Counter[str] = Counter()  # by kind of request: which of ways_to_ask the server takes
+        self._ways: Counter[str] = Counter()  # which of ways_to_ask the server takes, by name
         self._proven: set[str] = set()  # kinds of request that the server has taken
         self._said: set[str] = set()
         self._running: set[Future] = set()
         self._failed_in_a_row: Counter[str] = Counter()  # by kind of request
         self._last_failed: Reply | None = None
         self._end: GradretError | None = None
+        self._client = self._open_client(url, retries)
         self._loop = asyncio.new_event_loop()
-        self._client = openai.AsyncOpenAI(
-            api_key=self._key, base_url=url, max_retries=retries, http_client=PatientClient()
-        )
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._thread.start()
         try:
-            self._model = self._start(self._find_model(url)).result()
+            self._model = self._start(self._find_model()).result()
         except BaseException:
             self.close()
             raise
@@ -332,6 +420,17 @@ class Endpoint:
             self._thread.join(2)
         self._running = set()
 
+    def _open_client(self, url: str, retries: int) -> openai.AsyncOpenAI:
+        parts = urlsplit(url)
+        try:
+            transport = PatientClient(params=parse_qsl(parts.query, keep_blank_values=True))
+            root = parts._replace(query="", fragment="").geturl().rstrip("/")
+            return openai.AsyncOpenAI(api_key=self._key, base_url=root, max_retries=retries, http_client=transport)
+        except Exception as error:  # whatever it likes, with a part of a URL where a password may stand
+            why = "invalid URL" if isinstance(error, httpx2.InvalidURL) else error
+            told = name_variables(CERTIFICATES if isinstance(error, OSError) else PROXIES)
+            raise GradretError(f"{self._url}: no HTTP client can be made ({why}{told})") from None
+
     def _start(self, coroutine) -> Future:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -374,14 +473,16 @@ class Endpoint:
         except openai.APIError as error:
             tries = int(error.request.headers.get("x-stainless-retry-count", 0)) + 1
             if isinstance(error, openai.APIStatusError):
-                return Failure(error.status_code, read_message(error.response.text), tries)
+                message, field = read_error(error.response.text)
+                return Failure(error.status_code, message, tries, field)
             return Failure(None, str(error.__cause__) or type(error.__cause__).__name__, tries)
         return raw.http_response.content
 
-    async def _find_model(self, url: str) -> str:
+    async def _find_model(self) -> str:
         """The model to ask for; the client is set to the root where the server lists its models."""
         names: list[str] | None = None
-        for root in [url] if re.search(r"/v\d+/?$", urlsplit(url).path) else [url, url.rstrip("/") + "/v1"]:
+        url = str(self._client.base_url).rstrip("/")
+        for root in [url] if re.search(r"/v\d+$", url) else [url, f"{url}/v1"]:
             client = self._client.with_options(base_url=root)
             names = await self._list_models(client)
             if names is not None:
@@ -406,7 +507,8 @@ class Endpoint:
             if needless or answer.status in (404, 405, 501):
                 return None
             if answer.passing:
-                raise GradretError(f"{self._url}: cannot be reached ({self._tell(answer)}); {ADVICE}")
+                told = self._tell(answer) + name_variables(CERTIFICATES if "certificate" in answer.message else PROXIES)
+                raise GradretError(f"{self._url}: cannot be reached ({told}); {ADVICE}")
             raise self._make_end(answer)
         try:
             return [entry["id"] for entry in json.loads(answer)["data"] if isinstance(entry["id"], str)]
@@ -415,45 +517,39 @@ class Endpoint:
 
     async def _answer(self, request: Request) -> Reply | Failure:
         """The reply to a request, asked for as strictly as the server takes it; a failure that would meet all."""
-        kind, ways = kind_of(request), ways_to_ask(request)
-        cap, way = self._cap, self._ways[kind]
-        while True:
-            said = {
-                "model": self._model,
-                "messages": request.messages,
-                "seed": request.seed % 2**31,
-                cap: request.max_tokens,
-                **({"temperature": 0.0} if request.choices else self._sampling),
-                **ways[way],
-                "extra_body": self._options,
+        kind, ways, taken = kind_of(request), ways_to_ask(request, self._sampling), Counter(self._ways)
+        while True:  # each time some number in `taken` is larger, and none is without end
+            sent = {
+                name: {k: v for k, v in ways[name][taken[name]][0].items() if k not in self._options} for name in ways
             }
-            answer = await self._call(self._client.chat.completions.with_raw_response.create, self._timeout_s, **said)
+            body = {k: v for arguments in sent.values() for k, v in arguments.items()}
+            body["extra_body"] = {k: v for k, v in self._options.items() if v is not None}
+            create = self._client.chat.completions.with_raw_response.create
+            answer = await self._call(create, self._timeout_s, model=self._model, **body)
             if not isinstance(answer, Failure):
-                self._learn(kind, cap, way)
+                self._learn(kind, ways, taken)
                 return make_reply(request, read_completion(answer), self._say_once)
             if not answer.refused:
                 return Reply(request, "", "error", error=self._tell(answer)) if answer.passing else answer
-            if kind in self._proven:
-                if (cap, way) == (self._cap, self._ways[kind]):
-                    return Reply(request, "", "refused", error=self._tell(answer))
-                cap, way = self._cap, self._ways[kind]  # which a request that began beside this one has found
-            elif "max_completion_tokens" in answer.message and cap == "max_tokens":
-                cap = "max_completion_tokens"
-            elif way + 1 < len(ways):
-                way += 1
-            else:
-                return Reply(request, "", "error", error=self._tell(answer), lasting=True)
+            if taken != taken | self._ways:
+                taken |= self._ways  # which a request that began beside this one has found
+                continue
+            name = find_refused(answer, sent)
+            if name is None and kind not in self._proven:
+                name = next((n for n in ("logprobs", "response_format") if sent.get(n)), None)
+            if name is None or taken[name] + 1 == len(ways[name]):
+                finish, lasting = ("refused", False) if kind in self._proven else ("error", True)
+                return Reply(request, "", finish, error=self._tell(answer), lasting=lasting)
+            taken[name] += 1
 
-    def _learn(self, kind: str, cap: str, way: int) -> None:
-        """Keep to the way in which the first request of a kind succeeded."""
-        if kind in self._proven:
-            return
+    def _learn(self, kind: str, ways: Ways, taken: Counter[str]) -> None:
+        """Keep to the way in which a request succeeded."""
         self._proven.add(kind)
-        self._cap, self._ways[kind] = cap, way
-        if kind == "form" and way:
-            self._say_once(
-                f"takes no response_format json_schema, so {FORMS[way]} asks for the form; replies are checked"
-            )
+        for name in ways:
+            if taken[name] > self._ways[name]:
+                self._ways[name] = taken[name]
+                if told := ways[name][taken[name]][1]:
+                    self._say_once(told)
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:

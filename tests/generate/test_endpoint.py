@@ -1,6 +1,7 @@
 import json
 import logging
 import math
+import os
 import re
 import signal
 import socket
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import permutations
 
 import pytest
 from faulty_server import Answer, FaultyServer, make_completion, make_logprobs
@@ -18,7 +21,15 @@ pytest.importorskip("openai")
 
 from gradret.console import GradretError
 from gradret.generate import endpoint
-from gradret.generate.endpoint import Endpoint, make_reply, name_model, read_completion, read_message
+from gradret.generate.endpoint import (
+    CERTIFICATES,
+    PROXIES,
+    Endpoint,
+    make_reply,
+    name_model,
+    read_completion,
+    read_error,
+)
 from gradret.generate.engine import Form, Reply, Request
 
 KEY = "sk-very/secret+1234"
@@ -39,8 +50,8 @@ LABELS = ("3", "2", "1", "0")
 def quick(monkeypatch):
     """The client's pause before it tries again is short, and the environment has no say."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in {name for name in os.environ if name.upper() in (*PROXIES, *CERTIFICATES)} | {"OPENAI_API_KEY"}:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -92,7 +103,7 @@ def test_replies_belong_to_their_requests_and_the_bound_holds(serve):
     replies = run_all(engine, [make_request(i) for i in range(40)])
     assert {r.request.key: r.text for r in replies} == {i: f"say {i}" for i in range(40)}
     assert {(r.finish, r.tokens, r.prompt_tokens, r.error) for r in replies} == {("stop", 3, 7, None)}
-    assert server.most_at_once == 5
+    assert 1 < server.most_at_once <= 5
     engine.submit(make_request())
     assert engine.free == 4
     assert len(engine.collect()) == 1
@@ -163,19 +174,27 @@ def test_no_body_breaks_the_reader(body, choice, judge):
 
 
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "message", "field"),
     [
-        ('{"error": {"message": "too long", "code": 400}}', "too long"),
-        ('{"error": "too long"}', "too long"),
-        ('{"object": "error", "message": "too long"}', "too long"),
-        ('{"detail": [{"loc": ["body"]}]}', '[{"loc": ["body"]}]'),
-        ("<html>too long", "<html>too long"),
-        ("", ""),
-        ("3", "3"),
+        ('{"error": {"message": "too long", "code": 400}}', "too long", ""),
+        ('{"error": {"message": "too long", "param": "seed"}}', "too long", "seed"),
+        ('[{"error": {"message": "too long", "param": null}}]', "too long", ""),
+        (
+            '{"error": {"message": "Provider error", "metadata": {"raw": "{\\"error\\": \\"too long\\"}"}}}',
+            "too long",
+            "",
+        ),
+        ('{"error": {"message": "too long", "metadata": {"raw": null}}}', "too long", ""),
+        ('{"error": "too long"}', "too long", ""),
+        ('{"object": "error", "message": "too long"}', "too long", ""),
+        ('{"detail": [{"loc": ["body"]}]}', '[{"loc": ["body"]}]', ""),
+        ("<html>too long", "<html>too long", ""),
+        ("", "", ""),
+        ("3", "3", ""),
     ],
 )
-def test_error_messages_are_found_in_their_usual_places(body, message):
-    assert read_message(body) == message
+def test_error_messages_are_found_in_their_usual_places(body, message, field):
+    assert read_error(body) == (message, field)
 
 
 # Trying again
@@ -353,12 +372,213 @@ def test_a_refusal_for_something_else_changes_no_form(serve, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_max_completion_tokens_where_the_server_wants_it(serve):
-    refusal = fail(400, "Unsupported: 'max_tokens'. Use 'max_completion_tokens' instead.")
-    server, engine = serve(lambda request: refusal if "max_tokens" in request else None)
-    assert [ask(engine, make_request(form=FORM)).finish for _ in range(2)] == ["stop", "stop"]
-    assert [r.get("max_completion_tokens") for r in server.requests] == [None, 50, 50]
-    assert ["response_format" in r for r in server.requests] == [True] * 3
+OPTIONAL = ("seed", "temperature", "top_p", "logprobs", "top_logprobs", "response_format", "max_tokens")
+ALL = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "logprobs", "top_logprobs", "response_format")
+EXTRA = {"type": "extra_forbidden", "msg": "Extra inputs are not permitted", "input": {name: 1 for name in ALL}}
+
+
+def extra(name: str) -> dict:
+    return {"type": EXTRA["type"], "loc": ["body", name], **EXTRA}
+
+
+def in_place(name: str, message: str) -> Answer:
+    return Answer(400, {"error": {"message": message, "type": "invalid_request_error", "param": name, "code": None}})
+
+
+WORDINGS = {
+    "OpenAI": lambda name: in_place(name, f"Unsupported parameter: '{name}' is not supported with this model."),
+    "its value": lambda name: in_place(name, f"Unsupported value: '{name}' does not support 0.7 with this model."),
+    "param alone": lambda name: in_place(name, "Invalid request"),
+    "within it": lambda name: in_place(f"{name}.type", "Invalid request"),
+    "OpenAI earlier": lambda name: fail(400, f"Unrecognized request argument supplied: {name}"),
+    "a right": lambda name: fail(403, f"You are not allowed to request {name} from this model"),
+    "JSON schema": lambda name: fail(400, f"Additional properties are not allowed ('{name}' was unexpected)"),
+    "FastAPI": lambda name: Answer(422, {"detail": [extra(name)]}),
+    "Mistral": lambda name: Answer(422, {"object": "error", "message": {"detail": [extra(name)]}}),
+    "vLLM": lambda name: Answer(400, {"object": "error", "message": str([extra(name)]), "param": None}),
+    "pydantic": lambda name: fail(400, f"1 validation error for Chat\n{name}\n  Extra [input_value={EXTRA}]"),
+    "Gemini": lambda name: Answer(400, [{"error": {"message": f'Unknown name "{name}": Cannot find field.'}}]),
+    "LiteLLM": lambda name: fail(
+        400, f"litellm.UnsupportedParamsError: bedrock does not support parameters: ['{name}'], for model=x. Drop them."
+    ),
+    "Bedrock": lambda name: fail(400, f"Malformed input request: #: extraneous key [{name}] is not permitted"),
+    "llama.cpp": lambda name: fail(500, f"Unsupported param: {name}"),
+    "Ollama": lambda name: fail(400, f"cannot unmarshal number into Go struct field ChatCompletionRequest.{name}"),
+    "OpenRouter": lambda name: Answer(
+        400,
+        {
+            "error": {
+                "message": "Provider returned error",
+                "metadata": {"raw": f'{{"error": "{name} is not supported"}}'},
+            }
+        },
+    ),
+    "others after it": lambda name: fail(400, f"unknown field `{name}`, expected one of {', '.join(ALL)}"),
+    "words": lambda name: fail(400, f"this model takes no {name.replace('_', ' ')}."),
+}
+
+
+def refuse(names, wording):
+    """A script of a server that refuses the first of some fields that it is sent."""
+    return lambda request: next((WORDINGS[wording](name) for name in names if name in request), None)
+
+
+def ask_both(engine: Endpoint) -> None:
+    """One reply to write and one to judge."""
+    judge = replace(make_request(choices=LABELS), messages=({"role": "user", "content": "2"},))
+    assert [ask(engine, request).finish for request in (make_request(form=FORM), judge)] == ["stop", "stop"]
+
+
+@pytest.mark.parametrize("wording", WORDINGS)
+def test_what_a_refusal_names_is_left_out_however_it_is_worded(serve, wording, capsys):
+    server, engine = serve(refuse(OPTIONAL, wording))
+    for _ in range(2):
+        ask_both(engine)
+    # Of a form and of logprobs there are three ways, of the others two.
+    assert len(server.requests) == 4 + (1 + 1 + 1 + 2 + 1) + (1 + 2)
+    for request in server.requests[-2:]:
+        assert set(request) == {"model", "messages", "max_completion_tokens", "headers"}
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(set(told)) == 7
+    for name in ("seed", "temperature 0.8", "top_p 0.95", "logprobs", "response_format", "max_tokens", "temperature 0"):
+        assert [line for line in told if name in line], name
+
+
+def test_any_two_are_left_out_and_nothing_else(serve):
+    """Once, in whichever order the server finds them."""
+    names = []
+    server, engine = serve(lambda request: refuse(names, "OpenAI")(request))
+    for names[:] in permutations(OPTIONAL, 2):
+        server.requests.clear()
+        engine._ways.clear()
+        engine._proven.clear()
+        ask_both(engine)
+        ask_both(engine)
+        written, judged = server.requests[-2:]
+        capped = "max_completion_tokens" if "max_tokens" in names else "max_tokens"
+        common = {"model", "messages", "headers", "seed", "temperature", capped}
+        logprobs = {"logprobs", "top_logprobs"}
+        assert set(written) == (common | {"top_p", "response_format"}) - set(names), names
+        assert set(judged) == (common | logprobs.difference(logprobs if logprobs & set(names) else ())) - set(names)
+        assert len(server.requests) <= 4 + 2 * 3
+
+
+def test_a_fixed_temperature_is_left_out_where_it_is_another(serve, capsys):
+    """Only the judge asks for 0."""
+
+    def script(request):
+        value = request.get("temperature", 1)
+        told = f"'temperature' does not support {value} with this model. Only the default (1) value is supported."
+        return in_place("temperature", f"Unsupported value: {told}") if value != 1 else None
+
+    server, engine = serve(script, temperature=1.0)
+    for _ in range(2):
+        ask_both(engine)
+    assert [r.get("temperature") for r in server.requests] == [1, 0, None, 1, None]
+    assert "takes no temperature 0, which is left to the server\n" in capsys.readouterr().err
+
+
+def test_of_temperature_and_top_p_the_first_is_kept_where_a_server_takes_one(serve):
+    both = fail(400, "`temperature` and `top_p` cannot both be specified for this model. Please use only one.")
+    server, engine = serve(lambda request: both if {"temperature", "top_p"} <= set(request) else None)
+    assert ask(engine).finish == "stop"
+    assert (server.requests[-1]["temperature"], len(server.requests)) == (0.8, 2)
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        fail(400, "The prompt was filtered: 'what is the temperature of a seed at top p'"),
+        fail(400, "'max_tokens' or 'max_completion_tokens' is too large: 50. The maximum context length is 40."),
+        fail(400, "This model's maximum context length is 40 tokens, you asked for max_tokens=50; reduce it."),
+        Answer(422, {"detail": [{"loc": ["body"], "msg": "Value error", "input": dict.fromkeys(ALL, 1)}]}),
+        fail(403, "You may not ask for a response_format about this"),
+    ],
+)
+def test_a_refusal_for_what_a_request_says_costs_no_field(serve, refusal, capsys):
+    server, engine = serve(lambda request: refusal if "long" in request["messages"][-1]["content"] else None)
+    finishes = [ask(engine, make_request(key, form=FORM)).finish for key in ("long", "b", "long", "c")]
+    assert finishes == ["error", "stop", "refused", "stop"]
+    assert set(server.requests[-1]) == set(server.requests[0])
+    assert len(server.requests) < 16
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_named_after_a_field_is_none(serve):
+    _, engine = serve([fail(500, "bytedance/seed-oss-36b is busy")], model="bytedance/seed-oss-36b")
+    assert ask(engine).finish == "stop"  # asked again as it was
+
+
+def test_fields_of_null_are_not_sent(serve):
+    null = dict.fromkeys(["seed", "max_tokens", "logprobs", "top_logprobs", "response_format", "stop"])
+    server, engine = serve(request_options={**null, "min_p": 0.1}, temperature=0.5)
+    ask_both(engine)
+    assert [sorted(r) for r in server.requests] == [
+        ["headers", "messages", "min_p", "model", "temperature", "top_p"],
+        ["headers", "messages", "min_p", "model", "temperature"],
+    ]
+
+
+def test_a_refused_option_of_the_user_stays(serve):
+    """Nobody leaves out what was asked for in so many words."""
+    refusal = WORDINGS["OpenAI"]("response_format")
+    server, engine = serve(lambda _: refusal, request_options={"response_format": {"type": "text"}})
+    reply = ask(engine, make_request(form=FORM))
+    assert (reply.finish, reply.lasting, len(server.requests)) == ("error", True, 1)
+
+
+@pytest.mark.parametrize("told", ["System role not supported", "Conversation roles must alternate user/assistant"])
+def test_a_system_message_stands_before_the_question_where_the_server_takes_none(serve, told, capsys):
+    server, engine = serve(lambda request: fail(400, told) if request["messages"][0]["role"] == "system" else None)
+    for _ in range(2):
+        assert ask(engine).text == "Answer.\n\nsay a"
+    assert [m["role"] for m in server.requests[-1]["messages"]] == ["user"]
+    assert len(server.requests) == 3
+    assert capsys.readouterr().err.count("takes no system message") == 1
+
+
+def test_the_urls_query_goes_with_each_request():
+    with FaultyServer(root="/azure") as server:
+        seen, send = [], server._chat
+        server._chat = lambda path, *rest: seen.append(path) or send(path.partition("?")[0], *rest)
+        engine = Endpoint(f"{server.url}?api-version=2024-10-21&a=&a=b%20c", model="m")
+        assert ask(engine).text == "say a"
+        engine.close()
+    assert seen == ["/azure/chat/completions?api-version=2024-10-21&a=&a=b+c"]
+    assert engine.describe() == f"m at {server.url}, 32 requests at once"
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY"])
+@pytest.mark.parametrize(
+    "value", ["socks://127.0.0.1:7890", "socks5://127.0.0.1:1", "http://user:pass#x@h:1", "\udcff"]
+)
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(GradretError) as caught:
+        Endpoint("http://127.0.0.1:1/v1", retries=0)
+    assert "\n" not in str(caught.value) and "pass" not in str(caught.value)
+    assert f"; the environment sets {name})" in str(caught.value)
+
+
+def test_a_proxy_that_is_not_there_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    monkeypatch.setenv("NO_PROXY", "http://[")
+    with (
+        FaultyServer() as server,
+        pytest.raises(GradretError, match="sets (HTTP_PROXY, NO|NO_PROXY, HTTP)_PROXY\\); is"),
+    ):
+        Endpoint(server.url, retries=0)
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_certificates_that_cannot_be_read_are_named(monkeypatch, tmp_path, made):
+    path = tmp_path / "certificates.pem"
+    if made:
+        path.write_text("none\n")
+    monkeypatch.setenv("SSL_CERT_FILE", str(path))
+    with pytest.raises(GradretError, match=r"no HTTP client can be made \(.*; the environment sets SSL_CERT_FILE\)$"):
+        Endpoint("http://127.0.0.1:1/v1")
 
 
 # The judge
@@ -369,7 +589,7 @@ def test_max_completion_tokens_where_the_server_wants_it(serve):
     [
         ({"3": math.log(0.6), " 3": math.log(0.1), "1": math.log(0.1), "x": math.log(0.1)}, [7 / 8, 0, 1 / 8, 0]),
         ({"2": 0.0, "3": -9999.0}, [0, 1, 0, 0]),
-        ({" 0\n": -0.1}, [0, 0, 0, 1]),
+        ({" 0\n": -0.1, "x": -4.0}, [0, 0, 0, 1]),
         ({"2": -1, "3": -(10**400), "1": math.nan, "0": None}, [0, 1, 0, 0]),
     ],
 )
@@ -387,15 +607,28 @@ def test_fewer_top_logprobs_where_the_server_caps_them(serve, most, capsys):
         asked = request.get("top_logprobs", 0)
         if asked > most:
             return fail(400, f"top_logprobs must be at most {most}")
-        return Answer(body=make_completion("2", logprobs=make_logprobs("2", {"2": -0.1}) if asked else None))
+        return Answer(body=make_completion("2", logprobs=make_logprobs("2", {"2": -0.1, "x": -4.0}) if asked else None))
 
     server, engine = serve(script)
     for _ in range(2):
         assert ask(engine, make_request(choices=LABELS)).probabilities == {"3": 0, "2": 1, "1": 0, "0": 0}
     steps = [20, 5] if most else [20, 5, None]
     assert [r.get("top_logprobs") for r in server.requests] == [*steps, steps[-1]]
-    warned = f"{server.url}: sends no probabilities of tokens; what the judge writes counts as certain\n"
+    warned = f"{server.url}: sends no logprobs; what the judge writes counts as certain\n"
     assert capsys.readouterr().err == ("" if most else warned)
+
+
+@pytest.mark.parametrize("top", [{}, {"2": -0.9}, None])
+def test_a_log_probability_of_the_written_token_alone_is_told(serve, capsys, top):
+    logprobs = make_logprobs("2", top or {})
+    logprobs["content"][0]["logprob"] = -0.9
+    if top is None:
+        logprobs["content"][0]["top_logprobs"] = None
+    server, engine = serve(lambda request: Answer(body=make_completion("2", logprobs=logprobs)))
+    for _ in range(2):
+        assert ask(engine, make_request(choices=LABELS)).probabilities == {"3": 0, "2": 1, "1": 0, "0": 0}
+    warned = "sends logprobs of the written token alone; what the judge writes counts as certain"
+    assert capsys.readouterr().err == f"{server.url}: {warned}\n"
 
 
 @pytest.mark.parametrize(

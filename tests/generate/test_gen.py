@@ -300,6 +300,8 @@ def test_options_of_the_other_engine(queries, tiny_gguf):
         (["--model", tiny_gguf, "--length", "90:30"], "length must be MIN:MAX with 1 <= MIN <= MAX, got 90:30"),
         (["--endpoint", "http://x/v1", "--request-options", "[1]"], "'[1]' is not a JSON object"),
         (["--endpoint", "http://x/v1", "--request-options", '{"model": "m"}'], "'model' is set by gradret itself"),
+        (["--endpoint", "http://x/v1", "--request-options", '{"model": null}'], "'model' is set by gradret itself"),
+        (["--endpoint", "http://x/v1", "--request-options", '{"seed": 5}'], "; give null, and it is not sent"),
     ):
         result = invoke("gen", queries, *arguments)
         assert (result.exit_code, complaint in result.stderr) == (2, True), result.stderr
@@ -407,6 +409,33 @@ def test_a_faulty_server_loses_nothing(queries, tmp_path):
     assert sorted(r.query_id for r in lists) == sorted(f"q{i}" for i in range(12))
     for ranking_list in lists:
         assert_valid(ranking_list)
+
+
+def test_a_server_that_takes_no_option_gives_checked_lists(few, tmp_path):
+    """A plan that nothing holds to its form, and that has another one, is asked for again."""
+    optional = ("temperature", "top_p", "logprobs", "response_format", "max_tokens")
+
+    def script(request):
+        name = next((name for name in optional if name in request), None)
+        return Answer(400, {"error": {"message": f"Unsupported parameter: '{name}'"}}) if name else None
+
+    plain = iter(["broader: clubs"])
+
+    def write(request):
+        if "passage" in request["messages"][-1]["content"]:
+            return "2"
+        return next(plain, "") or well_written(request)
+
+    out = tmp_path / "lists.jsonl"
+    arguments = ["--out", out, "--length", "30:150", "--judge", "--json", "--request-options", '{"seed": null}']
+    with FaultyServer(script, write=write) as server:
+        result = invoke("gen", few, "--endpoint", server.url, *arguments)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert (document["lists"], document["rejected"], sum(document["retries"].values())) == (3, {}, 1)
+    assert not [request for request in server.requests if "seed" in request]
+    for name in (*optional, "temperature 0"):
+        assert len([line for line in result.stderr.splitlines() if f" {name}" in line]) >= 1, name
 
 
 def test_a_server_that_refuses_every_query_ends_with_advice_that_helps(queries, tmp_path):
