@@ -269,8 +269,12 @@ class Collection(ABC):
     documents_checked: bool = False
 
     @abstractmethod
-    def documents(self, start: int = 0) -> Iterator[Document]:
-        """The documents in the collection's order, from position `start`."""
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
+        """The documents in the collection's order, from position `start`.
+
+        Args:
+            characters: of longer texts no more than so many need be there at either end; None for all.
+        """
 
     def check_documents(self, doc_ids: Iterable[str]) -> None:
         """Tell, once, how many judged documents are not among these, the collection's. Raises: GradretError if none."""
@@ -331,8 +335,8 @@ class BeirCollection(Collection):
                     "give every document an id of its own"
                 )
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
-        for record, _ in islice(read_records(self._corpus), start, None):
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
+        for record, _ in islice(read_records(self._corpus, characters=characters), start, None):
             yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
@@ -370,7 +374,7 @@ class IrDatasetsCollection(Collection):
             self.qrels.setdefault(qrel.query_id, {})[qrel.doc_id] = qrel.relevance
         self._keep_judged_queries({q.query_id: read_text(self._dataset, q) for q in queries})
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         for document in islice(iterate_documents(self._dataset), start, None):
             yield Document(document.doc_id, read_text(self._dataset, document))
 
@@ -402,7 +406,7 @@ class ListCollection(Collection):
             self._documents.update((doc_id, judged[doc_id].content) for doc_id in new)
         self.document_count = len(self._documents)
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         for doc_id, content in islice(self._documents.items(), start, None):
             yield Document(doc_id, content)
 
@@ -412,9 +416,12 @@ def is_self_retrieving(*names: str) -> bool:
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
 
 
-def read_records(path: Path, *, desc: str = "") -> Iterator[tuple[dict[str, Any], Line]]:
-    """Each JSON object of a BEIR file with its line: _id and text are strings, and title if it is there."""
-    for line in read_lines(path, desc=desc):
+def read_records(path: Path, *, desc: str = "", characters: int | None = None) -> Iterator[tuple[dict[str, Any], Line]]:
+    """Each JSON object of a BEIR file with its line: _id and text are strings, and title if it is there.
+
+    See read_lines for the options.
+    """
+    for line in read_lines(path, desc=desc, characters=characters):
         record = decode_json(line.text, line.where)
         if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("_id", "text")):
             raise GradretError(f"{line.where}: expected a JSON object with the strings _id and text")

@@ -26,6 +26,10 @@ QUOTED = 60  # characters of a value that a message shows
 SURROGATE, HALVES = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(r"[\ud800-\udfff]")  # in JSON, in a text
 HALF_A_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
 SPACE, PIECE = re.compile(r"\s"), 1 << 16  # characters
+# Of JSON in bytes: up to where it can be cut, before a space or a character's first byte, of which no escape has one.
+PART = re.compile(rb".*(?=[ \xc0-\xff])", re.DOTALL)
+BLANKS = b" \\ntr"  # escaped ones, too
+PART_BYTES = 1 << 18
 # In no text that was read as it was written, with what it comes from.
 FOREIGN = {"\0": "a NUL character, as UTF-16 has", "\r": "a carriage return within a line, as old Macs end them"}
 
@@ -220,6 +224,40 @@ def decode_text(content: bytes, where: str, *, first: bool = True) -> str:
     return text
 
 
+def shorten_lines(file: BinaryIO, characters: int) -> Iterator[bytes]:
+    """Lines of JSON; of a string, the middle between so many characters at both ends may be left out.
+
+    What is left out is never in memory.
+    """
+    least = 12 * characters  # bytes: two escapes can be one character
+    line, middle, rest, inside, begun = bytearray(), [], b"", False, 0
+    while piece := file.readline(PART_BYTES):
+        ends = piece.endswith(b"\n")
+        if ends and not line and not rest:
+            yield piece
+            continue
+        part = rest + piece
+        found = PART.match(part)
+        cut = len(part) if ends else found.end() if found else 0
+        part, rest = part[:cut], part[cut:]
+        marks = part.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"')  # that begin or end a string
+        if inside and not marks and begun >= least:
+            middle.append(part)
+            while sum(map(len, middle[1:])) >= least:
+                del middle[0]
+        else:
+            line += b"".join(middle) + part
+            middle.clear()
+            blank = not begun and not part.strip(BLANKS)  # what a text begins with is stripped
+            begun = 0 if marks or not inside or blank else begun + len(part)
+        inside = inside != bool(marks % 2)
+        if ends:
+            yield bytes(line)
+            line, inside, begun = bytearray(), False, 0
+    if line or rest:
+        yield bytes(line + b"".join(middle) + rest)
+
+
 def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
     """Lines of bytes, as an open file gives them, decoded; those that hold only white space are left out.
 
@@ -236,18 +274,20 @@ def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
         offset += len(line)
 
 
-def read_lines(path: str | os.PathLike[str], *, desc: str = "") -> Iterator[Line]:
+def read_lines(path: str | os.PathLike[str], *, desc: str = "", characters: int | None = None) -> Iterator[Line]:
     """The lines of a text file, see number_lines.
 
     Args:
         desc: of a progress bar that shows up where reading takes long; "" for none.
+        characters: see shorten_lines; None for lines as they are, of which alone the offsets hold.
     Raises: GradretError when the file cannot be read or is not UTF-8.
     """
     with open_file(path) as file:
         bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
         with show_bar(shown=bool(desc), desc=desc, delay=PATIENCE_S, **bar_options) as bar:
             try:
-                for line in number_lines(file, str(path)):
+                lines = file if characters is None else shorten_lines(file, characters)
+                for line in number_lines(lines, str(path)):
                     yield line
                     bar.update(line.offset - bar.n)
             except OSError as error:

@@ -126,6 +126,12 @@ class Encoder(nn.Module):
     def dimension(self) -> int:
         return int(self.transformer.config.hidden_size)
 
+    @property
+    def longest_text(self) -> int:
+        """Characters of a text that are looked at, at most, from its one end or the other; see _cut."""
+        longest = max(self.config.query_max_length, self.config.document_max_length)
+        return 2 * max(SPARSE * (longest + FURTHER_TOKENS), LEAST_CHARACTERS)
+
     def tokenize(self, texts: Iterable[str], kind: Kind) -> list[np.ndarray]:
         """Token ids of n queries or documents, with prefix and special tokens, cut to the maximum length; int32.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.data.collections import Collection
-from gradret.data.lists import quote
+from gradret.data.lists import PIECE, quote
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, Kind
@@ -50,6 +50,7 @@ class OutsideEmbedder:
         self._embed, self._normalize, self.device = embed, normalize, torch.device(device)
         self.dimension = 0
         self.dimension = self.encode([probe], "query").shape[1]
+        self.longest_text = None
 
     def encode(
         self, texts: Sequence[str], kind: Kind = "document", *, batch_size: int = 32, precision: str = "float32"
@@ -200,7 +201,7 @@ def embed_corpus(
                 store = CorpusStore(encoder.dimension)
         # With a cache all documents are known by now; without one they are counted as they are embedded.
         done, known = processes.broadcast((store.done, sum(map(len, doc_ids))) if store is not None else None)
-        documents = collection.documents(done) if not known or done < known else iter(())
+        documents = collection.documents(done, encoder.longest_text) if not known or done < known else iter(())
         options: dict[str, Any] = {"total": known or collection.document_count, "initial": done, "unit": "doc"}
         with show_bar(shown=progress and processes.is_first, desc="embedding documents", **options) as bar:
             while True:
@@ -246,11 +247,12 @@ def find_store(
     digest, doc_ids = hashlib.blake2b(digest_size=16), []
     options: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
     with show_bar(shown=progress, desc="looking over documents", **options) as bar:
-        documents = collection.documents()
+        documents = collection.documents(0, encoder.longest_text)
         while block := list(islice(documents, ENCODE_BLOCK)):
             for document in block:
-                for part in (document.doc_id, document.content):
-                    digest.update(part.encode())
+                for text in (document.doc_id, document.content):
+                    for start in range(0, len(text), PIECE):  # encoded as a whole it would be there twice
+                        digest.update(text[start : start + PIECE].encode())
                     digest.update(b"\0")
             doc_ids.append(np.array([document.doc_id.encode() for document in block]))
             bar.update(len(block))

@@ -243,7 +243,7 @@ class Pool(Collection):
     def read(self, position: int) -> Passage:
         """The document at a position as a new passage of grade 0."""
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         for position in range(start, self.document_count):
             yield Document(str(position), self.read(position).content)
 
@@ -315,7 +315,7 @@ class IrDatasetsPool(Pool):
             self._ends.append(len(self._ids))
             yield number, document.doc_id, read_text(self._dataset, document)
 
-    def documents(self, start: int = 0) -> Iterator[Document]:
+    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         # In the collection's order, which its store reads much slower one by one.
         chosen = np.zeros(self._places[-1] + 1, bool)
         chosen[self._places[start:]] = True

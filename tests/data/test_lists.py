@@ -25,6 +25,7 @@ from gradret.data.lists import (
     query_words,
     read_lines,
     read_lists,
+    shorten_lines,
     write_lists,
 )
 from gradret.data.sources import open_collection, parse_source
@@ -284,3 +285,22 @@ def test_any_bytes_are_lists_or_one_line(tmp_path, content):
         records = [json.loads(line) for line in content.decode("utf-8-sig").split("\n") if line.strip()]
         assert [r.query_id for r in lists] == [str(r["query_id"]) for r in records]
         assert [[p.text for p in r.passages] for r in lists] == [[p["text"] for p in r["passages"]] for r in records]
+
+
+@settings(deadline=None)
+@given(
+    records=st.lists(st.dictionaries(st.sampled_from("abc"), st.text(' ab"\\\n\té☃🐈', max_size=150)), max_size=3),
+    ascii=st.booleans(),
+    ended=st.booleans(),
+)
+def test_shortened_lines_keep_both_ends_of_a_string(records, ascii, ended):
+    content = "\n".join(json.dumps(record, ensure_ascii=ascii) for record in records) + "\n" * ended
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gradret.data.lists.PART_BYTES", 16)
+        lines = list(shorten_lines(io.BytesIO(content.encode()), 2))
+    for line, record in zip(lines, records, strict=True) if content.strip() else ():
+        found = json.loads(line)
+        assert found.keys() == record.keys()
+        for key, text in record.items():
+            assert found[key] == text or (len(found[key]) < len(text) and found[key][:2] == text[:2])
+            assert found[key][-2:] == text[-2:] and found[key].strip()[:2] == text.strip()[:2]

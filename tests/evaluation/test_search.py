@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from gradret.cli import main
 from gradret.console import GradretError
+from gradret.data.collections import BeirCollection
 from gradret.data.sources import Source, open_collection
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder
@@ -273,3 +275,51 @@ def test_a_collection_without_documents(tiny_encoder, collection, tmp_path, monk
     for cache in (None, tmp_path / "cache"):
         with pytest.raises(GradretError, match="no documents$"):
             embed_corpus(load_encoder(str(tiny_encoder)), collection, cache)
+
+
+def write_long_document(directory, characters):
+    """A BEIR directory whose only document with the word tides has so many characters more."""
+    text = "the moon pulls the sea and bread needs yeast " * (characters // 45)
+    documents = [
+        {"_id": "d1", "title": "Tides", "text": text},
+        {"_id": "d2", "text": "bread"},
+        {"_id": "d3", "text": ""},
+    ]
+    (directory / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+
+
+def test_a_long_document_is_embedded_in_little_memory(beir_directory, tiny_encoder, tmp_path):
+    """And as if it were read as a whole."""
+    write_long_document(beir_directory, 10_000_000)
+    encoder = load_encoder(str(tiny_encoder))
+    collection = BeirCollection(beir_directory, "test")
+    expected = encoder.encode([document.content for document in collection.documents()])
+    tracemalloc.start()
+    try:
+        found = embed_corpus(encoder, collection, tmp_path / "cache", progress=False)
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+    np.testing.assert_array_equal(found.vectors, expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc to measure memory")
+@pytest.mark.parametrize("form", ["beir", "lists"])
+def test_a_document_of_40_megabytes_costs_50_mebibytes_at_most(
+    beir_directory, tiny_encoder, write_jsonl, tmp_path, form
+):
+    """More than a short one does, of the most that the command ever takes."""
+    peaks = []
+    for characters in (45, 40_000_000):
+        write_long_document(beir_directory, characters)
+        passages = [{"grade": 1, "text": "tide " * (characters // 5)}, {"grade": 0, "text": "rye"}]
+        lists = write_jsonl("lists.jsonl", [{"query_id": "q", "query": "tides", "passages": passages}])
+        data = {"beir": beir_directory, "lists": lists}[form]
+        options = ["--model", tiny_encoder, "--dataset", data, "--cache", tmp_path / f"cache{characters}"]
+        code = "import re; from gradret.cli import main; main(standalone_mode=False); "
+        code += "print(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])"
+        command = [sys.executable, "-c", code, "bench", "eval", *options]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        peaks.append(int(output.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 50

@@ -21,7 +21,7 @@ WORDS = ("tide", "bread", "moon", "yeast")
 class CountingEncoder:
     """An embedding counts the words of WORDS; a score is their dot product."""
 
-    device, dimension = torch.device("cpu"), len(WORDS)
+    device, dimension, longest_text = torch.device("cpu"), len(WORDS), None
 
     def __init__(self, signs=(1, 1, 1, 1)):
         self.signs, self.calls = np.array(signs, np.float32), []
