@@ -41,7 +41,8 @@ def read_queries(name: str) -> list[Query]:
         name: an ir_datasets id; a file of JSON lines (.jsonl: BEIR's _id and text, or query_id and query as in
             ranking lists), of ID<TAB>TEXT (.tsv) or a spreadsheet's (.csv), where the first row may name the columns,
             or of queries alone (.txt: the id is the line's number); `sample`; a BEIR directory, DIR for all its queries
-            or DIR:SPLIT for those judged there; `-` for standard input. Without such a suffix the first line decides.
+            or DIR:SPLIT for those judged there; `-` for standard input. Without such a suffix the first line decides;
+            there a spreadsheet's must name the columns.
             `?queries=even|odd|FILE` after it selects some.
 
     Raises: GradretError with FILE:LINE when a line has another form or an id is used twice; when there are no queries.
@@ -96,13 +97,24 @@ def _parse_lines(lines: Iterable[Line], form: str | None) -> Iterator[tuple[int,
     if first is None:
         return
     lines = chain([first], lines)
-    form = form or ("json" if first.text.lstrip().startswith("{") else "tsv" if "\t" in first.text else "plain")
+    form = form or _guess_form(first.text)
     if form == "json":
         yield from ((line.number, _parse_record(decode_json(line.text, line.where), line.where)) for line in lines)
     elif form == "plain":
         yield from ((line.number, Query(str(line.number), line.text.strip())) for line in lines)
     else:
         yield from _parse_table(_split_tabs(lines) if form == "tsv" else _split_csv(first, lines))
+
+
+def _guess_form(first: str) -> str:
+    """Of FORMS the one that a first line shows. Queries may hold commas, but none is a table's header."""
+    if first.lstrip().startswith("{"):
+        return "json"
+    if "\t" in first:
+        return "tsv"
+    names = {name.strip('" ').lower() for name in re.split("[,;]", first)}
+    is_header = not names.isdisjoint(ID_NAMES) and not names.isdisjoint(TEXT_NAMES)
+    return "csv" if is_header or first.startswith("sep=") else "plain"
 
 
 def _parse_record(record: object, where: str) -> Query:

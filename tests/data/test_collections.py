@@ -200,6 +200,17 @@ class Dataset(Damaged):
     has_queries = has_qrels = has_docs
 
 
+def test_two_grades_of_one_judgment_in_ir_datasets_are_refused(home, monkeypatch):
+    class Twice(Dataset):
+        def qrels_iter(self):
+            return [SimpleNamespace(query_id="q", doc_id="a", relevance=grade) for grade in (1, 1, 2)]
+
+    monkeypatch.setattr(gradret.data.collections, "load_dataset", lambda dataset_id: Twice())
+    told = "^some/collection: document 'a' has grade 2 for query 'q' here and 1 earlier; keep one of them$"
+    with pytest.raises(GradretError, match=told):
+        IrDatasetsCollection("some/collection")
+
+
 def test_what_is_missing_from_ir_datasets_is_told(home, monkeypatch, capsys):
     for module in (gradret.data.collections, gradret.generate.queries):
         monkeypatch.setattr(module, "load_dataset", lambda dataset_id: Dataset())

@@ -121,7 +121,7 @@ def test_a_judgment_with_two_grades_is_refused(beir_directory):
     with pytest.raises(GradretError) as error:
         open_collection(Source(str(beir_directory)))
     assert str(error.value) == (
-        f"{path}:4: document 'd1' has grade 0 for query 'q1' here and 1 in an earlier line; keep one of them"
+        f"{path}:4: document 'd1' has grade 0 for query 'q1' here and 1 earlier; keep one of them"
     )
 
 

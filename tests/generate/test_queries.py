@@ -27,6 +27,8 @@ HEADED_LINES = "\tText\tQuery_ID\r\n0\twhy tides\t1\r\n1\tgröße & ünïcode\t2
         (".jsonl", LIST_LINES),
         (".tsv", TSV_LINES),
         (".tsv", HEADED_LINES),
+        (".csv", HEADED_LINES.replace("\t", ",")),
+        (".csv", "sep=;\n" + HEADED_LINES.replace("\t", ";")),
         (".txt", PLAIN_LINES),
     ],
 )
@@ -109,6 +111,11 @@ def test_any_bytes_are_queries_or_one_line(tmp_path, suffix, content):
 def test_plain_queries_may_look_like_another_format_in_a_txt_file(tmp_path):
     (tmp_path / "q.txt").write_text('{"query": 1}\n\na\tb\n')
     assert read_queries(str(tmp_path / "q.txt")) == [Query("1", '{"query": 1}'), Query("3", "a\tb")]
+
+
+def test_queries_with_commas_are_no_table_without_a_header(tmp_path):
+    (tmp_path / "q").write_text("text, or query\n1,why tides\n")
+    assert read_queries(str(tmp_path / "q")) == [Query("1", "text, or query"), Query("2", "1,why tides")]
 
 
 def test_an_empty_text_is_left_to_the_caller(tmp_path):
