@@ -25,10 +25,13 @@ from gradret.generate.endpoint import (
     CERTIFICATES,
     PROXIES,
     Endpoint,
+    Failure,
+    find_refused,
     make_reply,
     name_model,
     read_completion,
     read_error,
+    ways_to_ask,
 )
 from gradret.generate.engine import Form, Reply, Request
 
@@ -442,6 +445,33 @@ def test_what_a_refusal_names_is_left_out_however_it_is_worded(serve, wording, c
     assert len(told) == len(set(told)) == 7
     for name in ("seed", "temperature 0.8", "top_p 0.95", "logprobs", "response_format", "max_tokens", "temperature 0"):
         assert [line for line in told if name in line], name
+
+
+@pytest.mark.parametrize(
+    ("message", "name"),
+    [
+        ("Requested sample logprobs of 20, which is greater than max allowed: 5", "logprobs"),
+        ("Logprobs is not enabled for this model", "logprobs"),
+        ("This model does not support response format `json_schema`", "response_format"),
+        ("generation_config.response_schema: unknown variant", "response_format"),
+        ("O-series models don't support temperature=0.7. Only temperature=1 is supported.", "temperature 0.8"),
+        ("temperature: range: 0..1", "temperature 0.8"),
+        ("JAX does not support per-request seed.", "seed"),
+        ("'max_tokens' and 'max_completion_tokens' at the same time", "max_tokens"),
+        ("max_tokens is too large: 8192. This model supports at most 4096 completion tokens", None),
+        ("Could not finish the message because max_tokens was reached", None),
+        ("ByteDance-Seed/Seed-OSS-36B-Instruct is not served", None),
+        ("'messages[0].role' does not support 'system' with this model.", "system"),
+        ("Only user and assistant roles are supported!", "system"),
+        ("The response was filtered. Please change your prompt.", None),
+    ],
+)
+def test_what_a_refusal_names(message, name):
+    ways = {}
+    for request in (make_request(choices=LABELS), make_request(form=FORM)):
+        ways |= ways_to_ask(request, {"temperature": 0.8, "top_p": 0.95})
+    del ways["temperature 0"]
+    assert find_refused(Failure(400, message, 1), {n: ways[n][0][0] for n in ways}) == name
 
 
 def test_any_two_are_left_out_and_nothing_else(serve):
