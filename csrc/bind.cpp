@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -12,9 +14,33 @@ namespace {
 using Address = std::uintptr_t;
 using Size = std::int64_t;
 
+// A number from Python on its way into a field: an address is one of anything, a code one of an enumeration.
+struct Pointer {
+  Address address;
+  template <typename T>
+  operator T*() const {
+    return reinterpret_cast<T*>(address);
+  }
+};
+struct Code {
+  int code;
+  operator int() const { return code; }
+  template <typename Enum, typename = std::enable_if_t<std::is_enum_v<Enum>>>
+  operator Enum() const {
+    return static_cast<Enum>(code);
+  }
+};
+Pointer convert(Address address) { return {address}; }
+Code convert(int code) { return {code}; }
 template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+T convert(T number) {
+  return number;
+}
+
+// A class of Python that is made from all fields of a struct, in their order.
+template <typename Struct, typename... Fields>
+void define_struct(py::module_& module, const char* name) {
+  py::class_<Struct>(module, name).def(py::init([](Fields... fields) { return Struct{convert(fields)...}; }));
 }
 
 }  // namespace
@@ -24,78 +50,30 @@ PYBIND11_MODULE(_kernels, module) {
   const auto define = [&](const char* name, auto function) {
     module.def(name, function, py::call_guard<py::gil_scoped_release>());
   };
-  module.attr("INTERFACE") = 3;  // what gradret/loss/kernels.py expects; raised when a function's parameters change
+  module.attr("INTERFACE") = 4;  // what gradret/loss/kernels.py expects; raised when a function's parameters change
   module.attr("MAX_SORT_COLUMNS") = kMaxSortColumns;
 
-  py::class_<Grades>(module, "Grades")
-      .def(py::init([](Address grades, int grade, Address mask, Address weights, int targets, Size rows, Size columns,
-                       Address index, Address values, Address mass, Address counts) {
-        return Grades{at<void>(grades),
-                      static_cast<Grade>(grade),
-                      at<std::uint8_t>(mask),
-                      at<double>(weights),
-                      static_cast<Targets>(targets),
-                      rows,
-                      columns,
-                      at<void>(index),
-                      at<double>(values),
-                      at<double>(mass),
-                      at<std::int32_t>(counts)};
-      }));
-  py::class_<Lists>(module, "Lists")
-      .def(py::init([](Address scores, int scalar, Size rows, Size columns, Size stride, Address index, bool sorted,
-                       Address values, Address mass, Address counts, Size width, int order, double temperature,
-                       double scale, Address loss, Address gradient) {
-        return Lists{at<void>(scores),
-                     static_cast<Scalar>(scalar),
-                     rows,
-                     columns,
-                     stride,
-                     at<void>(index),
-                     sorted,
-                     at<void>(values),
-                     at<void>(mass),
-                     at<std::int32_t>(counts),
-                     width,
-                     order,
-                     temperature,
-                     scale,
-                     at<void>(loss),
-                     at<void>(gradient)};
-      }));
-  py::class_<Tile>(module, "Tile")
-      .def(py::init([](Address scores, Size rows, Size columns, Size stride, Size first_column, Address pair_offsets,
-                       Address pair_columns, Address pair_values, double temperature, Address top, Address sum,
-                       Address weight) {
-        return Tile{at<float>(scores),
-                    rows,
-                    columns,
-                    stride,
-                    first_column,
-                    at<std::int64_t>(pair_offsets),
-                    at<std::int32_t>(pair_columns),
-                    at<float>(pair_values),
-                    temperature,
-                    at<float>(top),
-                    at<double>(sum),
-                    at<float>(weight)};
-      }));
+  define_struct<Grades, Address, bool, Address, Address, Size, Size, Address, Address, Address, Address, Address>(
+      module, "Grades");
+  define_struct<Lists, Address, int, Size, Size, Size, Address, bool, Address, Address, Address, Address, Size, int,
+                double, double, double, double, double, Address, Address>(module, "Lists");
+  define_struct<Tile, Address, Size, Size, Size, Size, Address, Address, Address, double, Address, Address, Address>(
+      module, "Tile");
 
   define("instruction_set", &cpu::instruction_set);
   define("use_instruction_set", &cpu::use_instruction_set);
-  define("transport_cpu", &cpu::transport);
+  define("mix_cpu", &cpu::mix);
   define("prepare_levels", &cpu::prepare_levels);
-  define("prepare_sorted", &cpu::prepare_sorted);
   define("fold_tile_cpu", &cpu::fold_tile);
   define("unfold_tile_cpu", &cpu::unfold_tile);
 #ifdef GRADRET_CUDA
   module.attr("CUDA_ARCHITECTURES") = GRADRET_CUDA;
-  define("transport_scratch_bytes", &cuda::transport_scratch_bytes);
-  define("transport_cuda", &cuda::transport);
+  define("scratch_bytes", &cuda::scratch_bytes);
+  define("mix_cuda", &cuda::mix);
   define("sort_grades", [](Address grades, Address mask, Size rows, Size columns, Address index, Address values,
                            Address counts, int device, Address stream) {
-    cuda::sort_grades(at<float>(grades), at<std::uint8_t>(mask), rows, columns, at<std::int32_t>(index),
-                      at<float>(values), at<std::int32_t>(counts), device, stream);
+    cuda::sort_grades(Pointer{grades}, Pointer{mask}, rows, columns, Pointer{index}, Pointer{values}, Pointer{counts},
+                      device, stream);
   });
   define("fold_tile_cuda", &cuda::fold_tile);
   define("unfold_tile_cuda", &cuda::unfold_tile);

@@ -1,4 +1,4 @@
-// The CPU side: picks the instruction set, shares rows among threads, sorts grades.
+// The CPU side: picks the instruction set, shares rows among threads.
 
 #include <algorithm>
 #include <atomic>
@@ -55,30 +55,24 @@ void each_row(std::int64_t count, int threads, Body body) {
   }
 }
 
-template <typename T>
-void sort_row(const Grades& all, std::int64_t row) {
-  const std::int64_t n = all.columns;
-  const T* y = static_cast<const T*>(all.grades) + row * n;
-  const std::uint8_t* mask = all.mask ? all.mask + row * n : nullptr;
-  std::int32_t* order = static_cast<std::int32_t*>(all.index) + row * n;
-  std::iota(order, order + n, 0);
-  std::int32_t* end =
-      mask ? std::stable_partition(order, order + n, [&](std::int32_t i) { return mask[i]; }) : order + n;
-  // Not a number goes last: comparing it would be no order.
-  const bool nan = std::any_of(order, end, [&](std::int32_t i) { return y[i] != y[i]; });
-  std::sort(order, end, [&](std::int32_t a, std::int32_t b) {
-    if (nan && (y[a] != y[a] || y[b] != y[b])) return y[b] != y[b] && y[a] == y[a];
-    return y[a] < y[b] || (y[a] == y[b] && a < b);
+constexpr std::int64_t kPartColumns = 32768;  // of a tile: long rows are shared among threads, too
+
+std::int64_t count_parts(const Tile& tile) {
+  return std::max<std::int64_t>((tile.columns + kPartColumns - 1) / kPartColumns, 1);
+}
+
+// body(part, row, number of the part) for every row of every part of a tile.
+template <typename Body>
+void each_part(const Tile& tile, int threads, Body body) {
+  const std::int64_t tasks = tile.rows * count_parts(tile);
+  each_row(tasks, choose_threads(tasks, std::min(tile.columns, kPartColumns), threads), [&](std::int64_t task, int) {
+    const std::int64_t number = task / tile.rows, begin = number * kPartColumns;
+    Tile part = tile;
+    part.scores += begin;
+    part.columns = std::min(tile.columns - begin, kPartColumns);
+    part.first_column += begin;
+    body(part, task % tile.rows, number);
   });
-  const std::int64_t count = end - order;
-  double* v = all.values + row * n;
-  double* mass = all.mass + row * n;
-  for (std::int64_t i = 0; i < n; i++) {
-    v[i] = count ? static_cast<double>(y[order[std::min(i, count - 1)]]) : 0;
-    mass[i] = i >= count ? 0 : all.targets == Targets::kWeights ? all.weights[row * n + order[i]] : 1;
-  }
-  all.counts[row] = static_cast<std::int32_t>(count);
-  finish_mass(all.targets, count, v, mass);
 }
 
 }  // namespace
@@ -95,31 +89,11 @@ bool use_instruction_set(const char* name) {
   return false;
 }
 
-void finish_mass(Targets targets, std::int64_t count, const double* v, double* mass) {
-  double top = -INFINITY, total = 0;
-  for (std::int64_t l = 0; l < count; l++) top = v[l] > top || v[l] != v[l] ? v[l] : top;
-  for (std::int64_t l = 0; l < count; l++) {
-    if (targets == Targets::kSoftmax) {
-      mass[l] *= std::exp(v[l] - top);
-    } else if (targets == Targets::kGain) {
-      // 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
-      const double gain = std::exp2(v[l] - std::fmax(top, 0)) * -std::expm1(-0.6931471805599453 * v[l]);
-      mass[l] *= gain < 0 ? 0 : gain;
-    }
-    total += mass[l];
-  }
-  for (std::int64_t l = 0; l < count; l++) mass[l] = total == 0 ? 0 : mass[l] / total;
-}
-
-void transport(const Lists& lists, double reduced, int threads) {
+void mix(const Lists& lists, double reduced, int threads) {
   const std::int64_t n = lists.columns;
   const bool wide = lists.scalar == Scalar::kFloat64;
   threads = choose_threads(lists.rows, n, threads);
-  // Float32 gradients are their own scratch.
-  const bool in_place = !lists.sorted && lists.gradient && lists.scalar == Scalar::kFloat32;
-  const std::int64_t padding = 16;  // no two threads on one cache line
-  const std::int64_t work = in_place ? 0 : n + padding;
-  const std::int64_t own = work + (lists.sorted || wide ? 4 * std::max<std::int64_t>(n, kMaxLevels) + padding : 0);
+  const std::int64_t own = n + 4 * std::max<std::int64_t>(n, kMaxLevels) + 16;  // no two threads on one cache line
   const std::unique_ptr<double[]> scratch(new double[own * threads + (reduced != 0 ? lists.rows : 0)]);
   double* losses = scratch.get() + own * threads;
   const auto put = [&](std::int64_t row, double loss) {
@@ -130,9 +104,7 @@ void transport(const Lists& lists, double reduced, int threads) {
     }
   };
   each_row(lists.rows, threads, [&](std::int64_t row, int thread) {
-    double* mine = scratch.get() + thread * own;
-    void* to = in_place ? static_cast<float*>(lists.gradient) + row * n : static_cast<void*>(mine);
-    const double loss = rows().transport(lists, row, to, mine + work);
+    const double loss = rows().mix(lists, row, scratch.get() + thread * own);
     if (reduced != 0) {
       losses[row] = loss;
     } else {
@@ -157,27 +129,30 @@ bool prepare_levels(const Grades& grades, int threads) {
   return few;
 }
 
-void prepare_sorted(const Grades& grades, int threads) {
-  each_row(grades.rows, choose_threads(grades.rows, grades.columns, threads), [&](std::int64_t row, int) {
-    switch (grades.grade) {
-      case Grade::kFloat32:
-        return sort_row<float>(grades, row);
-      case Grade::kFloat64:
-        return sort_row<double>(grades, row);
-      default:
-        return sort_row<std::int64_t>(grades, row);
-    }
-  });
-}
-
 void fold_tile(const Tile& tile, int threads) {
-  each_row(tile.rows, choose_threads(tile.rows, tile.columns, threads),
-           [&](std::int64_t row, int) { rows().fold(tile, row); });
+  const std::int64_t all = tile.rows * count_parts(tile);
+  std::vector<float> tops(all, -INFINITY);
+  std::vector<double> sums(all, 0.0);
+  each_part(tile, threads, [&](Tile part, std::int64_t row, std::int64_t number) {
+    part.top = tops.data() + number * tile.rows;
+    part.sum = sums.data() + number * tile.rows;
+    rows().fold(part, row);
+  });
+  for (std::int64_t row = 0; row < tile.rows; row++) {
+    float top = tile.top[row];
+    for (std::int64_t i = row; i < all; i += tile.rows) top = std::max(top, tops[i]);
+    const auto lower = [&](double sum, double old_top) {
+      return sum == 0 ? 0 : sum * std::exp((old_top - top) / tile.temperature);
+    };
+    double sum = lower(tile.sum[row], tile.top[row]);
+    for (std::int64_t i = row; i < all; i += tile.rows) sum += lower(sums[i], tops[i]);
+    tile.top[row] = top;
+    tile.sum[row] = sum;
+  }
 }
 
 void unfold_tile(const Tile& tile, int threads) {
-  each_row(tile.rows, choose_threads(tile.rows, tile.columns, threads),
-           [&](std::int64_t row, int) { rows().unfold(tile, row); });
+  each_part(tile, threads, [&](const Tile& part, std::int64_t row, std::int64_t) { rows().unfold(part, row); });
 }
 
 }  // namespace gradret::cpu

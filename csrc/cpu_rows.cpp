@@ -19,10 +19,10 @@ inline void clear(const Lists& lists, std::int64_t row) {
   if (lists.gradient) memset(static_cast<T*>(lists.gradient) + row * lists.columns, 0, lists.columns * sizeof(T));
 }
 
-inline bool has_mass(const double* Q, std::int64_t count) {
-  for (std::int64_t l = 0; l < count; l++)
-    if (Q[l] != 0) return true;  // NaN is mass, so that it shows
-  return false;
+inline double add(const double* x, std::int64_t count) {
+  double total = 0;
+  for (std::int64_t l = 0; l < count; l++) total += x[l];
+  return total;
 }
 
 // A list's solution over `count` grades in ascending order: its loss, and in `potential` the centred potential c. P
@@ -78,11 +78,6 @@ double solve(int order, std::int64_t count, const double* v, const double* P, co
       }
     }
   }
-  const double check = total + q_total;  // gaps of 0 and comparisons hide what is no number
-  if (check != check) {
-    for (std::int64_t l = 0; l < count; l++) potential[l] = check;
-    return check;
-  }
   // c_l = sum of t S from l up, less sum of t F below l: no difference of large numbers when P has saturated.
   double up = 0;
   for (std::int64_t l = count; l-- > 0;) {
@@ -100,16 +95,37 @@ double solve(int order, std::int64_t count, const double* v, const double* P, co
 constexpr double kFloatTolerance = 3 * 1.1920928955078125e-7;
 inline double double_tolerance(std::int64_t n) { return (8 + n / 8) * 2.220446049250313e-16; }
 
-// Scores, levels and e = exp((s - top) / temperature) of one float32 or bfloat16 row.
-template <typename T, int kLevels>  // kLevels: accumulators held in registers; 0 for a table
-void sum_levels(const T* s, const std::uint8_t* levels, std::int64_t n, float top, const Exponential& exponential,
+// From sums of exponentials, P, to the loss of the transport and, in c, each level's factor of its documents'
+// exponentials in the gradient, but for what contrast adds to the bare documents. Z: all of P.
+double solve_terms(const Lists& lists, std::int64_t row, double Z, double cross, double tolerance, double* P,
+                   double* F, double* S, double* c) {
+  const std::int64_t count = lists.counts[row];
+  const double* v = static_cast<const double*>(lists.values) + row * lists.width;
+  const double* Q = static_cast<const double*>(lists.mass) + row * lists.width;
+  const double check = Z + add(Q, count);  // gaps of 0 and comparisons hide what is no number
+  double loss = check != check ? check : 0;
+  memset(c, 0, count * sizeof(double));
+  if (lists.transport != 0 && loss == 0) {
+    for (std::int64_t l = 0; l < count; l++) P[l] /= Z;
+    loss = lists.transport * solve(lists.order, count, v, P, Q, tolerance, F, S, c);
+  }
+  for (std::int64_t l = 0; l < count; l++)
+    c[l] = (loss != loss ? loss : lists.transport * c[l] + cross) * lists.scale / (Z * lists.temperature);
+  return loss;
+}
+
+constexpr double kFaint = 1e-26;  // e^-60
+
+// Scores, levels and e = exp((s - top) / temperature) of one row.
+template <int kLevels>  // accumulators held in registers; 0 for a table
+void sum_levels(const float* s, const std::uint8_t* levels, std::int64_t n, float top, const Exponential& exponential,
                 float* e, double* M) {
   double tables[4][kMaxLevels + 1] = {};
   for (std::int64_t begin = 0; begin < n; begin += kBlock) {
     const std::int64_t end = begin + kBlock < n ? begin + kBlock : n;
     Floats sums[kLevels ? kLevels : 1] = {};
     each_vector(s, begin, end, [&](Floats x, std::int64_t i, int lanes) {
-      const Bytes level = load_levels(levels, i, lanes);
+      const Bytes level = load_levels<kLanes>(levels + i, lanes);
       const Floats y = exponential(x - top);  // of absent documents anything
       if (e) store_lanes(e + i, y, lanes);
       if constexpr (kLevels > 0) {
@@ -127,133 +143,205 @@ void sum_levels(const T* s, const std::uint8_t* levels, std::int64_t n, float to
     for (int l = 0; l < kMaxLevels; l++) M[l] = tables[0][l] + tables[1][l] + tables[2][l] + tables[3][l];
 }
 
-template <typename T, int kLevels>
-void scale_levels(const float* e, const std::uint8_t* levels, std::int64_t n, const float* C, T* gradient) {
+// Turns exponentials into the gradient.
+template <int kLevels>
+void scale_levels(float* e, const std::uint8_t* levels, std::int64_t n, const float* C) {
   each_vector(e, 0, n, [&](Floats y, std::int64_t i, int lanes) {
-    const Bytes level = load_levels(levels, i, lanes);
-    store_lanes(gradient + i, multiply_where(differs(level, kAbsent), y, look_up<kLevels>(C, level)), lanes);
+    const Bytes level = load_levels<kLanes>(levels + i, lanes);
+    store_lanes(e + i, multiply_where(differs(level, kAbsent), y, look_up<kLevels>(C, level)), lanes);
   });
 }
 
 // The highest of the row's present scores, 0 if there is none.
-template <typename T>
-float find_top(const T* s, const std::uint8_t* levels, std::int64_t n) {
+float find_top(const float* s, const std::uint8_t* levels, std::int64_t n) {
   Floats top = fill(-kInfinity);
   each_vector(s, 0, n, [&](Floats x, std::int64_t i, int lanes) {
-    top = levels ? larger_where(differs(load_levels(levels, i, lanes), kAbsent), top, x) : (x > top ? x : top);
+    top = larger_where(differs(load_levels<kLanes>(levels + i, lanes), kAbsent), top, x);
   });
   const float found = highest(top);
   return found == -kInfinity ? 0 : found;
 }
 
+constexpr std::int64_t kStep = 64;
+
+// Whether one of up to kCount documents is of a level from low to high; few are, in a list among those of others.
+template <int kCount>
+inline bool has_level(const std::uint8_t* levels, std::int64_t n, int low, int high) {
+  const auto span = static_cast<std::uint8_t>(high - low);
+  const auto found = load_levels<kCount>(levels, n) - static_cast<std::uint8_t>(low) <= span;
+  return any(bits<typename Vector<std::uint8_t, kCount>::type>(found));
+}
+
+// Sums over the documents with target mass, each times its mass: of the scores above `top`, of the contrast's terms and
+// of their slopes s_i. lowest: of their scores.
+struct Pull {
+  double score = 0, opposed = 0, slope = 0;
+  float lowest = kInfinity;
+};
+
+// Takes these sums, and turns the exponentials e of those documents into their gradient, e * C - share * (cross +
+// contrast * s_i). rival: the log-sum-exp of the bare documents above `top`, in units of score.
+template <int kLevels>
+Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top, float rival, float* e) {
+  const float* s = static_cast<const float*>(lists.scores) + row * lists.stride;
+  const std::uint8_t* levels = static_cast<const std::uint8_t*>(lists.index) + row * lists.columns;
+  const double* w = static_cast<const double*>(lists.share) + row * lists.width;
+  const Exponential exponential(lists.temperature);
+  const double factor = lists.scale / lists.temperature;
+  const float cross = static_cast<float>(lists.cross * factor), contrast = static_cast<float>(lists.contrast * factor);
+  const float per_score = Exponential::finite(1 / lists.temperature);
+  float share[kMaxLevels] = {};
+  int low = 0, high = lists.counts[row] - 1;  // the levels with target mass lie between
+  while (low < high && w[low] == 0) low++;
+  while (high > low && w[high] == 0) high--;
+  for (int l = low; l <= high; l++) share[l] = static_cast<float>(w[l]);
+  Pull pull;
+  Floats lowest = fill(kInfinity), scores = {}, slopes = {}, terms = {};
+  const auto add = [&](Floats x, std::int64_t i, int lanes) {
+    if (!has_level<kLanes>(levels + i, lanes, low, high)) return;
+    const Bytes level = load_levels<kLanes>(levels + i, lanes);
+    const Floats q = multiply_where(differs(level, kAbsent), look_up<kLevels>(share, level), fill(1));
+    lowest = q > 0.0f && x < lowest ? x : lowest;
+    const Floats above = q > 0.0f ? x - top : Floats{}, d = above - rival;
+    const Floats y = exponential(d > 0.0f ? -d : d);
+    const Floats slope = (d > 0.0f ? y : fill(1)) / (y + 1.0f);
+    scores += q * above;
+    slopes += q * slope;
+    terms += q * ((d > 0.0f ? Floats{} : -d) * per_score + log_above_1(y));
+    if (!e) return;
+    Floats exponentials = {};
+    memcpy(&exponentials, e + i, lanes * sizeof(float));
+    const Floats gradient = exponentials * look_up<kLevels>(C, level) - q * (slope * contrast + cross);
+    store_lanes(e + i, q > 0.0f ? gradient : exponentials, lanes);
+  };
+  for (std::int64_t begin = 0; begin < lists.columns; begin += kStep) {
+    const std::int64_t end = begin + kStep < lists.columns ? begin + kStep : lists.columns;
+    if (has_level<kStep>(levels + begin, end - begin, low, high)) each_vector(s, begin, end, add);
+    if (end < lists.columns && end % kBlock) continue;
+    pull = {pull.score + sum(scores), pull.opposed + sum(terms), pull.slope + sum(slopes), kInfinity};
+    scores = terms = slopes = Floats{};
+  }
+  pull.lowest = -highest(-lowest);
+  return pull;
+}
+
 template <typename T>
-double level_row(const Lists& lists, std::int64_t row, float* work) {
+double scattered_row(const Lists& lists, std::int64_t row, double* scratch);
+
+// A row of float32 scores in the level form.
+double level_row(const Lists& lists, std::int64_t row, double* scratch) {
   const std::int64_t n = lists.columns;
-  const T* s = static_cast<const T*>(lists.scores) + row * lists.stride;
+  const float* s = static_cast<const float*>(lists.scores) + row * lists.stride;
   const std::uint8_t* levels = static_cast<const std::uint8_t*>(lists.index) + row * n;
-  const double* v = static_cast<const double*>(lists.values) + row * lists.width;
   const double* Q = static_cast<const double*>(lists.mass) + row * lists.width;
+  const double* w = static_cast<const double*>(lists.share) + row * lists.width;
   const int count = lists.counts[row];
-  const bool wants_gradient = lists.gradient != nullptr;
   double M[kMaxLevels + 1] = {}, F[kMaxLevels], S[kMaxLevels], c[kMaxLevels + 1] = {};
-  if (!has_mass(Q, count)) return clear<T>(lists, row), 0.0;
+  if (add(Q, count) == 0) return clear<float>(lists, row), 0.0;
 
   const float top = find_top(s, levels, n);
   const Exponential exponential(lists.temperature);
-  float* e = wants_gradient ? work : nullptr;
-  const auto add = count <= 4 ? sum_levels<T, 4> : count <= 8 ? sum_levels<T, 8> : sum_levels<T, 0>;
-  add(s, levels, n, top, exponential, e, M);
-  double Z = 0;
-  for (int l = 0; l < count; l++) Z += M[l];
-  if (Z == 0) return clear<T>(lists, row), 0.0;
-  for (int l = 0; l < count; l++) M[l] /= Z;
-  const double loss = solve(lists.order, count, v, M, Q, kFloatTolerance, F, S, c);
-  if (wants_gradient) {
-    float C[kMaxLevels] = {};
-    for (int l = 0; l < count; l++) C[l] = static_cast<float>(c[l] * lists.scale / (Z * lists.temperature));
-    const auto scale = count <= 4 ? scale_levels<T, 4> : count <= 8 ? scale_levels<T, 8> : scale_levels<T, 0>;
-    scale(e, levels, n, C, static_cast<T*>(lists.gradient) + row * n);
+  float* e = lists.gradient ? static_cast<float*>(lists.gradient) + row * n : nullptr;
+  const auto sum_up = count <= 4 ? sum_levels<4> : count <= 8 ? sum_levels<8> : sum_levels<0>;
+  sum_up(s, levels, n, top, exponential, e, M);
+  double bare = 0;
+  bool has_bare = false;
+  for (int l = 0; l < count; l++) {
+    has_bare |= w[l] == 0;
+    bare += w[l] == 0 ? M[l] : 0;
+  }
+  const double Z = add(M, count);
+  if (Z == 0) return clear<float>(lists, row), 0.0;
+  // Too far below the top to be told apart there.
+  if (lists.contrast != 0 && has_bare && bare < kFaint * Z) return scattered_row<float>(lists, row, scratch);
+  double loss = solve_terms(lists, row, Z, lists.cross, kFloatTolerance, M, F, S, c);
+
+  float C[kMaxLevels] = {};
+  for (int l = 0; l < count; l++) C[l] = static_cast<float>(c[l]);
+  if ((lists.cross != 0 || lists.contrast != 0) && loss == loss) {
+    const bool opposes = lists.contrast != 0 && has_bare;
+    const float rival = opposes ? static_cast<float>(lists.temperature * ::log(bare)) : -kInfinity;
+    const auto pull = count <= 4 ? pull_levels<4> : count <= 8 ? pull_levels<8> : pull_levels<0>;
+    const Pull found = pull(lists, row, C, top, rival, e);
+    if (found.lowest == -kInfinity) return scattered_row<float>(lists, row, scratch);
+    loss += lists.contrast * found.opposed;
+    if (lists.cross != 0) {
+      double divergence = ::log(Z) - found.score / lists.temperature;
+      for (int l = 0; l < count; l++) divergence += w[l] > 0 ? Q[l] * ::log(w[l]) : 0;
+      loss += lists.cross * divergence;
+    }
+    const double pushed = opposes ? lists.contrast * found.slope / bare * lists.scale / lists.temperature : 0;
+    for (int l = 0; l < count; l++) C[l] = w[l] > 0 ? 1 : static_cast<float>(c[l] + pushed);
+  }
+  if (e) {
+    const auto scale = count <= 4 ? scale_levels<4> : count <= 8 ? scale_levels<8> : scale_levels<0>;
+    scale(e, levels, n, C);
   }
   return loss;
 }
 
-// e[0..count) = exp((x - top) / temperature) of scores already in order.
-inline void exponentials(double temperature, std::int64_t count, float* e) {
-  const float top = find_top(e, nullptr, count);
-  const Exponential exponential(temperature);
-  each_vector(e, 0, count,
-              [&](Floats x, std::int64_t i, int lanes) { store_lanes(e + i, exponential(x - top), lanes); });
-}
-inline void exponentials(double temperature, std::int64_t count, double* e) {
-  double top = -kInfinity;
-  for (std::int64_t i = 0; i < count; i++) top = e[i] > top ? e[i] : top;
-  if (top == -kInfinity) top = 0;
-  for (std::int64_t i = 0; i < count; i++) e[i] = ::exp((e[i] - top) / temperature);
-}
-
-inline float to_wide(float x) { return x; }
-inline double to_wide(double x) { return x; }
-inline float to_wide(BFloat16 x) {
-  const std::uint32_t word = static_cast<std::uint32_t>(x.bits) << 16;
-  float y;
-  memcpy(&y, &word, sizeof y);
-  return y;
-}
-inline void from_wide(double x, float* to) { *to = static_cast<float>(x); }
-inline void from_wide(double x, double* to) { *to = x; }
-inline void from_wide(double x, BFloat16* to) {
-  BFloat16 rounded[kLanes];
-  store_floats(rounded, fill(static_cast<float>(x)));
-  *to = rounded[0];
-}
-
-// A row whose documents are taken one by one: in the sorted form, where each is a level of its own, and of float64 in
-// either form. E: the type of exponentials. Absent documents have none; in the sorted form they come last.
-template <typename T, typename E>
-double scattered_row(const Lists& lists, std::int64_t row, E* e, double* tables) {
+// A row whose documents are taken one by one, in double: in the sorted form, where each is a level of its own, of
+// float64 in either form, and of what level_row leaves. scratch: see Rows.
+template <typename T>
+double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
   const std::int64_t n = lists.columns, count = lists.counts[row], documents = lists.sorted ? count : n;
   const T* s = static_cast<const T*>(lists.scores) + row * lists.stride;
   const std::int32_t* order = static_cast<const std::int32_t*>(lists.index) + row * n;
   const std::uint8_t* levels = static_cast<const std::uint8_t*>(lists.index) + row * n;
-  const double* v = static_cast<const double*>(lists.values) + row * lists.width;
   const double* Q = static_cast<const double*>(lists.mass) + row * lists.width;
-  double *P = tables, *F = P + count, *S = F + count, *c = S + count;
+  const double* w = static_cast<const double*>(lists.share) + row * lists.width;
+  double *e = scratch, *P = e + documents, *F = P + count, *S = F + count, *c = S + count;
   clear<T>(lists, row);
-  if (!has_mass(Q, count)) return 0;
+  if (add(Q, count) == 0) return 0;
 
-  const auto absent = [&](std::int64_t i) { return !lists.sorted && levels[i] == kAbsent; };
-  const auto level = [&](std::int64_t i) { return lists.sorted ? i : levels[i]; };
-  const auto place = [&](std::int64_t i) { return lists.sorted ? order[i] : i; };
-  for (std::int64_t i = 0; i < documents; i++) e[i] = absent(i) ? -kInfinity : to_wide(s[place(i)]);
-  exponentials(lists.temperature, documents, e);
-  memset(P, 0, count * sizeof(double));
-  for (std::int64_t i = 0; i < documents; i++)
-    if (!absent(i)) P[level(i)] += e[i];
-  double Z = 0;
-  for (std::int64_t l = 0; l < count; l++) Z += P[l];
-  if (Z == 0) return 0;
-  for (std::int64_t l = 0; l < count; l++) P[l] /= Z;
-  const double tolerance = sizeof(E) == sizeof(double) ? double_tolerance(n) : kFloatTolerance;
-  const double loss = solve(lists.order, count, v, P, Q, tolerance, F, S, c);
-  if (lists.gradient) {
-    T* gradient = static_cast<T*>(lists.gradient) + row * n;
-    const double factor = lists.scale / (Z * lists.temperature);
+  // body(document, its level, its place in the row) of those present.
+  const auto each = [&](auto body) {
     for (std::int64_t i = 0; i < documents; i++)
-      if (!absent(i)) from_wide(e[i] * c[level(i)] * factor, gradient + place(i));
-  }
+      if (lists.sorted || levels[i] != kAbsent) body(i, lists.sorted ? i : levels[i], lists.sorted ? order[i] : i);
+  };
+  const auto logit = [&](auto place) { return s[place] / lists.temperature; };
+  // Bare documents have a top of their own, below which not all vanish.
+  double top = -kInfinity, bare_top = -kInfinity, mass = 0, bare = 0, slopes = 0;
+  each([&](auto, auto l, auto place) {
+    const double x = logit(place);
+    top = x > top ? x : top;
+    bare_top = x > bare_top && w[l] == 0 ? x : bare_top;
+    mass += x == -kInfinity ? 0 : w[l];
+  });
+  memset(P, 0, count * sizeof(double));
+  each([&](auto i, auto l, auto place) { P[l] += e[i] = top == -kInfinity ? 0 : ::exp(logit(place) - top); });
+  const double Z = add(P, count);
+  if (Z == 0) return 0;
+  if (lists.contrast != 0 && bare_top != -kInfinity)
+    each([&](auto, auto l, auto place) { bare += w[l] == 0 ? ::exp(logit(place) - bare_top) : 0; });
+  const double rival = bare_top + ::log(bare), total = top + ::log(Z), factor = lists.scale / lists.temperature;
+  const double tolerance = sizeof(T) == sizeof(double) ? double_tolerance(n) : kFloatTolerance;
+  const bool pulls = lists.cross != 0 || lists.contrast != 0;
+  double loss = solve_terms(lists, row, Z, mass == 0 ? 0 : lists.cross, tolerance, P, F, S, c);
+  T* gradient = lists.gradient ? static_cast<T*>(lists.gradient) + row * n : nullptr;
+  each([&](auto i, auto l, auto place) {
+    if (w[l] == 0) return;
+    double pull = 0;
+    if (const double x = pulls ? logit(place) : -kInfinity; x != -kInfinity) {
+      const double q = w[l] / mass;
+      const auto opposed = oppose(x - rival);
+      loss += q * (lists.cross * (::log(q) + total - x) + lists.contrast * opposed.loss);
+      slopes += q * opposed.slope;
+      pull = q * (lists.cross + lists.contrast * opposed.slope);
+    }
+    if (gradient) gradient[place] = static_cast<T>(e[i] * c[l] - factor * pull);
+  });
+  each([&](auto i, auto l, auto place) {
+    if (!gradient || w[l] != 0) return;
+    const double push = slopes == 0 ? 0 : lists.contrast * slopes * ::exp(logit(place) - rival);
+    gradient[place] = static_cast<T>(e[i] * c[l] + factor * push);
+  });
   return loss;
 }
 
-double transport_row(const Lists& lists, std::int64_t row, void* work, double* tables) {
-  float* e = static_cast<float*>(work);
-  switch (lists.scalar) {
-    case Scalar::kFloat64:
-      return scattered_row<double>(lists, row, static_cast<double*>(work), tables);
-    case Scalar::kBFloat16:
-      return lists.sorted ? scattered_row<BFloat16>(lists, row, e, tables) : level_row<BFloat16>(lists, row, e);
-    default:
-      return lists.sorted ? scattered_row<float>(lists, row, e, tables) : level_row<float>(lists, row, e);
-  }
+double mix_row(const Lists& lists, std::int64_t row, double* scratch) {
+  if (lists.scalar == Scalar::kFloat64) return scattered_row<double>(lists, row, scratch);
+  return lists.sorted ? scattered_row<float>(lists, row, scratch) : level_row(lists, row, scratch);
 }
 
 // Grade levels without a sort: a row is compared with the grades known so far, and looked at one by one only where
@@ -356,9 +444,9 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
   const std::int64_t n = all.columns;
   const T* y = static_cast<const T*>(all.grades) + row * n;
   const std::uint8_t* mask = all.mask ? all.mask + row * n : nullptr;
-  std::uint8_t* ids = static_cast<std::uint8_t*>(all.index) + row * n;
+  std::uint8_t* ids = all.index + row * n;
   double* v = all.values + row * kMaxLevels;
-  double* mass = all.mass + row * kMaxLevels;
+  double *number = all.numbers + row * kMaxLevels, *share = all.shares + row * kMaxLevels;
 
   // Lists of a batch mostly share their grades: begin with those of the list before. What this list lacks of them is
   // taken out again, so that nothing of a list's result comes from another.
@@ -391,21 +479,20 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
     look = true;
   }
 
-  std::int64_t number[kMaxLevels] = {};
   std::uint8_t own[256];  // the level, counting this list's only
   int count = 0;
   memset(own, kAbsent, sizeof own);
-  for (int l = 0; l < kMaxLevels; l++) v[l] = mass[l] = 0;
+  for (int l = 0; l < kMaxLevels; l++) v[l] = number[l] = share[l] = 0;
   if (nan) {  // a grade that is no number makes the list's loss no number
     memset(ids, 0, n);
-    v[0] = v[1] = mass[0] = __builtin_nan("");
+    v[0] = v[1] = number[0] = __builtin_nan("");
     all.counts[row] = 2;
     return true;
   }
   for (int l = 0; l < known.count; l++) {
     const std::int64_t found = (l ? above[l - 1] : present) - (l + 1 < known.count ? above[l] : 0);
     if (!found) continue;
-    number[count] = found;
+    number[count] = static_cast<double>(found);
     v[count] = static_cast<double>(known.grade[l]);
     own[l] = static_cast<std::uint8_t>(count++);
   }
@@ -418,26 +505,19 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
     for (std::int64_t i = 0; i < n; i++) ids[i] = own[ids[i]];
   if (known.count <= 8) memcpy(&table, &known, sizeof known);
   for (int l = count; l < kMaxLevels; l++) v[l] = v[count - 1];
-  if (all.targets == Targets::kWeights) {
-    const double* w = all.weights + row * n;
-    for (std::int64_t i = 0; i < n; i++)
-      if (ids[i] != kAbsent) mass[ids[i]] += w[i];
-  } else {
-    for (int l = 0; l < count; l++) mass[l] = static_cast<double>(number[l]);
+  bool seen[256] = {};
+  for (std::int64_t i = 0; all.weights && i < n; i++) {
+    const double w = all.weights[row * n + i];
+    if (ids[i] == kAbsent) continue;
+    if (seen[ids[i]] && share[ids[i]] != w) return false;  // equal grades, but not equally relevant
+    seen[ids[i]] = true;
+    share[ids[i]] = w;
   }
-  finish_mass(all.targets, count, v, mass);
   return true;
 }
 
 bool prepare_any_row(const Grades& all, std::int64_t row, LevelTable& table) {
-  switch (all.grade) {
-    case Grade::kFloat32:
-      return prepare_row<float>(all, row, table);
-    case Grade::kFloat64:
-      return prepare_row<double>(all, row, table);
-    default:
-      return prepare_row<std::int64_t>(all, row, table);
-  }
+  return all.wide ? prepare_row<double>(all, row, table) : prepare_row<float>(all, row, table);
 }
 
 // The tiles of fused scoring.
@@ -502,6 +582,6 @@ void unfold_row(const Tile& tile, std::int64_t row) {
 }  // namespace
 
 extern const Rows GRADRET_ISA;
-const Rows GRADRET_ISA = {GRADRET_ISA_NAME, transport_row, prepare_any_row, fold_row, unfold_row};
+const Rows GRADRET_ISA = {GRADRET_ISA_NAME, mix_row, prepare_any_row, fold_row, unfold_row};
 
 }  // namespace gradret::cpu

@@ -4,16 +4,35 @@
 // Grades do not change while scores do, so all that depends on them alone is prepared once and comes in one of two
 // forms:
 //
-//   levels  every list has at most kMaxLevels distinct grades. index: uint8 (rows, columns), the level of each
-//           document, kAbsent where there is none. values, mass: (rows, width), ascending grades and the target mass at
-//           each. counts: (rows), the number of levels of each list.
+//   levels  every list has at most kMaxLevels distinct grades, and equal grades weigh the same. index: uint8 (rows,
+//           columns), the level of each document, kAbsent where there is none. values, mass, share: (rows, width),
+//           ascending grades, the target mass at each, and that of one document there. counts: (rows), the number of
+//           levels of each list.
 //   sorted  any real grades. index: int32 (rows, columns), the permutation that sorts a list by grade, absent documents
-//           last. values, mass: (rows, columns), grade and target mass in that order. counts: (rows), documents
-//           present.
+//           last. values, mass: (rows, columns), grade and target mass in that order; share is the same as mass.
+//           counts: (rows), documents present.
 //
 // Target mass sums to 1 in a list, or is 0 everywhere, which makes loss and gradient of that list 0. Tables of grades
 // and mass are double on the CPU and float on CUDA. All arrays but `scores` and tiles are contiguous.
+//
+// The loss of a list is a sum of three terms with weights, a function of p = softmax(scores / temperature), of the
+// documents' target mass q and of their grades:
+//
+//   transport  W_p^p along the grade axis, of order 1 or 2.
+//   cross      KL(q || p).
+//   contrast   the sum of q_i * -log e_i / (e_i + sum of e over the documents without target mass), with e =
+//              exp(scores / temperature): those are called bare. 0 in a list without them.
+//
+// With Z, `bare` the sums of e over all and over the bare documents, s_i = bare / (e_i + bare) and c_i the potential of
+// the transport, temperature * d loss / d score_i is
+//
+//   p_i (transport c_i + cross) - q_i (cross + contrast s_i)   for q_i > 0,
+//   p_i (transport c_i + cross) + contrast e_i / bare * sum of q_j s_j   where q_i = 0.
+//
+// For cross and contrast documents of score -inf are absent, and q is normalised without them.
 #pragma once
+
+#include <math.h>
 
 #include <cstdint>
 
@@ -30,24 +49,22 @@ constexpr std::uint8_t kAbsent = 255;
 constexpr int kMaxSortColumns = 8192;  // longest list that cuda::sort_grades takes
 
 enum class Scalar : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
-enum class Grade : int { kFloat32 = 0, kFloat64 = 1, kInt64 = 2 };
-enum class Targets : int { kGain = 0, kSoftmax = 1, kWeights = 2 };
 
-// Grades on their way into one of the two forms.
+// Grades on their way into levels.
 struct Grades {
-  const void* grades;  // (rows, columns) of `grade`, contiguous
-  Grade grade;
+  const void* grades;  // (rows, columns) float, or double where `wide`, contiguous
+  bool wide;
   const std::uint8_t* mask;  // (rows, columns), non-zero where a document exists; null for all
-  const double* weights;     // (rows, columns), >= 0, for Targets::kWeights
-  Targets targets;
+  const double* weights;     // (rows, columns), what the documents weigh; null where that depends on grades alone
   std::int64_t rows, columns;
-  void* index;           // the outputs, as above
-  double* values;        // (rows, kMaxLevels), or (rows, columns) for the sorted form
-  double* mass;          // likewise
+  std::uint8_t* index;   // the outputs, as above
+  double* values;        // (rows, kMaxLevels)
+  double* numbers;       // (rows, kMaxLevels), documents of each level
+  double* shares;        // (rows, kMaxLevels), what one of them weighs, where there are weights
   std::int32_t* counts;  // (rows)
 };
 
-// Loss and gradient of each list: W_p^p along the grade axis between softmax(scores / temperature) and the target mass.
+// Loss and gradient of each list.
 struct Lists {
   const void* scores;  // (rows, columns) of `scalar`, row stride `stride` elements, inner stride 1
   Scalar scalar;
@@ -56,9 +73,11 @@ struct Lists {
   bool sorted;                 // which of the two
   const void* values;          // (rows, width)
   const void* mass;            // (rows, width)
+  const void* share;           // (rows, width)
   const std::int32_t* counts;  // (rows)
   std::int64_t width;
   int order;  // 1 or 2
+  double transport, cross, contrast;  // the weights of the terms
   double temperature;
   double scale;    // the gradient is multiplied by it: 1 / rows for a mean
   void* loss;      // (rows) float, or double for double scores; every entry is written
@@ -106,6 +125,18 @@ GRADRET_HD static inline T slope2(T gap, T quantile, T middle) {
   return 2 * gap * (quantile - middle);
 }
 
+// A document with target mass against the bare ones, its score being `above` their log-sum-exp in units of the
+// temperature: the contrast's term and s_i.
+template <typename T>
+struct Opposed {
+  T loss, slope;
+};
+template <typename T>
+GRADRET_HD static inline Opposed<T> oppose(T above) {
+  const T y = ::exp(above > 0 ? -above : above);
+  return {(above > 0 ? T(0) : -above) + T(::log1p(y)), (above > 0 ? y : T(1)) / (1 + y)};
+}
+
 namespace cpu {
 
 // The instruction set in use, the best that this processor has: "baseline", "avx2" or "avx512".
@@ -113,13 +144,11 @@ const char* instruction_set();
 // Another one, for tests; false if this processor lacks it.
 bool use_instruction_set(const char* name);
 
-// Float32, bfloat16 and float64 scores; tables in double. lists.loss holds one loss per list if `reduced` is 0, else
+// Float32 and float64 scores; tables in double. lists.loss holds one loss per list if `reduced` is 0, else
 // one number: `reduced` times their sum.
-void transport(const Lists& lists, double reduced, int threads);
-// The level form. False when a list has more than kMaxLevels distinct grades: then nothing is promised of the outputs.
+void mix(const Lists& lists, double reduced, int threads);
+// False when the level form cannot hold a list: then nothing is promised of the outputs.
 bool prepare_levels(const Grades& grades, int threads);
-// The sorted form, for any grades.
-void prepare_sorted(const Grades& grades, int threads);
 void fold_tile(const Tile& tile, int threads);
 void unfold_tile(const Tile& tile, int threads);
 
@@ -134,9 +163,8 @@ struct LevelTable {
 // The work on one row, picked at run time.
 struct Rows {
   const char* name;
-  // Each returns the row's loss. `work`: columns floats (doubles for float64) of scratch; for float32 it may be the
-  // gradient's row itself. `tables`: 4 * max(columns, kMaxLevels) doubles of scratch.
-  double (*transport)(const Lists& lists, std::int64_t row, void* work, double* tables);
+  // Returns the row's loss. `scratch`: columns + 4 * max(columns, kMaxLevels) doubles.
+  double (*mix)(const Lists& lists, std::int64_t row, double* scratch);
   bool (*prepare_levels)(const Grades& grades, std::int64_t row, LevelTable& table);
   void (*fold)(const Tile& tile, std::int64_t row);
   void (*unfold)(const Tile& tile, std::int64_t row);
@@ -148,19 +176,16 @@ extern const Rows kAvx2Rows;
 extern const Rows kAvx512Rows;
 #endif
 
-// Turns grades' level or document weights into target mass: `mass` holds counts (gain, softmax) or sums of weights.
-void finish_mass(Targets targets, std::int64_t count, const double* values, double* mass);
-
 }  // namespace cpu
 
 // Each launches on `stream` of `device`, a cudaStream_t, without waiting for it, leaves the current device as it was,
 // and throws std::runtime_error with CUDA's message.
 namespace cuda {
 
-// Bytes of scratch that transport() needs beside its arguments; 0 for lists that stay in registers.
-std::int64_t transport_scratch_bytes(const Lists& lists);
+// Bytes of scratch that mix() needs beside its arguments; 0 for lists that stay in registers.
+std::int64_t scratch_bytes(const Lists& lists);
 // Float32, bfloat16 and float16 scores; sums in float32.
-void transport(const Lists& lists, std::uintptr_t scratch, int device, std::uintptr_t stream);
+void mix(const Lists& lists, std::uintptr_t scratch, int device, std::uintptr_t stream);
 // Stable sort of each list by grade, absent documents last (columns <= kMaxSortColumns): index, values in that order
 // (an absent document repeats the list's highest grade, 0 in a list without documents) and counts of the sorted form.
 // mask: (rows, columns) bytes, non-zero where a document exists, or null.

@@ -11,7 +11,6 @@ namespace gradret::cuda {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr std::int64_t kManyRows = 128;  // lists enough to fill a large GPU with a block each
 constexpr std::int64_t kFloatBytes = sizeof(float);
 
 void check(cudaError_t error) {
@@ -83,16 +82,6 @@ TypedLists<Scalar> type_lists(const Lists& in) {
   return lists;
 }
 
-// Lists that neither stay in registers nor fill the device with a block each.
-bool is_sliced(const Lists& lists) { return lists.columns > kBlockColumns && lists.rows < kManyRows; }
-
-// Enough slices to keep every multiprocessor busy, none shorter than a tile.
-int count_slices(const Lists& lists) {
-  const std::int64_t wanted = divide_up(2 * kManyRows, std::max<std::int64_t>(lists.rows, 1));
-  const std::int64_t tiles = divide_up(lists.columns, kStreamThreads * kItems);
-  return static_cast<int>(std::min<std::int64_t>({wanted, tiles, kWarp}));
-}
-
 int sorted_threads(const Lists& lists) { return whole_warps(divide_up(lists.columns, kRun), kSortedThreads); }
 
 std::int64_t sorted_blocks(const Lists& lists) {
@@ -100,7 +89,7 @@ std::int64_t sorted_blocks(const Lists& lists) {
 }
 
 template <typename Scalar>
-void transport_as(const Lists& in, float* scratch, std::uintptr_t stream) {
+void mix_as(const Lists& in, float* scratch, std::uintptr_t stream) {
   const TypedLists<Scalar> lists = type_lists<Scalar>(in);
   if (in.sorted) {
     launch(transport_sorted<Scalar>, sorted_blocks(in), sorted_threads(in), stream, lists, scratch);
@@ -109,28 +98,18 @@ void transport_as(const Lists& in, float* scratch, std::uintptr_t stream) {
   } else if (in.columns <= kBlockColumns) {
     const int threads = whole_warps(divide_up(in.columns, kItems), kMaxBlockThreads);
     launch(transport_levels<Scalar, false>, in.rows, threads, stream, lists);
-  } else if (!is_sliced(in)) {
-    launch(stream_levels<Scalar>, in.rows, kStreamThreads, stream, lists);
   } else {
-    Slices slices = {};
-    slices.count = count_slices(in);
-    slices.columns = divide_up(divide_up(in.columns, slices.count), kWarpColumns) * kWarpColumns;
-    slices.count = static_cast<int>(divide_up(in.columns, slices.columns));  // none is empty
-    slices.tops = scratch;
-    slices.masses = slices.tops + in.rows * slices.count;
-    launch(sum_slices<Scalar>, in.rows * slices.count, kStreamThreads, stream, lists, slices);
-    launch(write_slices<Scalar>, in.rows * slices.count, kStreamThreads, stream, lists, slices);
+    launch(stream_levels<Scalar>, in.rows, kStreamThreads, stream, lists);
   }
 }
 
 }  // namespace
 
-std::int64_t transport_scratch_bytes(const Lists& lists) {
-  if (lists.sorted) return sorted_blocks(lists) * kScratchArrays * lists.columns * kFloatBytes;
-  return is_sliced(lists) ? lists.rows * count_slices(lists) * (1 + kMaxLevels) * kFloatBytes : 0;
+std::int64_t scratch_bytes(const Lists& lists) {
+  return lists.sorted ? sorted_blocks(lists) * kScratchArrays * lists.columns * kFloatBytes : 0;
 }
 
-void transport(const Lists& lists, std::uintptr_t scratch, int device, std::uintptr_t stream) {
+void mix(const Lists& lists, std::uintptr_t scratch, int device, std::uintptr_t stream) {
   if (lists.rows == 0) return;
   const DeviceGuard guard(device);
   if (lists.columns == 0) {
@@ -139,11 +118,11 @@ void transport(const Lists& lists, std::uintptr_t scratch, int device, std::uint
   float* const floats = reinterpret_cast<float*>(scratch);
   switch (lists.scalar) {
     case Scalar::kFloat32:
-      return transport_as<float>(lists, floats, stream);
+      return mix_as<float>(lists, floats, stream);
     case Scalar::kBFloat16:
-      return transport_as<__nv_bfloat16>(lists, floats, stream);
+      return mix_as<__nv_bfloat16>(lists, floats, stream);
     case Scalar::kFloat16:
-      return transport_as<__half>(lists, floats, stream);
+      return mix_as<__half>(lists, floats, stream);
     default:
       return check(cudaErrorInvalidValue);
   }

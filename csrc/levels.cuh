@@ -323,46 +323,4 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_levels(const TypedLi
   if (lists.gradient != nullptr) write_slice(lists, list, all.top, solution, lane, warp);
 }
 
-// Few long lists, cut into up to 32 slices each so that every multiprocessor has work: two launches of one block
-// per slice.
-struct Slices {
-  int count;             // of each list
-  std::int64_t columns;  // of each slice but the last
-  float* tops;           // (rows, count)
-  float* masses;         // (rows, count, kMaxLevels)
-
-  __device__ Slice take(unsigned block, std::int64_t all_columns) const {
-    const std::int64_t begin = block % count * columns;
-    return {block / count, begin, min(begin + columns, all_columns)};
-  }
-};
-
-// Reads one slice and writes its maximum and masses. One barrier.
-template <typename Scalar>
-__global__ void __launch_bounds__(kStreamThreads, 1) sum_slices(const TypedLists<Scalar> lists, const Slices slices) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Slice slice = slices.take(blockIdx.x, lists.columns);
-  const Masses own = sum_slice(lists, slice, lists.counts[slice.row], lane, warp);
-  const Masses all = combine_warps(own, lists.exponent, lane, warp);
-  if (warp > 0) return;
-  slices.masses[std::int64_t{blockIdx.x} * kMaxLevels + lane] = all.mass;
-  if (lane == 0) slices.tops[blockIdx.x] = all.top;
-}
-
-// Solves a list from the masses of all its slices, as every block of it does, reads one slice again and writes its
-// gradient; the first also writes the loss. No barrier.
-template <typename Scalar>
-__global__ void __launch_bounds__(kStreamThreads, 1) write_slices(const TypedLists<Scalar> lists, const Slices slices) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Slice slice = slices.take(blockIdx.x, lists.columns);
-  if (lists.gradient == nullptr && slice.begin > 0) return;
-  const Table table = load_table(lists, slice.row, lane);
-  const std::int64_t first = slice.row * slices.count;
-  const Masses all =
-      combine_parts(slices.tops + first, slices.masses + first * kMaxLevels, slices.count, lists.exponent, lane);
-  const Solution solution = solve_levels(all.mass, table, lists.order, lane);
-  if (threadIdx.x == 0 && slice.begin == 0) lists.loss[slice.row] = solution.loss;
-  if (lists.gradient != nullptr) write_slice(lists, slice, all.top, solution, lane, warp);
-}
-
 }  // namespace gradret::cuda

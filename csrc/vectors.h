@@ -32,7 +32,6 @@ struct Vector {
 using Floats = Vector<float>::type;
 using Ints = Vector<std::int32_t>::type;
 using Words = Vector<std::uint32_t>::type;
-using Halves = Vector<std::uint16_t>::type;
 using Bytes = Vector<std::uint8_t>::type;
 using Longs = Vector<std::int64_t, kLanes / 2>::type;  // of 64 bits: half as many
 using HalfBytes = Vector<std::uint8_t, kLanes / 2>::type;
@@ -59,12 +58,10 @@ inline V bits(W w) {
 
 inline Floats fill(float x) { return x - Floats{}; }
 
-// Bytes and halves to 32 bits and back. The compiler's own conversion takes such vectors apart lane by lane: right on
+// Bytes to 32 and 64 bits and back. The compiler's own conversion takes such vectors apart lane by lane: right on
 // every machine, but slow.
 #if defined(__AVX512F__)
 inline Ints widen(Bytes v) { return bits<Ints>(_mm512_cvtepu8_epi32(bits<__m128i>(v))); }
-inline Words widen(Halves v) { return bits<Words>(_mm512_cvtepu16_epi32(bits<__m256i>(v))); }
-inline Halves narrow(Words v) { return bits<Halves>(_mm512_cvtepi32_epi16(bits<__m512i>(v))); }
 inline Bytes narrow(Ints v) { return bits<Bytes>(_mm512_cvtepi32_epi8(bits<__m512i>(v))); }
 inline HalfBytes narrow(Longs v) {
   const __m128i bytes = _mm512_cvtepi64_epi8(bits<__m512i>(v));
@@ -84,15 +81,8 @@ inline Ints widen(Bytes v) {
   memcpy(&eight, &v, sizeof eight);
   return bits<Ints>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(eight)));
 }
-inline Words widen(Halves v) { return bits<Words>(_mm256_cvtepu16_epi32(bits<__m128i>(v))); }
-inline Halves narrow(Words v) {  // below 2^16
-  const __m256i pairs = _mm256_packus_epi32(bits<__m256i>(v), bits<__m256i>(v));
-  return bits<Halves>(_mm_unpacklo_epi64(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
-}
 #else
 inline Ints widen(Bytes v) { return __builtin_convertvector(v, Ints); }
-inline Words widen(Halves v) { return __builtin_convertvector(v, Words); }
-inline Halves narrow(Words v) { return __builtin_convertvector(v, Halves); }
 #endif
 inline Bytes narrow(Ints v) { return __builtin_convertvector(v, Bytes); }
 inline HalfBytes narrow(Longs v) { return __builtin_convertvector(v, HalfBytes); }
@@ -151,50 +141,44 @@ inline Floats look_up(const float* table, Bytes v) {
 #endif
 }
 
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-inline Floats load_floats(const float* from) { return load<Floats>(from); }
-inline Floats load_floats(const BFloat16* from) { return bits<Floats>(widen(load<Halves>(from)) << 16); }
-
-inline void store_floats(float* to, Floats v) { store(to, v); }
-inline void store_floats(BFloat16* to, Floats v) {
-  const Words w = bits<Words>(v);
-  const Words rounded = w + 0x7fff + ((w >> 16) & 1);  // to nearest, ties to even
-  const Words chosen = v == v ? rounded : (w | 0x400000);
-  store(to, narrow(chosen >> 16));
-}
-
 // Calls body(values, position, lanes) for each vector of scores; the last one is filled up with -inf.
-template <typename T, typename Body>
-inline void each_vector(const T* from, std::int64_t begin, std::int64_t end, Body body) {
+template <typename Body>
+inline void each_vector(const float* from, std::int64_t begin, std::int64_t end, Body body) {
   std::int64_t i = begin;
-  for (; i + kLanes <= end; i += kLanes) body(load_floats(from + i), i, kLanes);
+  for (; i + kLanes <= end; i += kLanes) body(load<Floats>(from + i), i, kLanes);
   if (i < end) {
-    T rest[kLanes];
-    memset(rest, 0, sizeof rest);
-    memcpy(rest, from + i, (end - i) * sizeof(T));
-    Floats v = load_floats(rest);
-    for (int lane = end - i; lane < kLanes; lane++) v[lane] = -kInfinity;
+    Floats v = fill(-kInfinity);
+    memcpy(&v, from + i, (end - i) * sizeof(float));
     body(v, i, static_cast<int>(end - i));
   }
 }
 
-inline Bytes load_levels(const std::uint8_t* levels, std::int64_t i, int lanes) {
-  if (lanes == kLanes) return load<Bytes>(levels + i);
-  std::uint8_t rest[kLanes];
+// Levels of n documents, kAbsent beyond.
+template <int kCount>
+inline typename Vector<std::uint8_t, kCount>::type load_levels(const std::uint8_t* levels, std::int64_t n) {
+  using Levels = typename Vector<std::uint8_t, kCount>::type;
+  if (n == kCount) return load<Levels>(levels);
+  std::uint8_t rest[kCount];
   memset(rest, kAbsent, sizeof rest);
-  memcpy(rest, levels + i, lanes);
-  return load<Bytes>(rest);
+  memcpy(rest, levels, n);
+  return load<Levels>(rest);
 }
 
-template <typename T>
-inline void store_lanes(T* to, Floats v, int lanes) {
-  if (lanes == kLanes) return store_floats(to, v);
-  T rest[kLanes];
-  store_floats(rest, v);
-  memcpy(to, rest, lanes * sizeof(T));
+// Whether a bit is set.
+template <typename V>
+inline bool any(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_test_epi8_mask(bits<__m512i>(v), bits<__m512i>(v)) != 0;
+#endif
+  std::uint32_t words[sizeof v / 4], found = 0;
+  memcpy(words, &v, sizeof v);
+  for (const std::uint32_t word : words) found |= word;
+  return found != 0;
+}
+
+inline void store_lanes(float* to, Floats v, int lanes) {
+  if (lanes == kLanes) return store(to, v);
+  memcpy(to, &v, lanes * sizeof(float));
 }
 
 inline float highest(Floats v) {
@@ -254,6 +238,17 @@ struct Exponential {
 #endif
   }
 };
+
+// log(1 + y) for y in [0, 1], to about two units in the last place.
+inline Floats log_above_1(Floats y) {
+  // log(1 + y) / y, from its values at Chebyshev nodes; relative error 5e-9.
+  constexpr float kFactors[] = {-3.17605701e-3f, 1.95425265e-2f, -5.63736111e-2f, 0.105436236f, -0.152696669f,
+                                0.196632743f,    -0.249516159f,  0.333297104f,    -0.499998927f, 1.0f};
+  Floats p = {};
+#pragma GCC unroll 10
+  for (const float factor : kFactors) p = p * y + factor;
+  return p * y;
+}
 
 }  // namespace
 }  // namespace gradret::cpu

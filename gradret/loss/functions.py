@@ -25,12 +25,11 @@ from gradret.loss.grades import (
     check_temperature,
     check_tensors,
     normalize_mass,
-    place_targets,
     result_dtype,
     weigh_grades,
 )
+from gradret.loss.mixture import FUSED, mix_lists
 from gradret.loss.reference import masked_softmax
-from gradret.loss.transport import Transport, check_options, check_reduction, reduce_lists
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, LOSSES, parse_loss
 
 
@@ -69,20 +68,8 @@ def wasserstein_loss(
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
-    check_options(order, reduction)
-    _check_scores(scores, grades, temperature)
-    if not isinstance(grades, PreparedGrades):
-        check_grades(grades, targets, mask)
-        grades, targets = place_targets(grades, targets, mask, ground)
-    elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
-        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
-    if grades.device != scores.device:
-        raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
-    if not torch.is_grad_enabled():
-        scores = scores.detach()  # then no gradient is computed
-    options = (int(order), float(temperature), reduction)
-    loss: Tensor = Transport.apply(scores, grades, targets, mask, *options)  # type: ignore[no-untyped-call]
-    return loss
+    options = (order, temperature, targets, ground, mask, reduction)
+    return _mix({"wasserstein": 1}, scores, grades, *options)
 
 
 def gaussian_loss(
@@ -139,11 +126,13 @@ def infonce_loss(
     Source: van den Oord et al., arXiv 1807.03748; SyCL, arXiv 2503.23239, compares with positive_from=2.
     """
     mask = _check_list(scores, grades, temperature, mask)
-    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
-    grades = grades.to(logits.dtype)
-    top = grades.masked_fill(~mask, -torch.inf).amax(-1, keepdim=True)
-    positive = mask & (grades >= (top if positive_from is None else positive_from))
-    return (_oppose(logits, positive, mask).sum(-1) / positive.sum(-1).clamp_min(1)).mean()
+    grades = grades.to(result_dtype(scores))
+    if positive_from is None:
+        top = grades.masked_fill(~mask, -torch.inf)
+        positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
+    else:
+        positive = grades >= positive_from
+    return _mix({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
 
 
 def kl_loss(
@@ -160,12 +149,8 @@ def kl_loss(
     Args, Returns, Raises: as wasserstein_loss, without order.
     Source: ListNet, Cao et al. (ICML 2007).
     """
-    check_reduction(reduction)
-    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
-    logits = (_widen(scores) / temperature).masked_fill(~mask, torch.finfo(torch.float32).min)
-    q = normalize_mass(weights.to(logits.dtype))
-    cross = torch.where(q > 0, q * logits.log_softmax(-1), 0)  # what is absent costs nothing
-    return reduce_lists((torch.xlogy(q, q) - cross).sum(-1), reduction)
+    options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
+    return _mix({"kl": 1}, scores, grades, *options)
 
 
 def contrast_loss(
@@ -187,11 +172,8 @@ def contrast_loss(
         as 0.
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
     """
-    check_reduction(reduction)
-    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
-    logits = (_widen(scores) / temperature).masked_fill(~mask, -torch.inf)
-    q = normalize_mass(weights.to(logits.dtype))
-    return reduce_lists((q * _oppose(logits, q > 0, mask)).sum(-1), reduction)
+    options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
+    return _mix({"contrast": 1}, scores, grades, *options)
 
 
 def ranknet_loss(
@@ -225,21 +207,35 @@ def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None
         scores, grades, mask: as wasserstein_loss.
         options: settings of losses; each gets those that it takes.
     """
-    terms = []
-    for name, weight in parse_loss(loss).items():
+    weights, terms = parse_loss(loss), []
+    fused = {name: weights.pop(name) for name in FUSED if name in weights}
+    if fused:
+        names = ("order", "temperature", "targets", "ground")
+        terms.append(_mix(fused, scores, grades, mask=mask, **{n: options[n] for n in names if n in options}))
+    for name, weight in weights.items():
         taken = {key: value for key, value in options.items() if key in LOSSES[name]}
         terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))
     return torch.stack(terms).sum()
 
 
-def _oppose(logits: Tensor, positive: Tensor, mask: Tensor) -> Tensor:
-    """-log e_i / (e_i + sum of e over the negatives) of each positive, e = exp(logits); 0 elsewhere. (B, N)"""
-    negative = mask & ~positive
-    # A finite floor stands for -inf: logsumexp over no negatives has no gradient to speak of, not NaN.
-    floor = torch.finfo(logits.dtype).min
-    total = logits.masked_fill(~negative, floor).clamp_min(floor).logsumexp(-1, keepdim=True)
-    opposed = positive & negative.any(-1, keepdim=True)
-    return -nnf.logsigmoid(logits.masked_fill(~opposed, 0) - total) * opposed
+def _mix(
+    weights: dict[str, float],
+    scores: Tensor,
+    grades: Tensor | PreparedGrades,
+    order: int = DEFAULT_ORDER,
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """mix_lists with checks of its arguments. Raises: ValueError, TypeError."""
+    _check_scores(scores, grades, temperature)
+    if not isinstance(grades, PreparedGrades):
+        check_grades(grades, targets, mask)
+    elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
+        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
+    return mix_lists(weights, scores, grades, order, temperature, targets, ground, mask, reduction)
 
 
 def _widen(scores: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ A list of at most 32 distinct grades needs no sort: each document names its leve
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,27 +16,26 @@ from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS, GROUNDS, TARGETS
 MAX_LEVELS = 32
 ABSENT = 255
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # types of scores
-_GRADE_CODES = {torch.float32: 0, torch.float64: 1, torch.int64: 2}
-_TARGET_CODES = {"gain": 0, "softmax": 1}
-_WEIGHTS = 2
 
 
 class Tables(NamedTuple):
     """Grades in the form that kernels read; see csrc/kernels.h for the two forms.
 
     index: (B, N) uint8 levels, or int32 positions in ascending order of grade.
-    values: (B, L) grades, ascending. mass: (B, L) target mass, 1 in all or 0 everywhere. counts: (B,) int32.
+    values: (B, L) places of grades on the axis that mass moves along, ascending. mass: (B, L) target mass, 1 in all or
+    0 everywhere. share: (B, L), that of one document of the level. counts: (B,) int32.
     """
 
     index: Tensor  # type: ignore[assignment]  # not the method of tuples
     values: Tensor
     mass: Tensor
+    share: Tensor
     counts: Tensor
 
 
 @dataclass(frozen=True)
 class PreparedGrades:
-    """Grades, targets and mask of a batch of lists, ready for wasserstein_loss; made by prepare_grades."""
+    """Grades, targets and mask of a batch of lists, ready for losses of lists; made by prepare_grades."""
 
     tables: Tables
 
@@ -52,12 +50,8 @@ class PreparedGrades:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PreparedGrades":
         """The same on another device."""
         dtype = table_dtype(torch.device(device))
-        index, values, mass, counts = self.tables
-
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
-
-        return PreparedGrades(Tables(move(index), move(values.to(dtype)), move(mass.to(dtype)), move(counts)))
+        tables = (t.to(dtype) if t.is_floating_point() else t for t in self.tables)
+        return PreparedGrades(Tables(*(t.to(device, non_blocking=non_blocking) for t in tables)))
 
 
 def prepare_grades(
@@ -83,9 +77,9 @@ def prepare_grades(
     Raises: ValueError when shapes differ, or targets or ground are unknown.
     """
     check_grades(grades, targets, mask)
-    grades, targets = place_targets(grades, targets, mask, ground)
-    tables = None if backend(grades.device) == "cpu" else _find_levels(grades, targets, mask)
-    return PreparedGrades(tables or make_tables(grades, targets, mask))
+    check_ground(ground)
+    tables = None if backend(grades.device) == "cpu" else _find_levels(grades, targets, ground, mask)
+    return PreparedGrades(tables or make_tables(grades, targets, ground, mask))
 
 
 def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> None:
@@ -117,39 +111,24 @@ def check_targets(targets: str | Tensor, shape: torch.Size) -> None:
         raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r:.100}")
 
 
-def place_targets(
-    grades: Tensor, targets: str | Tensor, mask: Tensor | None, ground: str
-) -> tuple[Tensor, str | Tensor]:
-    """Places on the axis that mass moves along, and targets as make_tables takes them.
-
-    Kernels know an axis of grades and the targets that stand in _TARGET_CODES: all others become weights here.
-    Raises: ValueError when the ground distance is unknown.
-    """
-    if isinstance(targets, str) and (targets not in _TARGET_CODES or ground != "grade"):
-        targets = weigh_grades(grades, mask, targets, table_dtype(grades.device))
-    return place_grades(grades, ground), targets
+def check_ground(ground: str) -> None:
+    """Raises: ValueError unless it is one of GROUNDS."""
+    if ground not in GROUNDS:
+        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
 
 
 def place_grades(grades: Tensor, ground: str) -> Tensor:
-    """Where grades stand on the axis of the ground distance: at y, 2^y - 1, or the root of |y| with y's sign.
-
-    Raises: ValueError when it is unknown.
-    """
-    if ground not in GROUNDS:
-        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
+    """Where grades stand on the axis of the ground distance: at y, 2^y - 1, or the root of |y| with y's sign."""
     if ground == "grade":
         return grades
-    real = grades.detach().to(table_dtype(grades.device))
+    real = grades.detach().to(torch.promote_types(grades.dtype, table_dtype(grades.device)))
     return torch.exp2(real) - 1 if ground == "gain" else real.abs().sqrt().copysign(real)
 
 
 def weigh_grades(grades: Tensor, mask: Tensor | None, targets: str, dtype: torch.dtype) -> Tensor:
     """Unnormalised target mass (B, N) of each document; what stands at masked positions means nothing."""
-    real = grades.detach().to(dtype)
-    present = real if mask is None else real.masked_fill(~mask, -torch.inf)
-    top = present.amax(-1, keepdim=True) if real.shape[-1] else real.new_zeros(len(real), 1)
-    shown = real if mask is None else real.masked_fill(~mask, 0)
-    return target_weights(shown, targets, torch.where(top == -torch.inf, 0, top))
+    present = torch.ones_like(grades, dtype=torch.bool) if mask is None else mask
+    return target_weights(grades.detach().to(dtype).masked_fill(~present, 0), targets, present)
 
 
 def check_temperature(temperature: float) -> None:
@@ -181,57 +160,67 @@ def normalize_mass(mass: Tensor) -> Tensor:
     return mass / torch.where(total != 0, total, 1)  # NaN shows
 
 
-def make_tables(grades: Tensor, targets: str | Tensor, mask: Tensor | None, dtype: torch.dtype | None = None) -> Tables:
-    """Levels where that needs no look at the device's data, else the sorted form; values and mass in `dtype`."""
-    if backend(grades.device) == "cpu":
-        return _make_tables_compiled(grades, targets, mask)
-    return _sort_grades(grades, targets, mask, dtype or table_dtype(grades.device))
+def make_tables(
+    grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None, dtype: torch.dtype | None = None
+) -> Tables:
+    """Levels where that needs no look at the device's data, else the sorted form; all but index in `dtype`."""
+    levels = _assign_levels(grades, targets, ground, mask) if backend(grades.device) == "cpu" else None
+    return levels or _sort_grades(grades, targets, ground, mask, dtype or table_dtype(grades.device))
 
 
-def target_weights(values: Tensor, targets: str, top: Tensor) -> Tensor:
+def target_weights(values: Tensor, targets: str, present: Tensor) -> Tensor:
     """Unnormalised target mass at each grade: 2^y - 1 ("gain"), e^y ("softmax") or sqrt(y) ("sqrt"), 0 below grade 0.
 
-    The first two are divided by what they are at about `top`, each list's highest grade, which normalising takes out.
+    The first two are divided by what they are at about each list's highest grade, which normalising takes out: that
+    of another list could make them underflow. What stands where nothing is present means nothing.
     """
-    if targets == "softmax":
-        return (values - top).exp()
     if targets == "sqrt":
         return values.clamp_min(0).sqrt()
+    top = values.masked_fill(~present, -torch.inf)
+    top = top.amax(-1, keepdim=True) if top.shape[-1] else top
+    if targets == "softmax":
+        return (values - torch.where(top == -torch.inf, 0, top)).exp()
     # 2^y - 1 over 2^top, as 2^(y - top) (1 - 2^-y): large grades must not overflow.
     return (torch.exp2(values - top.clamp_min(0)) * -torch.expm1(-math.log(2) * values)).clamp_min(0)
 
 
-def _make_tables_compiled(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> Tables:
+def _assign_levels(grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None) -> Tables | None:
+    """The level form by the CPU's kernel; None where it cannot hold the batch."""
     rows, columns = grades.shape
-    if grades.dtype not in _GRADE_CODES:
-        grades = grades.to(torch.float32 if grades.is_floating_point() else torch.int64)
-    grades = grades.detach().contiguous()
-    mask = None if mask is None else mask.contiguous()
+    if grades.dtype not in (torch.float32, torch.float64):
+        grades = grades.to(torch.float32 if grades.is_floating_point() else torch.float64)
+    grades, mask = grades.detach().contiguous(), None if mask is None else mask.contiguous()
     weights = targets.detach().to(torch.float64).contiguous() if isinstance(targets, Tensor) else None
-    code = _TARGET_CODES[targets] if isinstance(targets, str) else _WEIGHTS
     here = grades.device  # not the default one, which may be a GPU
-
-    def fill(prepare: Callable[[Any, int], bool | None], index_dtype: torch.dtype, width: int) -> Tables | None:
-        index = torch.empty((rows, columns), dtype=index_dtype, device=here)
-        values, mass = torch.empty((2, rows, width), dtype=torch.float64, device=here)
-        tables = Tables(index, values, mass, torch.empty(rows, dtype=torch.int32, device=here))
-        arguments = compiled.Grades(
-            address(grades),
-            _GRADE_CODES[grades.dtype],
-            address(mask),
-            address(weights),
-            code,
-            rows,
-            columns,
-            *map(address, tables),
-        )
-        return None if prepare(arguments, torch.get_num_threads()) is False else tables
-
-    levels = fill(compiled.prepare_levels, torch.uint8, MAX_LEVELS)
-    return levels or cast(Tables, fill(compiled.prepare_sorted, torch.int32, columns))
+    index = torch.empty((rows, columns), dtype=torch.uint8, device=here)
+    tables = torch.empty((3, rows, MAX_LEVELS), dtype=torch.float64, device=here).unbind()
+    counts = torch.empty(rows, dtype=torch.int32, device=here)
+    given = (address(grades), grades.dtype == torch.float64, address(mask), address(weights), rows, columns)
+    if not compiled.prepare_levels(
+        compiled.Grades(*given, *map(address, (index, *tables, counts))), torch.get_num_threads()
+    ):
+        return None
+    width = int(counts.max()) if rows else 0
+    values, numbers, shares = (t[:, :width] for t in tables)
+    return _finish_tables(index, values, numbers, targets if weights is None else shares, ground, counts)
 
 
-def _sort_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tables:
+def _finish_tables(
+    index: Tensor, grades: Tensor, numbers: Tensor, weights: str | Tensor, ground: str, counts: Tensor
+) -> Tables:
+    """Tables of levels, from the grade of each (B, L), how many documents it has, and what one of them weighs."""
+    used = numbers != 0
+    weights = target_weights(grades, weights, used) if isinstance(weights, str) else weights
+    weights = weights.to(grades).masked_fill(~used, 0)  # those of grades above the list's own may be infinite
+    mass = weights * numbers
+    total = mass.sum(-1, keepdim=True)
+    total = torch.where(total != 0, total, 1)  # NaN shows
+    values = place_grades(grades, ground)
+    values, mass, share = (t.contiguous() for t in (values, mass / total, weights / total))
+    return Tables(index, values, mass, share, counts)
+
+
+def _sort_grades(grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None, dtype: torch.dtype) -> Tables:
     device, (rows, columns) = grades.device, grades.shape
     real = grades.detach().to(dtype)
     if backend(device) == "cuda" and dtype == torch.float32 and columns <= compiled.MAX_SORT_COLUMNS:
@@ -260,15 +249,12 @@ def _sort_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None, dty
         last = (counts.long() - 1).clamp_min(0)[:, None]  # absent documents repeat the highest grade
         values = real.gather(-1, index.gather(-1, torch.arange(columns, device=device).minimum(last)))
     present = torch.arange(columns, device=device) < counts[:, None]
-    if isinstance(targets, str):
-        mass = target_weights(values, targets, values[:, -1:])
-    else:
-        mass = targets.detach().to(dtype).gather(-1, index.long())
-    return Tables(index.int(), values, normalize_mass(mass.masked_fill(~present, 0)), counts)
+    weights = targets.detach().gather(-1, index.long()) if isinstance(targets, Tensor) else targets
+    return _finish_tables(index.int(), values, present.to(values), weights, ground, counts)
 
 
-def _find_levels(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> Tables | None:
-    """The level form with one table of grades for all lists, or None when the batch has more than 32 grades."""
+def _find_levels(grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None) -> Tables | None:
+    """The level form with one table of grades for all lists; None where it cannot hold the batch."""
     device, (rows, _) = grades.device, grades.shape
     real = grades.detach().to(table_dtype(device))
     distinct = (real if mask is None else real[mask]).unique()
@@ -276,15 +262,15 @@ def _find_levels(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> 
         return None  # an infinite grade would be an infinite gap in all lists
     levels = torch.searchsorted(distinct, real if mask is None else real.masked_fill(~mask, 0).contiguous())
     levels = levels if mask is None else levels.masked_fill(~mask, len(distinct))
-    mass = torch.zeros((rows, len(distinct) + 1), dtype=accumulation_dtype(device), device=device)
-    mass = mass.scatter_add(-1, levels, (targets if isinstance(targets, Tensor) else torch.ones_like(real)).to(mass))
-    mass = mass[:, :-1]
-    if isinstance(targets, str):
-        # The list's own highest grade: relative to the batch's a gain could underflow.
-        top = torch.where(mass > 0, distinct, -torch.inf).amax(-1, keepdim=True)
-        weight = target_weights(distinct, targets, torch.where(top.isfinite(), top, 0))
-        mass = torch.where(mass > 0, mass * weight, 0)  # of grades above the list's own a weight may be infinite
+    numbers = real.new_zeros(rows, len(distinct) + 1)
+    weights = targets
+    if isinstance(targets, Tensor):
+        given = targets.detach().to(real).masked_fill(levels == len(distinct), 0)
+        weights = numbers.scatter(-1, levels, given)
+        if not (weights.gather(-1, levels) == given).all():
+            return None  # equal grades, but not equally relevant
+        weights = weights[:, :-1]
+    numbers = numbers.scatter_add(-1, levels, torch.ones_like(real))[:, :-1]
     index = levels.byte() if mask is None else levels.byte().masked_fill(~mask, ABSENT)
-    values = distinct.expand(rows, -1).contiguous()
     counts = torch.full((rows,), len(distinct), dtype=torch.int32, device=device)
-    return Tables(index.contiguous(), values, normalize_mass(mass).to(values.dtype), counts)
+    return _finish_tables(index.contiguous(), distinct.expand(rows, -1), numbers, weights, ground, counts)

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from gradret.loss.grades import (
     PreparedGrades,
-    accumulation_dtype,
     check_targets,
     check_tensors,
-    normalize_mass,
     prepare_grades,
     weigh_grades,
 )
@@ -22,14 +20,12 @@ class ShortLists(NamedTuple):
     """R queries of a batch, each as a list of its graded documents and one document for all others.
 
     rows: (R,) which queries. members: (m,) which pairs. slots: (m,) their places in the lists (R, K + 1), flat; the
-    last place of a list is that of all other documents. targets: (R, K + 1) float64, the target mass of each place.
-    grades: the lists' grades.
+    last place of a list is that of all other documents. grades: the lists' grades.
     """
 
     rows: Tensor
     members: Tensor
     slots: Tensor
-    targets: Tensor
     grades: PreparedGrades
 
 
@@ -56,9 +52,8 @@ class PreparedPairs:
 
         lists = []
         for part in self.lists:
-            targets = move(part.targets.to(accumulation_dtype(torch.device(device))))
             grades = part.grades.to(device, non_blocking=non_blocking)
-            lists.append(ShortLists(move(part.rows), move(part.members), move(part.slots), targets, grades))
+            lists.append(ShortLists(move(part.rows), move(part.members), move(part.slots), grades))
         where = move(self.offsets), move(self.columns)
         return PreparedPairs(self.shape, *where, tuple(lists), self.others_weigh)
 
@@ -111,15 +106,15 @@ def prepare_pairs(
     offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
     weights = targets.detach().double()[by_row] if isinstance(targets, Tensor) else targets
     doublings = number.double().log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
-    lists = []
+    lists, others_weigh = [], False
     for doubling in doublings.unique().tolist():
         chosen = doublings == doubling
         members = chosen[rows].nonzero()[:, 0]
-        group = _make_lists(
+        group, weigh = _make_lists(
             chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights, ground
         )
         lists.append(group)
-    others_weigh = any(bool(group.targets[:, -1].any()) for group in lists)
+        others_weigh |= weigh
     return PreparedPairs((count, documents), offsets, columns.int(), tuple(lists), others_weigh)
 
 
@@ -133,8 +128,11 @@ def _make_lists(
     default_grade: float,
     targets: str | Tensor,
     ground: str,
-) -> ShortLists:
-    """The lists of the chosen rows, whose pairs are the members, of all rows (M,) and grades (M,)."""
+) -> tuple[ShortLists, bool]:
+    """The lists of the chosen rows, whose pairs are the members, of all rows (M,) and grades (M,).
+
+    Also whether their other documents have target mass.
+    """
     number = number[chosen]  # (R,)
     width = int(number.max()) + 1
     row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
@@ -153,4 +151,4 @@ def _make_lists(
         weights[:, -1] *= others
     weights = weights.masked_fill(~present, 0)
     prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)
-    return ShortLists(chosen, members, slots, normalize_mass(weights), prepared)
+    return ShortLists(chosen, members, slots, prepared), bool(weights[:, -1].any())

@@ -1,32 +1,40 @@
-"""The list-wise transport operator in plain PyTorch, for devices without a compiled kernel.
+"""The losses of gradret.loss.mixture in plain PyTorch, for devices without a compiled kernel.
 
 Sums are made in float64 where the device has it.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from gradret.loss.grades import ABSENT, Tables, accumulation_dtype, normalize_mass, result_dtype
 
 
-def transport(
-    scores: Tensor, tables: Tables, order: int, temperature: float, scale: float = 1.0
+def mix(
+    scores: Tensor, tables: Tables, weights: Sequence[float], order: int, temperature: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """W_p^p between predicted and target mass along the grade axis, and its gradient, list by list.
+    """The weighted sum of W_p^p along the grade axis, KL(q || p) and the contrast, and its gradient, list by list.
 
-    With P the mass of softmax(scores / temperature) at each grade v in ascending order, Q the target mass, prefix sums
-    F of P and G of Q, and gaps g_i = v_{i+1} - v_i:
+    With P the mass of p = softmax(x), x = scores / temperature, at each grade v in ascending order, Q the target mass,
+    prefix sums F of P and G of Q, and gaps g_i = v_{i+1} - v_i, W_p^p is
 
         order 1: sum g_i |F_i - G_i|,                            t_i = g_i sgn(F_i - G_i)
         order 2: integral of (F^-1(u) - G^-1(u))^2 over [0, 1],  t_i = 2 g_i (G^-1(F_i) - (v_i + v_{i+1}) / 2)
 
-    d loss / d s_i = p_i c_i / temperature, where c is the potential phi_l = sum_{i >= l} t_i less its mean
+    d loss / d x_i = p_i c_i, where c is the potential phi_l = sum_{i >= l} t_i less its mean
     under P. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i,
     which does not cancel as phi_l - sum_k P_k phi_k does when p has saturated.
+
+    With q the documents' target mass, d KL / d x_i = p_i - q_i. With r the softmax over the documents without target
+    mass, and u_i = 1 / (1 + e^x_i / sum of their e^x), the contrast is the sum of -q_i log(1 - u_i), and its derivative
+    -q_i u_i for q_i > 0, else r_i times the sum of q_j u_j. For these two a document of score -inf has no target mass.
 
     Args:
         scores: (B, N) float.
         tables: see gradret.loss.grades.
+        weights: of the transport, of KL and of the contrast; what has weight 0 is not computed.
         order: 1 or 2.
         temperature: > 0, in units of score.
         scale: what the gradient is multiplied by.
@@ -40,21 +48,44 @@ def transport(
     dtype = accumulation_dtype(scores.device)
     by_level = tables.index.dtype == torch.uint8
     index = tables.index.long()
-    v, Q = tables.values.to(dtype), tables.mass.to(dtype)  # (B, L)
+    v, Q, share = (t.to(dtype) for t in (tables.values, tables.mass, tables.share))  # (B, L)
     if by_level:
         absent = index == ABSENT
         level = index.masked_fill(absent, 0)
     else:
         present = torch.arange(scores.shape[1], device=scores.device) < tables.counts[:, None]
         absent = torch.zeros_like(present).scatter(-1, index, ~present)
-    p = masked_softmax(scores.to(dtype) / temperature, ~absent)  # (B, N)
+
+    def spread(of_level: Tensor) -> Tensor:
+        """(B, L) to the documents, (B, N)."""
+        return of_level.gather(-1, level) if by_level else torch.zeros_like(x).scatter(-1, index, of_level)
+
+    transport, cross, contrast = weights
+    x = (scores.to(dtype) / temperature).masked_fill(absent, -torch.inf)
+    p = masked_softmax(x, ~absent)  # (B, N)
     P = torch.zeros_like(v).scatter_add(-1, level, p) if by_level else p.gather(-1, index)  # (B, L)
     alive = (P.sum(-1) != 0) & (Q.sum(-1) != 0)  # (B,); NaN is alive, so that it shows
-    loss, c = _solve(P, Q, v, order, 8 * torch.finfo(dtype).eps)
-    check = P.sum(-1) + Q.sum(-1)
-    loss = torch.where(check.isnan(), check, loss)  # also where all gaps are 0
-    c = c.gather(-1, level) if by_level else torch.zeros_like(p).scatter(-1, index, c)
-    gradient = torch.where(absent, 0, p * c) * (scale / temperature)
+    loss, slope = P.sum(-1) + Q.sum(-1), p
+    loss, slope = torch.where(loss.isnan(), loss, 0), torch.where(loss.isnan()[:, None], p + loss[:, None], 0)
+    if transport:
+        value, c = _solve(P, Q, v, order, 8 * torch.finfo(dtype).eps)
+        loss, slope = loss + transport * value, slope + transport * p * spread(c)
+    if cross or contrast:
+        q = normalize_mass(spread(share).masked_fill(x == -torch.inf, 0).masked_fill(absent, 0))
+    if cross:
+        log_p = torch.where(q > 0, x.log_softmax(-1), 0)  # what is absent costs nothing
+        loss = loss + cross * (torch.xlogy(q, q) - q * log_p).sum(-1)
+        slope = slope + cross * (p * (q.sum(-1, keepdim=True) != 0) - q)
+    if contrast:
+        bare = ~(q > 0)
+        r = masked_softmax(x, bare)
+        # A finite floor stands for -inf: a difference of two of these would be NaN.
+        rival = x.masked_fill(~bare, -torch.inf).logsumexp(-1, keepdim=True)
+        above = torch.where(bare, 0, x) - torch.where(rival == -torch.inf, torch.finfo(dtype).min, rival)
+        pull = torch.where(bare, 0, q * torch.sigmoid(-above))
+        loss = loss + contrast * torch.where(bare, 0, -q * nnf.logsigmoid(above)).sum(-1)
+        slope = slope + contrast * (r * pull.sum(-1, keepdim=True) - pull)
+    gradient = torch.where(absent, 0, slope) * (scale / temperature)
     # P and Q are 0 in a list without mass, but the quantiles of nothing are not.
     loss = torch.where(alive, loss, 0).to(result_dtype(scores))
     return loss, torch.where(alive[:, None], gradient, 0).to(scores.dtype)

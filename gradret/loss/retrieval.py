@@ -11,16 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from gradret.loss.functions import LOSS_FUNCTIONS, wasserstein_loss
 from gradret.loss.grades import FLOATS, accumulation_dtype, check_temperature, check_tensors, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
+from gradret.loss.mixture import FUSED, check_options, first_derivatives_only, mix_lists, reduce_lists
 from gradret.loss.pairs import PreparedPairs, ShortLists, prepare_pairs
-from gradret.loss.transport import check_options, first_derivatives_only, reduce_lists
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, parse_loss
 
 TILE_ROWS = 2048
 TILE_ELEMENTS = 1 << 20  # of a tile of scores: 4 MiB in float32
-FUSED = {"wasserstein", "kl", "contrast"}  # the losses that see other documents through their log-sum-exp alone
 
 
 def wasserstein_retrieval_loss(
@@ -69,7 +67,7 @@ def wasserstein_retrieval_loss(
     check_options(order, reduction)
     check_temperature(temperature)
     weights = parse_loss(loss)
-    if not weights.keys() <= FUSED:
+    if not weights.keys() <= set(FUSED):
         raise ValueError(f"loss '{loss}': only wasserstein, kl and contrast are computed from embeddings")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
@@ -99,19 +97,11 @@ def _compute_lists(
     group: ShortLists, of_pairs: Tensor, others: Tensor, weights: dict[str, float], order: int, temperature: float
 ) -> Tensor:
     """The losses (R,) of short lists, from the scores of all pairs (M,) and of all rows' other documents (B,)."""
-    rows, width = group.targets.shape
+    rows, width = group.grades.shape
     short = of_pairs.new_full((rows * width,), -torch.inf)  # stands for no document
     short = short.index_copy(0, group.slots, of_pairs.index_select(0, group.members)).view(rows, width)
     short = torch.cat([short[:, :-1], others.index_select(0, group.rows)[:, None]], 1)  # (R, K + 1)
-    total = torch.zeros_like(short[:, 0])
-    for name, weight in weights.items():
-        if name == "wasserstein":
-            value = wasserstein_loss(short, group.grades, order=order, temperature=temperature, reduction="none")
-        else:  # the weights say all that these need of grades
-            options: dict[str, Any] = {"targets": group.targets, "temperature": temperature, "reduction": "none"}
-            value = LOSS_FUNCTIONS[name](short, group.targets, **options)
-        total = total + weight * value
-    return total
+    return mix_lists(weights, short, group.grades, order=order, temperature=temperature, reduction="none")
 
 
 class Folded(NamedTuple):

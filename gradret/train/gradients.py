@@ -19,8 +19,9 @@ from gradret.data.lists import hash64
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
 from gradret.loss.functions import mix_losses
+from gradret.loss.mixture import FUSED
 from gradret.loss.pairs import prepare_pairs
-from gradret.loss.retrieval import FUSED, wasserstein_retrieval_loss
+from gradret.loss.retrieval import wasserstein_retrieval_loss
 from gradret.settings import LOSSES, FitSettings
 from gradret.train.batches import Batch, tokenize_batch
 
@@ -68,7 +69,7 @@ class Objective:
     @property
     def is_fused(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        if self.floor is None or not self._losses <= FUSED:
+        if self.floor is None or not self._losses <= set(FUSED):
             return False
         others_weigh = self.settings.targets == "softmax" or self.floor > 0  # other lists' documents have target mass
         return self._losses == {"wasserstein"} or not others_weigh

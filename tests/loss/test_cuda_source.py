@@ -55,9 +55,13 @@ class Lists(ctypes.Structure):
         ("sorted", ctypes.c_bool),
         ("values", ctypes.c_void_p),
         ("mass", ctypes.c_void_p),
+        ("share", ctypes.c_void_p),
         ("counts", ctypes.c_void_p),
         ("width", ctypes.c_int64),
         ("order", ctypes.c_int),
+        ("transport", ctypes.c_double),
+        ("cross", ctypes.c_double),
+        ("contrast", ctypes.c_double),
         ("temperature", ctypes.c_double),
         ("scale", ctypes.c_double),
         ("loss", ctypes.c_void_p),
@@ -168,6 +172,7 @@ def run_transport(library, scores, index, values, mass, counts, *, order, temper
         counts=pointer(counts),
         width=values.shape[1],
         order=order,
+        transport=1,
         temperature=temperature,
         scale=scale,
         loss=pointer(loss),
@@ -176,7 +181,7 @@ def run_transport(library, scores, index, values, mass, counts, *, order, temper
     size = library.shim_scratch_bytes(ctypes.byref(lists))
     scratch = torch.full((size // 4 + 4,), torch.nan)
     scratch[size // 4 :] = 7
-    assert library.shim_transport(ctypes.byref(lists), *pointers(scratch)) == 0
+    assert library.shim_mix(ctypes.byref(lists), *pointers(scratch)) == 0
     assert (scratch[size // 4 :] == 7).all() and (guarded[rows * columns :] == 7).all()
     return loss.double().numpy(), None if out is None else out.double().numpy()
 

@@ -11,7 +11,8 @@ from plain import prepare_grades, wasserstein_loss
 
 from gradret.loss import grades as grades_module
 from gradret.loss import kernels, reference
-from gradret.loss import transport as ops
+from gradret.loss import mixture as ops
+from gradret.loss.functions import mix_losses
 
 F64 = {"dtype": torch.float64}
 needs_cpu_kernel = pytest.mark.skipif(kernels.compiled is None, reason=f"no compiled kernels: {kernels.missing}")
@@ -109,6 +110,121 @@ def test_every_instruction_set(instruction_set, dtype, kind, order):
     assert gradient[1].isnan().any() and not gradient[0].isnan().any()
 
 
+def mixture_truth(scores, grades, mask, weights, order, temperature, share=None):
+    """Loss (B,) and gradient (B, N) in float64 of a mixture as one writes it, list by list; the transport by POT."""
+    losses, gradients = [], torch.zeros(scores.shape, **F64)
+    shares = (torch.exp2(grades.double()) - 1).clamp_min(0) if share is None else share
+    for row, (s, y, w, m) in enumerate(zip(scores.double(), grades.double(), shares, mask, strict=True)):
+        s, y, w = s[m].detach().requires_grad_(), y[m], w[m]
+        x, value, here = s / temperature, torch.zeros((), **F64), s > -math.inf
+        if weights[0] and w.sum() > 0 and here.any():
+            value = weights[0] * ot.wasserstein_1d(y, y, torch.softmax(x, 0), w / w.sum(), p=order)
+        x, q = x[here], w[here] / w[here].sum()
+        good = q > 0
+        if good.any():
+            value = value + weights[1] * (torch.xlogy(q, q) - q * x.log_softmax(0)).sum()
+        if good.any() and not good.all():
+            opposed = -torch.nn.functional.logsigmoid(x - x[~good].logsumexp(0))
+            value = value + weights[2] * (q * opposed)[good].sum()
+        losses.append(value.item())
+        if value.requires_grad:
+            gradients[row, m] = torch.autograd.grad(value, s)[0].nan_to_num(0)
+    return torch.tensor(losses, **F64), gradients
+
+
+def mixture_and_gradient(weights, scores, grades, order, temperature):
+    scores = scores.detach().requires_grad_()
+    options = {"order": order, "temperature": temperature, "reduction": "none"}
+    loss = ops.mix_lists(dict(zip(ops.FUSED, weights, strict=True)), scores, grades, **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
+
+
+MIXTURES = [(0.15, 0, 0.85), (0.25, 0.25, 0.5), (0, 1, 0), (0, 0, 1)]
+# Scores as they come, all far apart, with target mass far above the rest, far below it, and on both sides of it.
+SPREADS = ["usual", "wide", "above", "below", "apart"]
+
+
+def spread_scores(scores, grades, kind):
+    good = (grades > 0).double()
+    high = good * (torch.arange(scores.shape[1]) % 2 * 2 - 1)
+    moved = {"usual": 0, "wide": 9 * scores, "above": 70 * good, "below": -70 * good, "apart": 70 * high}[kind]
+    return scores + moved
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("kind", ["few", "seven", "many", "real"])
+@pytest.mark.parametrize(("dtype", "order"), [(torch.float32, 2), (torch.bfloat16, 1), (torch.float64, 2)])
+def test_mixtures_on_every_instruction_set(instruction_set, dtype, order, kind, spread):
+    for number, (rows, columns) in enumerate([(3, 1), (3, 17), (3, 300), (2, 4500)]):
+        scores, grades, mask = make_lists(rows, columns, kind, seed=15)
+        if kind == "real":
+            grades = (grades - 1).clamp_min(0)
+        scores = spread_scores(scores, grades, spread).to(dtype)
+        if columns == 300:
+            scores[:, ::7] = -math.inf  # absent for KL and contrast, but with target mass for the transport
+        scores.masked_fill_(~mask, math.nan)
+        weights = MIXTURES[number]
+        expected, slope = mixture_truth(scores, grades, mask, weights, order, 0.5)
+        loss, gradient = mixture_and_gradient(weights, scores, prepare_grades(grades, mask=mask), order, 0.5)
+        exact = dtype == torch.float64
+        torch.testing.assert_close(
+            loss.double(), expected, rtol=1e-12 if exact else 1e-5, atol=1e-12 if exact else 1e-6
+        )
+        scale = slope.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+        bound = 1e-12 if exact else 1e-5 + torch.finfo(dtype).eps
+        assert ((gradient.double() - slope).abs() <= bound * scale).all()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("weights", MIXTURES)
+def test_lists_with_little_in_them(weights, compiled, monkeypatch):
+    """Nothing; nothing with target mass, nothing without, in the scores or at all; each beside a usual list."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
+    low = -math.inf
+    scores = [[0.3, 0.1, 0.2], [low, low, 0.2], [0.3, 0.1, low], [low] * 3, [0.3, 0.1, 0.2], [0.1] * 3, [0.2, 0.2, low]]
+    grades = [[2, 1, 0], [2, 1, 0], [2, 1, 0], [2, 1, 0], [2, 1, 3], [0, 0, 0], [2, 1, 0]]
+    mask = torch.ones(7, 3, dtype=torch.bool)
+    mask[6, 1:] = False
+    scores, grades = torch.tensor(scores, **F64), torch.tensor(grades)
+    expected, slope = mixture_truth(scores, grades, mask, weights, 2, 0.5)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        prepared = prepare_grades(grades, mask=mask)
+        loss, gradient = mixture_and_gradient(weights, scores.to(dtype), prepared, 2, 0.5)
+        torch.testing.assert_close(loss.double(), expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(gradient.double(), slope, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_documents_of_one_grade_that_weigh_differently(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
+    scores, grades, mask = make_lists(4, 60, "few", seed=16)
+    share = torch.rand(4, 60, **F64) * (torch.rand(4, 60) > 0.5)
+    prepared = prepare_grades(grades, targets=share, mask=mask)
+    assert prepared.tables.index.dtype == torch.int32  # a level could not say so
+    for weights in MIXTURES:
+        expected, slope = mixture_truth(scores, grades, mask, weights, 2, 0.5, share)
+        loss, gradient = mixture_and_gradient(weights, scores, prepared, 2, 0.5)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient, slope, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("weights", MIXTURES)
+def test_numbers_that_are_none_show_in_mixtures(weights, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
+    for kind in ("few", "real"):
+        scores, grades, _ = make_lists(4, 40, kind, seed=17)
+        scores[1, (grades[1] > 0).nonzero()[0]] = math.nan
+        scores[2, 5] = math.inf
+        for dtype in (torch.float32, torch.float64):
+            loss, gradient = mixture_and_gradient(weights, scores.to(dtype), prepare_grades(grades), 2, 0.5)
+            assert loss.isnan().tolist() == [False, True, True, False]
+            assert gradient.isnan().any(1).tolist() == [False, True, True, False]
+
+
 SHAPES = [(5, 1), (3, 2), (4, 15), (4, 17), (2, 257), (1, 4099)]
 
 
@@ -158,8 +274,8 @@ def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(dtype, kind, orde
 @pytest.mark.parametrize("kind", ["few", "real"])
 def test_any_length(columns, kind, order):
     scores, grades, mask = make_lists(2, columns, kind, seed=2)
-    tables = grades_module.make_tables(grades, "gain", mask)
-    expected, slope = reference.transport(scores, tables, order, 0.5)
+    tables = grades_module.make_tables(grades, "gain", "grade", mask)
+    expected, slope = reference.mix(scores, tables, (1, 0, 0), order, 0.5)
     loss, gradient = loss_and_gradient(scores.float(), grades, mask, order, 0.5)
     # exact in float64, so what is left is the rounding of the scores themselves
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-7)
@@ -176,10 +292,10 @@ def test_the_level_form_equals_the_sorted_form(dtype, order):
     assert levels.index.dtype == torch.uint8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "compiled", None)
-        ordered = grades_module.make_tables(grades, "gain", mask)
+        ordered = grades_module.make_tables(grades, "gain", "grade", mask)
     assert ordered.index.dtype == torch.int32
-    by_level = ops.transport(scores.to(dtype), levels, order, 0.5, "none", True)
-    by_order = ops.transport(scores.to(dtype), ordered, order, 0.5, "none", True)
+    by_level = ops.mix(scores.to(dtype), levels, (1, 0, 0), order, 0.5, "none", True)
+    by_order = ops.mix(scores.to(dtype), ordered, (1, 0, 0), order, 0.5, "none", True)
     tolerance = 8 * torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
     torch.testing.assert_close(by_level[0], by_order[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(by_level[1], by_order[1], rtol=4 * torch.finfo(dtype).eps, atol=tolerance)
@@ -282,7 +398,7 @@ def test_a_gradient_asked_for_with_create_graph_cannot_be_used_again():
     scores = torch.randn(2, 3, requires_grad=True)
     loss = wasserstein_loss(scores, torch.tensor([[2, 1, 0]] * 2))
     (gradient,) = torch.autograd.grad(loss, scores, create_graph=True)
-    with pytest.raises(RuntimeError, match="wasserstein_loss gives first derivatives only"):
+    with pytest.raises(RuntimeError, match="losses of lists give first derivatives only"):
         gradient.sum().backward()
 
 
@@ -347,11 +463,12 @@ def test_wrong_arguments(arguments, message):
 def op_samples(device):
     scores, grades, mask = (t.to(device) for t in make_lists(3, 20, "few", seed=9))
     weights = torch.rand(3, 20, device=device)
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for reduction in ("none", "mean"):
-            yield ops.transport_op, (scores.to(dtype), *prepare_grades(grades).tables, 2, 0.5, reduction)
-            yield ops.transport_grades_op, (scores.to(dtype), grades, mask, None, "gain", 1, 0.5, reduction)
-            yield ops.transport_grades_op, (scores.to(dtype), grades, None, weights, None, 1, 0.5, reduction)
+            options = [0.25, 0.25, 0.5], 2, 0.5, reduction
+            yield ops.mix_op, (scores.to(dtype), *prepare_grades(grades).tables, *options)
+            yield ops.mix_grades_op, (scores.to(dtype), grades, mask, None, "gain", "sqrt", *options)
+            yield ops.mix_grades_op, (scores.to(dtype), grades, None, weights, None, "grade", *options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -370,7 +487,10 @@ def test_compiled_whole():
     def ready(s):
         return wasserstein_loss(2 * s, prepared, order=1, reduction="none").sum()
 
-    for function in (raw, ready):
+    def mixed(s):
+        return mix_losses("wasserstein:.25+kl:.25+contrast:.5", 2 * s, grades, mask=mask, temperature=0.5).square()
+
+    for function in (raw, ready, mixed):
         s = scores.clone().requires_grad_()
         expected = torch.autograd.grad(function(s), s)[0]
         found = torch.compile(function, fullgraph=True, backend="aot_eager")(s)
@@ -380,7 +500,7 @@ def test_compiled_whole():
 
 def test_gradients_are_not_computed_when_nobody_asks(monkeypatch):
     asked = []
-    monkeypatch.setattr(ops, "transport", lambda *a: asked.append(a[-1]) or (torch.zeros(()), None))
+    monkeypatch.setattr(ops, "mix", lambda *a: asked.append(a[-1]) or (torch.zeros(()), None))
     wasserstein_loss(torch.zeros(2, 3), torch.zeros(2, 3))
     wasserstein_loss(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))
     with torch.no_grad():
@@ -499,4 +619,4 @@ def test_no_gradient_where_both_masses_are_equal_in_long_lists(kind):
 def test_the_registered_op_refuses_tables_of_other_lists():
     tables = prepare_grades(torch.zeros(2, 4)).tables
     with pytest.raises(ValueError, match="do not fit scores"):
-        ops.transport_op(torch.zeros(2, 400), *tables, 1, 1.0, "mean")
+        ops.mix_op(torch.zeros(2, 400), *tables, [1.0, 0.0, 0.0], 1, 1.0, "mean")

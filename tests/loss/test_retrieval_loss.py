@@ -297,6 +297,30 @@ def test_many_documents_that_each_weigh_little():
         assert (found[which] - exact[which]).abs().max() <= 3e-6 * exact[which].abs().max()
 
 
+def test_few_long_rows_are_shared_among_threads_and_keep_their_bits():
+    torch.manual_seed(3)
+    queries, documents = torch.randn(2, 4), torch.randn(70_001, 4)
+    triples = torch.tensor([0, 1, 1]), torch.tensor([69_999, 5, 33_000]), torch.tensor([2.0, 1.0, 3.0])
+    expected = value_and_gradients(plain, queries.double(), documents.double(), (*triples[:2], triples[2].double()))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            folded = retrieval_loss._score_pairs(queries, documents, *folding(triples, 2, 70_001), 1.0)
+            results.append((folded, value_and_gradients(wasserstein_retrieval_loss, queries, documents, triples)))
+    finally:
+        torch.set_num_threads(before)
+    for folded, found in results:
+        assert all(torch.equal(a, b) for a, b in zip(folded, results[0][0], strict=True))
+        for ours, exact in zip(found, expected, strict=True):
+            assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+def folding(triples, rows, columns):
+    prepared = prepare_pairs(*triples, (rows, columns))
+    return prepared.offsets, prepared.columns
+
+
 def test_one_query_with_all_documents_costs_no_matrix():
     rows, columns = 300, 5000
     many = torch.cat([torch.zeros(columns, dtype=torch.int64), torch.arange(1, rows)])

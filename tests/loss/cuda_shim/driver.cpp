@@ -19,9 +19,9 @@ int report(Call call) {
 }
 
 extern "C" {
-std::int64_t shim_scratch_bytes(const Lists* lists) { return cuda::transport_scratch_bytes(*lists); }
-int shim_transport(const Lists* lists, std::uintptr_t scratch) {
-  return report([&] { cuda::transport(*lists, scratch, 0, 0); });
+std::int64_t shim_scratch_bytes(const Lists* lists) { return cuda::scratch_bytes(*lists); }
+int shim_mix(const Lists* lists, std::uintptr_t scratch) {
+  return report([&] { cuda::mix(*lists, scratch, 0, 0); });
 }
 int shim_sort_grades(const float* grades, const std::uint8_t* mask, std::int64_t rows, std::int64_t columns,
                      std::int32_t* index, float* values, std::int32_t* counts) {

@@ -1,17 +1,20 @@
-"""The list-wise transport operator: dispatch to a kernel, autograd, and its registration for torch.compile."""
+"""The losses that one pass computes, and their weighted sums: dispatch to a kernel, autograd, torch.compile."""
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from gradret.loss import reference
-from gradret.loss.grades import PreparedGrades, Tables, make_tables, result_dtype
+from gradret.loss.grades import PreparedGrades, Tables, check_ground, make_tables, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
+from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
 
+FUSED = ("wasserstein", "kl", "contrast")
 _SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-TWICE = "wasserstein_loss gives first derivatives only: its gradient cannot be differentiated again"
+TWICE = "losses of lists give first derivatives only: their gradient cannot be differentiated again"
 
 
 def check_options(order: int, reduction: str) -> None:
@@ -27,28 +30,62 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def transport(
-    scores: Tensor, tables: Tables, order: int, temperature: float, reduction: str, needs_gradient: bool
+def mix_lists(
+    weights: Mapping[str, float],
+    scores: Tensor,
+    grades: Tensor | PreparedGrades,
+    order: int,
+    temperature: float,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The sum of losses of FUSED, each times its weight, from checked scores (B, N) and checked or prepared grades.
+
+    Raises: ValueError when order, reduction, or the ground of raw grades is unknown, or grades are on another device.
+    """
+    check_options(order, reduction)
+    if not isinstance(grades, PreparedGrades):
+        check_ground(ground)
+    if grades.device != scores.device:
+        raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
+    if not torch.is_grad_enabled():
+        scores = scores.detach()  # then no gradient is computed
+    shares = [float(weights.get(name, 0)) for name in FUSED]
+    options = (shares, int(order), float(temperature), reduction)
+    loss: Tensor = _Mixture.apply(scores, grades, targets, ground, mask, *options)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def mix(
+    scores: Tensor,
+    tables: Tables,
+    weights: Sequence[float],
+    order: int,
+    temperature: float,
+    reduction: str,
+    needs_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The reduced loss and its gradient (B, N), None if not needed, by the path that serves the device.
 
-    See reference.transport for the formulas and arguments. The gradient of float16 scores comes in float32: it
-    waits for the incoming gradient, a loss scale often, without which much of it would be 0 in float16.
+    See reference.mix for the formulas and arguments. The gradient of float16 scores comes in float32: it waits for the
+    incoming gradient, a loss scale often, without which much of it would be 0 in float16.
     """
     device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
     path = backend(device)
     scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
-    if dtype == torch.float16 and (path != "cuda" or needs_gradient):
-        return transport(scores.float(), tables, order, temperature, reduction, needs_gradient)
-    if path == "torch" or (path == "cuda" and dtype == torch.float64):
-        loss, gradient = reference.transport(scores, tables, order, temperature, scale)
+    if dtype != _gradient_dtype(scores) and (path != "cuda" or needs_gradient):
+        return mix(scores.float(), tables, weights, order, temperature, reduction, needs_gradient)
+    if path == "torch" or (path == "cuda" and (dtype == torch.float64 or any(weights[1:]))):
+        loss, gradient = reference.mix(scores, tables, weights, order, temperature, scale)
         return reduce_lists(loss, reduction), gradient if needs_gradient else None
     if scores.stride(1) != 1 and columns > 1:
         scores = scores.contiguous()
     in_kernel = path == "cpu" and reduction != "none" and rows > 0  # the mean of no list is PyTorch's to say
     loss = torch.empty(() if in_kernel else rows, dtype=result_dtype(scores), device=device)
     gradient = torch.empty((rows, columns), dtype=dtype, device=device) if needs_gradient else None
-    index, values, mass, counts = tables
+    index, values, mass, share, counts = tables
     lists = compiled.Lists(
         address(scores),
         _SCALAR_CODES[dtype],
@@ -59,19 +96,21 @@ def transport(
         index.dtype != torch.uint8,
         address(values),
         address(mass),
+        address(share),
         address(counts),
         values.shape[1],
         order,
+        *weights,
         temperature,
         scale,
         address(loss),
         address(gradient),
     )
     if path == "cpu":
-        compiled.transport_cpu(lists, scale if in_kernel else 0.0, torch.get_num_threads())
+        compiled.mix_cpu(lists, scale if in_kernel else 0.0, torch.get_num_threads())
     else:
-        scratch = torch.empty(compiled.transport_scratch_bytes(lists), dtype=torch.uint8, device=device)
-        compiled.transport_cuda(lists, address(scratch), device.index, current_stream(device))
+        scratch = torch.empty(compiled.scratch_bytes(lists), dtype=torch.uint8, device=device)
+        compiled.mix_cuda(lists, address(scratch), device.index, current_stream(device))
     return loss if in_kernel else reduce_lists(loss, reduction), gradient
 
 
@@ -80,53 +119,63 @@ def reduce_lists(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-@torch.library.custom_op("gradret::transport", mutates_args=())
-def transport_op(
+@torch.library.custom_op("gradret::mix_lists", mutates_args=())
+def mix_op(
     scores: Tensor,
     index: Tensor,
     values: Tensor,
     mass: Tensor,
+    share: Tensor,
     counts: Tensor,
+    weights: Sequence[float],
     order: int,
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    tables = Tables(index, values, mass, counts)
+    tables = Tables(index, values, mass, share, counts)
     width = values.shape[1:] if index.dtype == torch.uint8 else scores.shape[1:]
-    if index.shape != scores.shape or not scores.shape[:1] + width == values.shape == mass.shape:
+    if index.shape != scores.shape or not scores.shape[:1] + width == values.shape == mass.shape == share.shape:
         raise ValueError(f"tables of lists {tuple(index.shape)} do not fit scores {tuple(scores.shape)}")
-    return transport(scores, tables, order, temperature, reduction, True)
+    return cast(tuple[Tensor, Tensor], mix(scores, tables, weights, order, temperature, reduction, True))
 
 
-@transport_op.register_fake
-def _(scores, index, values, mass, counts, order, temperature, reduction):
+@mix_op.register_fake
+def _(scores, index, values, mass, share, counts, weights, order, temperature, reduction):
     return _fake(scores, reduction)
 
 
-@torch.library.custom_op("gradret::transport_grades", mutates_args=())
-def transport_grades_op(
+@torch.library.custom_op("gradret::mix_grades", mutates_args=())
+def mix_grades_op(
     scores: Tensor,
     grades: Tensor,
     mask: Tensor | None,
-    weights: Tensor | None,
+    mass: Tensor | None,
     targets: str | None,
+    ground: str,
+    weights: Sequence[float],
     order: int,
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    tables = make_tables(grades, targets or cast(Tensor, weights), mask, _tables_dtype(scores))
-    return transport(scores, tables, order, temperature, reduction, True)
+    tables = make_tables(grades, targets or cast(Tensor, mass), ground, mask, _tables_dtype(scores))
+    return cast(tuple[Tensor, Tensor], mix(scores, tables, weights, order, temperature, reduction, True))
 
 
-@transport_grades_op.register_fake
-def _(scores, grades, mask, weights, targets, order, temperature, reduction):
+@mix_grades_op.register_fake
+def _(scores, grades, mask, mass, targets, ground, weights, order, temperature, reduction):
     return _fake(scores, reduction)
 
 
 def _fake(scores: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     shape = scores.shape[:1] if reduction == "none" else ()
-    dtype = torch.float32 if scores.dtype == torch.float16 else scores.dtype
-    return scores.new_empty(shape, dtype=result_dtype(scores)), scores.new_empty(scores.shape, dtype=dtype)
+    gradient = scores.new_empty(scores.shape, dtype=_gradient_dtype(scores))
+    return scores.new_empty(shape, dtype=result_dtype(scores)), gradient
+
+
+def _gradient_dtype(scores: Tensor) -> torch.dtype:
+    """Half types are computed in float32 where no kernel reads them."""
+    half = scores.dtype == torch.float16 or (scores.dtype == torch.bfloat16 and backend(scores.device) != "cuda")
+    return torch.float32 if half else scores.dtype
 
 
 def _tables_dtype(scores: Tensor) -> torch.dtype | None:
@@ -159,21 +208,20 @@ def first_derivatives_only(backward):
     return checked
 
 
-class Transport(torch.autograd.Function):
-    """transport() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
+class _Mixture(torch.autograd.Function):
+    """mix() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
 
     @staticmethod
-    def forward(ctx, scores, grades, targets, mask, order, temperature, reduction):
-        options = (order, temperature, reduction)
+    def forward(ctx, scores, grades, targets, ground, mask, *options):
         prepared = isinstance(grades, PreparedGrades)
         if torch.compiler.is_compiling() and prepared:
-            loss, gradient = transport_op(scores, *grades.tables, *options)
+            loss, gradient = mix_op(scores, *grades.tables, *options)
         elif torch.compiler.is_compiling():
             kinds = (targets, None) if isinstance(targets, Tensor) else (None, targets)
-            loss, gradient = transport_grades_op(scores, grades, mask, *kinds, *options)
+            loss, gradient = mix_grades_op(scores, grades, mask, *kinds, ground, *options)
         else:
-            tables = grades.tables if prepared else make_tables(grades, targets, mask, _tables_dtype(scores))
-            loss, gradient = transport(scores, tables, *options, ctx.needs_input_grad[0])
+            tables = grades.tables if prepared else make_tables(grades, targets, ground, mask, _tables_dtype(scores))
+            loss, gradient = mix(scores, tables, *options, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.dtype = scores.dtype
         return loss
@@ -187,4 +235,4 @@ class Transport(torch.autograd.Function):
         known = not torch.compiler.is_compiling() and grad_loss.dim() == 0 and grad_loss.device.type == "cpu"
         if not known or grad_loss.item() != 1:
             gradient = gradient * (grad_loss[:, None] if grad_loss.dim() else grad_loss)
-        return gradient.to(ctx.dtype), *(None,) * 6
+        return gradient.to(ctx.dtype), *(None,) * 8
