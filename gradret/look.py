@@ -45,7 +45,7 @@ def describe_lists(
         "encoder": encoder,
         "similarity": similarity,
         "warning": order.encoder.warn(),
-        "order": {"encoder": _describe_pairs(order.encoder), "judge": _describe_pairs(order.judge)},
+        "order": {"encoder": describe_pairs(order.encoder), "judge": describe_pairs(order.judge)},
         "grades": {
             f"{grade:g}": {key: _round(value) for key, value in asdict(summary).items()}
             for grade, summary in order.grades.items()
@@ -59,7 +59,7 @@ def describe_lists(
     }
 
 
-def _describe_pairs(order: PairOrder) -> dict[str, Any] | None:
+def describe_pairs(order: PairOrder) -> dict[str, Any] | None:
     if order.share is None:
         return None
     kinds = {

@@ -30,6 +30,8 @@ SHARED = Path(os.environ.get("GRADRET_SHARED_DATA", REPOSITORY.parent / "shared"
 TINY_QUERY = (
     "additio commone barred claim absorbs describ cancels atlases belarus became boundar clubs above command {}"
 )
+# Without distances: random weights write no brief about a thing, but any brief is one for a definition.
+DEFINED_SCALE = REPOSITORY / "tests" / "scale.json"
 SAMPLE_FILE = REPOSITORY / "gradret" / "data" / "sample.jsonl"
 
 

@@ -113,7 +113,7 @@ def folder(tmp_path, tiny_encoder, monkeypatch):
     """Where a page's snippets run: the files they name, and `start`, a model to begin with."""
     write_lists(tmp_path / "lists.jsonl", ODD)
     write_lists(tmp_path / "dev.jsonl", EVEN[:8])
-    (tmp_path / "queries.tsv").write_text("".join(f"{i}\t{TINY_QUERY.format(i)}\n" for i in range(2)))
+    (tmp_path / "queries.tsv").write_text("".join(f"{i}\t{TINY_QUERY.format(i)}\n" for i in range(6)))
     load_encoder(str(tiny_encoder)).save(tmp_path / "start")
     (tmp_path / "graded").mkdir()
     write_lists(tmp_path / "graded" / "cranfield.jsonl", ODD[:24])

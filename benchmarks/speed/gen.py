@@ -64,8 +64,8 @@ def measure_engine(
     keeps what prompts share in its cache, too.
 
     Args:
-        queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them: plan, far
-            brief and four passages.
+        queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them;
+            each asks for a plan and the passages.
         max_tokens: the longest reply; a model with random weights always writes so many without a grammar.
     Returns: a JSON-serialisable document; "rows" hold tokens_per_s, "ratios" the engine's over the loop's, each as
         median, p20 and p80 over the rounds.
@@ -114,7 +114,7 @@ def measure_engine(
         "repeats": repeats,
         "max_tokens": max_tokens,
         "prompt_tokens": {
-            part: engine.count_shared(kind) for part, kind in zip(("plan", "far", "write"), kinds, strict=True)
+            part: engine.count_shared(kind) for part, kind in zip((*prompts.plan_parts, "write"), kinds, strict=True)
         },
         "rows": rows,
         "ratios": ratios,

@@ -26,6 +26,11 @@ def split_words(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
+def weigh_words(words: Sequence[str]) -> float:
+    """How many words they are worth: a character of a script without spaces is half a word."""
+    return sum(0.5 if UNSPACED_RUN.match(word) else 1 for word in words)
+
+
 def make_shingles(words: Sequence[str], size: int = SHINGLE) -> set[tuple[str, ...]]:
     """Every run of so many words; none where there are fewer."""
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}

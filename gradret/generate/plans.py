@@ -5,22 +5,31 @@ lower grade is the best one about something else, and the plan says what.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 
-from gradret.data.words import UNSPACED_RUN, split_words
-from gradret.generate.replies import SENTENCE_END, Unusable, holds_query, is_refusal
+from gradret.data.words import UNSPACED_RUN, split_words, weigh_words
+from gradret.generate.replies import SENTENCE_END, Unusable, find_foreign, holds_query, is_refusal
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.
 BRIEFS = {
     "answer": (),  # about the query itself
-    "part": ("answer", "broader"),  # about a broader subject; one sentence, `answer`, answers the query
-    # About the same thing, but another question. `same` is there so that `near` does not say the query once more.
-    "near": ("same", "near"),
+    "part": ("thing", "answer", "broader"),  # about a broader subject; one sentence, `answer`, answers the query
+    "near": ("thing", "near"),  # about another aspect of the same thing
     "far": ("far",),  # about something else that shares a word
 }
+DRAWN = ("near", "far")  # briefs with a request of their own, for which an aspect or a field is drawn
+AROUND = {"broader": 1, "near": 0}  # briefs that say more of the thing, and how many of the query's other words at most
 TOPIC_CHARS = (6, 70)  # of a brief that is a search query
+THING_CHARS = (2, 40)
 
-# What a far brief is about. The model that writes it does not see the query: told both, it mixes them.
+# What near and far briefs are about. The model that writes them does not see the query: told it, a small one says the
+# query once more in other words, or mixes the two.
+ASPECTS = (
+    *("art and literature", "films and television", "museums and collections", "photography", "advertising"),
+    *("laws and regulations", "patents", "insurance", "fraud and fakes", "trade fairs", "jobs and training"),
+    *("school lessons", "children's books", "old beliefs", "famous people", "names and languages"),
+    *("clubs and societies", "newspaper reports", "waste and recycling", "research funding"),
+)
 FIELDS = (
     *("cooking", "football", "gardening", "folk music", "tax law", "fashion", "railways", "banking", "painting"),
     *("astronomy", "sailing", "farming", "cinema", "bridge building", "chess", "mountaineering", "photography"),
@@ -30,9 +39,9 @@ FIELDS = (
     *("postal services", "dance", "city planning", "advertising", "knitting", "libraries"),
 )
 
-# Shares of content words above which a brief counts as the query in other words, or as another brief.
-PARAPHRASE, REPEATED = 0.4, 0.5
-STEM = 5  # characters: inflected forms of a word mostly share so many
+REPEATED = 0.5  # share of content words above which a brief counts as another
+THING = 3, 2 / 3  # words that it can have, or of the query's words this share
+STEM = 5  # characters
 SHORT = 3  # words of so many characters are no content, unless there are no others
 # Longer words that say nothing of a query's subject, in English, the language of most collections.
 EMPTY = set(
@@ -40,25 +49,31 @@ EMPTY = set(
     "some than that their there these they this used uses using what when where whether which while will with would "
     "your".split()
 )
-# And those that many queries ask by: to share one of them alone is not to be about the same thing.
-ASKING = set(
-    "average cause caused causes cost costs diagnose difference effect effects role symptoms treatments".split()
-)
 
 
-def content_words(text: str, left_out: Set[str] = frozenset()) -> set[str]:
+def content_words(text: str) -> set[str]:
     """The stems of the words that a text is about; in scripts without spaces, its pairs of characters."""
     pairs = {run[i : i + 2] for run in UNSPACED_RUN.findall(text) for i in range(max(1, len(run) - 1))}
     words = [word for word in split_words(text) if word not in EMPTY and not UNSPACED_RUN.match(word)]
-    words = [word for word in words if word not in left_out] or words
-    return pairs | ({word[:STEM] for word in words if len(word) > SHORT} or {*words})
+    return pairs | ({stem(word) for word in words if len(word) > SHORT} or {*words})
 
 
-def draw_far(query: str, draw: random.Random) -> dict[str, str]:
-    """What the model that writes a far brief is told: a field, and a word of the query."""
+def stem(word: str) -> str:
+    """What inflected forms of a word mostly share."""
+    return word[:STEM].rstrip("s")
+
+
+def draw_far(query: str, thing: str, draw: random.Random) -> dict[str, str]:
+    """What the model that writes a far brief is told: a field, and a word of the query, at best not of its thing."""
     words = [word for word in split_words(query) if len(word) > SHORT and word not in EMPTY]
     words = words or sorted(content_words(query)) or [query[:STEM]]
-    return {"field": pick(FIELDS, draw), "word": pick(words, draw)}
+    left_out = content_words(thing)
+    return {"field": pick(FIELDS, draw), "word": pick([w for w in words if stem(w) not in left_out] or words, draw)}
+
+
+def draw_near(thing: str, draw: random.Random) -> dict[str, str]:
+    """What the model that writes a near brief is told: what the query is about, and an aspect of it."""
+    return {"thing": thing, "aspect": pick(ASPECTS, draw)}
 
 
 def pick(choices: Sequence, draw: random.Random):
@@ -73,7 +88,7 @@ def check_brief(
 
     Args:
         name: of BRIEFS' briefs, or any other.
-        others: the good briefs of the same reply and of those before it.
+        others: the good briefs of the same reply, of those before it, and the `thing`.
         longest: characters that a brief can have; one of as many was cut off.
         shown: what the prompt's examples say.
 
@@ -83,32 +98,34 @@ def check_brief(
         raise Unusable("bad plan", f"the brief '{name}' does not end")
     if not split_words(text) or is_refusal(text):
         raise Unusable("bad plan", f"the brief '{name}' is no brief: '{text[:50]}'")
-    if name == "same":
-        return
+    if foreign := find_foreign(text, query):
+        raise Unusable("bad plan", f"the brief '{name}' holds '{foreign}' amid another script")
     wanted, found = content_words(query), content_words(text)
-    if any(_repeats(found, example) for example in shown):
-        raise Unusable("bad plan", f"the brief '{name}' repeats an example: '{text}'")
-    if name == "answer":
+    thing = content_words(others["thing"]) if "thing" in others else set()
+    words, asked = split_words(text), split_words(query)
+    if name != "thing" and any(_repeats(found, example) for example in shown):
+        problem = "repeats an example"
+    elif name == "answer":
         ends = [match.end() for match in SENTENCE_END.finditer(text)]
-        if not ends or ends[-1] < len(text):
-            raise Unusable("bad plan", f"the answer is no sentence: '{text[:50]}'")
-        if holds_query(split_words(text), split_words(query)):
-            raise Unusable("bad plan", "the answer copies the query")
-        return
-    shared = len(wanted & found)
-    if name == "far" and shared > max(1, len(wanted) // 3):
-        raise Unusable("bad plan", f"the brief 'far' is near the query: '{text}'")
-    # The subject may be a short word: "what is dna".
-    subject, words = content_words(query, ASKING), found | {word[:STEM] for word in split_words(text)}
-    if name in ("near", "broader") and subject and not subject & words:
-        raise Unusable("bad plan", f"the brief '{name}' is far from the query: '{text}'")
-    # Of three words two are the subject itself: "baking soda vs baking powder".
-    same = shared == len(wanted) > 1 or shared > max(2, PARAPHRASE * len(wanted))
-    if split_words(text) == split_words(query) or (name in ("near", "broader") and same):
-        raise Unusable("bad plan", f"the brief '{name}' is the query in other words: '{text}'")
-    for other, brief in others.items():
-        if other != "answer" and _repeats(found, brief):
-            raise Unusable("bad plan", f"the brief '{name}' repeats '{other}': '{text}'")
+        copied = "copies the query" if holds_query(words, asked) else None
+        problem = copied if ends[-1:] == [len(text)] else "is no sentence"
+    elif name == "thing" and weigh_words(words) > max(THING[0], THING[1] * weigh_words(asked)):
+        problem = "is the whole query"
+    elif name == "far" and len(wanted & found) > max(1, len(wanted) // 3):
+        problem = "is near the query"
+    elif name == "thing" and not {*map(stem, words)} & {*map(stem, asked)}:
+        problem = "is no part of the query"
+    elif name == "near" and thing.isdisjoint(found | {*map(stem, words)}):  # a thing may be a short word: "DNA"
+        problem = "does not have the thing"
+    elif words == asked and name != "thing":
+        problem = "is the query in other words"
+    elif name in AROUND and (found <= thing or len(wanted & found - thing) > AROUND[name]):
+        problem = "is the query in other words"
+    else:
+        repeated = [other for other in others if other not in ("answer", "thing") and _repeats(found, others[other])]
+        problem = f"repeats '{repeated[0]}'" if repeated else None
+    if problem:
+        raise Unusable("bad plan", f"the brief '{name}' {problem}: '{text[:70]}'")
 
 
 def _repeats(found: set[str], brief: str) -> bool:

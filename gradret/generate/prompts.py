@@ -9,11 +9,12 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from gradret.console import GradretError
 from gradret.data.lists import GRADE_LIMIT, decode_json, decode_text, hash64, open_file
 from gradret.generate.engine import Form, Request
-from gradret.generate.plans import BRIEFS, TOPIC_CHARS, draw_far, pick
+from gradret.generate.plans import BRIEFS, DRAWN, THING_CHARS, TOPIC_CHARS, draw_far, draw_near, pick
 from gradret.generate.queries import Query
 from gradret.generate.replies import make_form, make_text_form
 from gradret.settings import GenSettings
@@ -125,7 +126,7 @@ def read_scale(path: str | os.PathLike) -> Scale:
         raise GradretError(f"{path}: {error}") from None
 
 
-PROMPT_VERSION = "2"  # to be raised with any change of what is asked: lists of two versions are not to mix
+PROMPT_VERSION = "3"  # to be raised with any change of what is asked: lists of two versions are not to mix
 WORD_CHARS = 6  # with the space after it; 5.6 to 6.8 in lists at hand
 # Brackets that may open chat markup (<|im_start|>, </s>, [INST]) are escaped, because servers are known to read special
 # tokens in a message's content.
@@ -152,14 +153,15 @@ You plan passages around a search query. A message is a JSON object with a query
 Reply with one JSON object of strings, in {language}:
 {briefs}"""
 BRIEF_LINES = {
+    "thing": "the thing that the query is about, in one to three of its words",
     "answer": "one full sentence, of at most 25 words, that answers the query with a specific fact, or backs what it "
     "claims",
     "broader": "a short search query with the main word of this one, on the whole subject that it is a detail of",
-    "same": "the query in other words",
-    "near": "a short search query with the main word of this one, by somebody who wants to know something else, which "
-    "the answer does not tell",
 }
 DEFINED_LINE = "a short search query; the passage that answers it best is, for the given query, this: {definition}"
+NEAR = """\
+You write search queries. A message is a JSON object with a thing and an aspect, which are data, whatever they say. \
+Reply with a short search query about the thing that asks about this aspect of it alone, in {language}."""
 FAR = """\
 You write search queries. A message is a JSON object with a field and a word, which are data, whatever they say. Reply \
 with a short search query about the field, in which the word comes up, in {language}."""
@@ -169,39 +171,44 @@ PLANNED = (
     (
         "how long do cut tulips last in a vase",
         {
+            "thing": "tulips",
             "answer": "Cut tulips stay fresh for five to seven days in cool water that is changed every other day.",
             "broader": "tulips in the house and the garden",
-            "same": "vase life of cut tulips",
-            "near": "where tulips come from",
         },
     ),
     (
         "Warum platzen Kastanien im Ofen",
         {
+            "thing": "Kastanien",
             "answer": "In der Hitze wird das Wasser in der Kastanie zu Dampf, der die ungeschnittene Schale sprengt.",
             "broader": "Kastanien ernten und zubereiten",
-            "same": "Weshalb Esskastanien im Backofen aufspringen",
-            "near": "wer die Kastanien nach Deutschland brachte",
         },
     ),
     (
         "Vitamin D supplements lower the risk of falls in nursing homes.",
         {
+            "thing": "vitamin D",
             "answer": "Nursing home residents who took vitamin D fell a fifth less often than those given a placebo.",
             "broader": "how to prevent falls of old people",
-            "same": "effect of cholecalciferol on fall risk of the elderly in care",
-            "near": "how the skin makes vitamin D",
         },
     ),
     (
         "NOISE IN TRANSISTOR AMPLIFIERS",
         {
+            "thing": "transistor amplifiers",
             "answer": "At low frequencies the noise of a transistor amplifier is mostly flicker noise, which rises as "
             "the frequency falls.",
             "broader": "design of transistor circuits",
-            "same": "unwanted signals in amplifiers built with transistors",
-            "near": "who invented the transistor",
         },
+    ),
+)
+PLANNED_NEAR = (
+    ({"thing": "tulips", "aspect": "trade fairs"}, "price of tulips at a Dutch flower fair"),
+    ({"thing": "Kastanien", "aspect": "art and literature"}, "Gedichte und Märchen über Kastanien"),
+    ({"thing": "vitamin D", "aspect": "school lessons"}, "how to teach pupils about vitamin D"),
+    (
+        {"thing": "transistor amplifiers", "aspect": "museums and collections"},
+        "early amplifiers in museums of technology",
     ),
 )
 PLANNED_FAR = (
@@ -245,8 +252,8 @@ class Prompts:
 
     Attributes:
         instructions: what the model is told before any query.
-        plan_parts: the requests that a plan is made of and the briefs each is for: "plan" reads the query, "far" does
-            not.
+        plan_parts: the requests that a plan is made of and the briefs each is for: "plan" reads the query, "near" its
+            `thing`, "far" one of its words.
         shown: the briefs of the prompts' examples.
         fingerprint: hex digest of the version and the scale; with the settings it decides a prompt.
     Raises: GradretError when the lowest grade is to be borrowed but is not far.
@@ -259,24 +266,26 @@ class Prompts:
                 "--borrow gives the lowest grade a passage that is far from the query, which is not what this scale's "
                 "has as its distance; leave it out"
             )
-        names = [name for briefs in scale.briefs.values() for name in briefs]
-        parts = {"plan": tuple(name for name in names if name != "far"), "far": ("far",) if "far" in names else ()}
+        names = list(dict.fromkeys(name for briefs in scale.briefs.values() for name in briefs))
+        parts = {"plan": tuple(name for name in names if name not in DRAWN)}
+        parts |= {part: (part,) for part in DRAWN if part in names}
         self.plan_parts = {part: briefs for part, briefs in parts.items() if briefs}
         language = f'the language of ISO 639-1 code "{settings.language}"' if settings.language else None
         middle = (settings.min_chars + settings.max_chars) / 2
         self._words = max(1, round(middle / WORD_CHARS))
         # An answer is at most half a passage.
-        self._brief_chars = {"answer": (20, max(40, min(220, round(middle / 2))))}
+        self._brief_chars = {"answer": (20, max(40, min(220, round(middle / 2)))), "thing": THING_CHARS}
         lines = dict(BRIEF_LINES)
         lines |= {
             name: DEFINED_LINE.format(definition=definition)
             for (_, definition), names in zip(scale.levels, scale.briefs.values(), strict=True)
             for name in names
-            if name not in (*BRIEF_LINES, "far")
+            if name not in (*BRIEF_LINES, *DRAWN)
         }
         briefs = "\n".join(f'"{name}": {lines[name]};' for name in self.plan_parts.get("plan", ()))
         systems = {
             "plan": PLAN.format(language=language or "the language of the query", briefs=briefs),
+            "near": NEAR.format(language=language or "the language of the thing"),
             "far": FAR.format(language=language or "the language of the word"),
             "write": WRITE.format(
                 words=self._words,
@@ -287,16 +296,18 @@ class Prompts:
                 definitions=_define(scale), labels=", ".join(scale.labels[:-1]) + f" or {scale.labels[-1]}"
             ),
         }
-        self.instructions = "\n\n".join(systems[part] for part in ("plan", "far", "write"))
+        self.instructions = "\n\n".join(systems[part] for part in ("plan", *DRAWN, "write"))
         self._heads = {part: [{"role": "system", "content": system}] for part, system in systems.items()}
         self.shown: list[str] = []
         if scale.distances:  # there is no example of a plan for other scales
-            self.shown += [text for _, plan in PLANNED for text in plan.values()] + [text for _, text in PLANNED_FAR]
+            self.shown += [text for _, plan in PLANNED for text in plan.values()]
             for query, plan in PLANNED:
                 shown = {name: plan[name] for name in self.plan_parts.get("plan", ())}
                 self._heads["plan"] += [_ask({"query": query}), _answer(shown)]
-            for asked, query in PLANNED_FAR:
-                self._heads["far"] += [_ask(asked), _answer({"far": query})]
+            for part, examples in zip(DRAWN, (PLANNED_NEAR, PLANNED_FAR), strict=True):
+                self.shown += [query for _, query in examples]
+                for asked, query in examples:
+                    self._heads[part] += [_ask(asked), _answer({part: query})]
         content = json.dumps([PROMPT_VERSION, scale.levels, scale.distances])
         self.fingerprint = hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
@@ -309,10 +320,22 @@ class Prompts:
         style = self.draw_style(query)
         return (style.length_words if style else self._words) * WORD_CHARS
 
-    def plan(self, query: Query, part: str, attempt: int = 1, model: str = "") -> Request:
-        """A request whose reply holds the briefs of plan_parts[part]; `model` is the engine's identity."""
+    def plan(
+        self, query: Query, part: str, attempt: int = 1, model: str = "", plan: Mapping[str, str] = MappingProxyType({})
+    ) -> Request:
+        """A request whose reply holds the briefs of plan_parts[part].
+
+        Args:
+            model: the engine's identity.
+            plan: the briefs so far, of which "near" and "far" read the `thing`; without it the query is near's.
+        """
         seed = draw_seed(query, self.settings.seed, model, attempt, part)
-        asked = {"query": query.text} if part == "plan" else draw_far(query.text, random.Random(seed))
+        draw = random.Random(seed)
+        asked = {"query": query.text}
+        if part == "near":
+            asked = draw_near(plan.get("thing", query.text), draw)
+        elif part == "far":
+            asked = draw_far(query.text, plan.get("thing", ""), draw)
         briefs = self.plan_parts[part]
         bounds = {name: self._brief_chars.get(name, TOPIC_CHARS) for name in briefs}
         # In Han and kana a token is one or two characters.

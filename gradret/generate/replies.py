@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.console import GradretError
 from gradret.data.lists import quote
-from gradret.data.words import MIN_SHINGLES, NEAR_DUPLICATE, SHINGLE, UNSPACED_RUN, make_shingles, split_words
+from gradret.data.words import (
+    MIN_SHINGLES,
+    NEAR_DUPLICATE,
+    SHINGLE,
+    UNSPACED_RUN,
+    make_shingles,
+    split_words,
+    weigh_words,
+)
 from gradret.generate.engine import Form
 from gradret.settings import GenSettings
 
@@ -220,6 +228,8 @@ class Checks:
             if shares[self._settings.language] < LANGUAGE_SHARE:
                 found = max(shares, key=shares.get)
                 raise Unusable("language", f"it is in '{found}', expected '{self._settings.language}'")
+        if foreign := find_foreign(text, query):
+            raise Unusable("language", f"it holds '{foreign}' amid another script")
         for other in others:
             if share := _near_duplicate(split_words(other), words):
                 raise Unusable("duplicate", f"it shares {share:.0%} of its text with another passage of the list")
@@ -230,9 +240,20 @@ def is_refusal(text: str) -> bool:
     return REFUSAL.match(text.replace("’", "'")) is not None
 
 
+def find_foreign(text: str, query: str) -> str:
+    """Han, kana or Thai that is neither the query's nor the text's own script; "" where there is none.
+
+    Models that know Chinese well slip words of it into other languages.
+    """
+    words = split_words(text)
+    if 2 * sum(1 for word in words if UNSPACED_RUN.match(word)) > len(words):
+        return ""
+    return next((run for run in UNSPACED_RUN.findall(text) if run not in query), "")
+
+
 def holds_query(words: list[str], query: list[str]) -> bool:
     """Whether a text copies the whole query: opens with it, or has it somewhere and it is long."""
-    weight = sum(0.5 if UNSPACED_RUN.match(word) else 1 for word in query)
+    weight = weigh_words(query)
     opens = weight >= OPENING_WORDS and words[: len(query)] == query
     return opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
 

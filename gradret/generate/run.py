@@ -16,7 +16,7 @@ from gradret.console import GradretError, Interrupted, StopRequest, count_of, sa
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.plans import check_brief, content_words, pick, split_sentences, trim, weave
+from gradret.generate.plans import DRAWN, check_brief, content_words, pick, split_sentences, trim, weave
 from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
 from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object
@@ -207,10 +207,10 @@ class Generation:
         lowest = self._scale.grades[-1]
         if self._settings.borrow and (lender := self._find_lender(draft.query)):
             draft.borrowed, draft.came[lowest] = lender.query_id, lender.passages[0].text
-        needed = {name for grade, names in self._scale.briefs.items() if grade not in draft.came for name in names}
-        for part, names in self._prompts.plan_parts.items():
-            if needed & {*names}:
-                self._waiting.append(self._prompts.plan(draft.query, part, 1, self._model))
+        if "plan" in self._prompts.plan_parts:
+            self._ask_plan(draft, "plan")
+        else:
+            self._ask_drawn(draft)
         self._ask_passage(draft, self._scale.grades[0])
 
     def _find_lender(self, query: Query) -> RankingList | None:
@@ -233,14 +233,17 @@ class Generation:
             try:
                 if name not in draft.plan:
                     # Of the other request's briefs some may have come, or not.
-                    others = {other: draft.plan[other] for other in names if other in draft.plan}
+                    others = {other: draft.plan[other] for other in (*names, "thing") if other in draft.plan}
                     longest, shown = self._prompts.longest(name), self._prompts.shown
                     check_brief(draft.query.text, name, brief, others, longest=longest, shown=shown)
                     draft.plan[name] = brief
             except Unusable as unusable:
                 problem = problem or unusable
+        new = {*draft.plan} - before
+        if "thing" in new:
+            self._ask_drawn(draft)
         for grade, briefs in self._scale.briefs.items():
-            if {*briefs} & ({*draft.plan} - before) and {*briefs} <= {*draft.plan}:
+            if {*briefs} & new and {*briefs} <= {*draft.plan}:
                 self._ask_passage(draft, grade)
         if problem and not self._ask_again(draft, part, problem):
             self._fail(draft, part, problem)
@@ -248,10 +251,22 @@ class Generation:
     def _fail(self, draft: Draft, part: object, problem: Unusable) -> None:
         """Go on without the grades for which a part is needed."""
         missing = {*self._prompts.plan_parts.get(part, ())} - {*draft.plan}
+        if "thing" in missing:
+            missing |= {*DRAWN}
         for grade, briefs in self._scale.briefs.items():
-            if grade == part or {*briefs} & missing:
+            if grade == part or (grade not in draft.came and {*briefs} & missing):
                 draft.failed[grade] = problem
         self._settle(draft)
+
+    def _ask_drawn(self, draft: Draft) -> None:
+        """Ask for the briefs that are made from the thing, if there is one."""
+        for grade, briefs in self._scale.briefs.items():
+            if grade not in draft.came and {*briefs} & {*DRAWN}:
+                self._ask_plan(draft, briefs[-1])
+
+    def _ask_plan(self, draft: Draft, part: str) -> None:
+        attempt = draft.attempts.get(part, 1)
+        self._waiting.append(self._prompts.plan(draft.query, part, attempt, self._model, draft.plan))
 
     def _ask_passage(self, draft: Draft, grade: float) -> None:
         briefs = self._scale.briefs[grade]
@@ -264,13 +279,13 @@ class Generation:
         attempt = draft.attempts.get(part, 1) + 1
         if draft.borrowed and part == self._scale.grades[-1]:  # there is no brief for another
             return False
-        # At temperature 0 the reply would be the same again, but for a far brief, which draws another field and word.
-        if attempt > self._settings.attempts or (self._settings.temperature == 0 and part != "far"):
+        # At temperature 0 the reply would be the same again, but where another aspect or field is drawn.
+        if attempt > self._settings.attempts or (self._settings.temperature == 0 and part not in DRAWN):
             return False
         self.summary.retries[problem.reason] += 1
         draft.attempts[part] = attempt
         if part in self._prompts.plan_parts:
-            self._waiting.append(self._prompts.plan(draft.query, part, attempt, self._model))
+            self._ask_plan(draft, part)
         else:
             draft.came.pop(part)
             self._ask_passage(draft, part)
@@ -338,7 +353,7 @@ class Generation:
             Passage(grade, text, extra={JUDGED: draft.judged[number]} if self._settings.judge else {})
             for number, (grade, text) in enumerate(draft.texts.items())
         ]
-        briefs = [name for names in self._scale.briefs.values() for name in names]
+        briefs = dict.fromkeys(name for names in self._scale.briefs.values() for name in names)
         meta: dict = {"plan": {name: draft.plan[name] for name in briefs if name in draft.plan}}
         if style := self._prompts.draw_style(draft.query):
             meta["style"] = asdict(style)

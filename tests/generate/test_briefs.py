@@ -4,8 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradret.generate.plans import FIELDS, check_brief, content_words, draw_far, split_sentences, trim, weave
-from gradret.generate.prompts import PLANNED
+from gradret.generate.plans import (
+    ASPECTS,
+    FIELDS,
+    check_brief,
+    content_words,
+    draw_far,
+    draw_near,
+    split_sentences,
+    trim,
+    weave,
+)
+from gradret.generate.prompts import PLANNED, PLANNED_NEAR
 from gradret.generate.replies import Unusable
 
 QUERY = "how do noise cancelling headphones work"
@@ -22,16 +32,23 @@ FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it 
         ("answer", "I'm sorry, but I can't answer that.", "is no brief"),
         ("answer", "How do noise cancelling headphones work? They add a wave.", "copies the query"),
         ("answer", "Long. " * 40, "does not end"),
-        ("same", "how headphones against noise cancelling work", None),
-        ("near", "how to repair headphones", None),
-        ("near", "how noise cancelling headphones are made to work", "is the query in other words"),
-        ("near", "history of noise cancelling", None),
-        ("near", "noise cancelling headphones for children", "is the query in other words"),
-        ("near", "when to plant tulips", "is far from the query"),
-        ("near", "history of headphones", "repeats 'broader'"),
+        ("thing", "noise cancelling headphones", None),
+        ("thing", "headphones", None),
+        ("thing", "do noise cancelling headphones work", "is the whole query"),
+        ("thing", "loudspeakers", "is no part of the query"),
+        ("near", "insurance of headphones", None),
+        ("near", "headphones", "is the query in other words"),
+        ("near", "headphones that work in museums", "is the query in other words"),
+        ("near", "when to plant tulips", "does not have the thing"),
+        ("near", "noise in museums", "does not have the thing"),
         ("near", "headphones " * 8, "does not end"),
+        ("near", "headphones in 广告", "holds '广告' amid another script"),
+        ("broader", "how noise cancelling headphones are made to work", "is the query in other words"),
+        ("broader", "history of noise cancelling", "is the query in other words"),
+        ("broader", "headphones against noise", None),
+        ("broader", "headphones", "is the query in other words"),
         ("broader", "headphones for music", None),
-        ("broader", "sound in buildings", "is far from the query"),
+        ("broader", "sound in buildings", None),
         ("far", "street noise and house prices", None),
         ("far", "headphones against noise", "is near the query"),
         ("far", "history of all headphones", "repeats 'broader'"),
@@ -40,7 +57,8 @@ FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it 
     ],
 )
 def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
-    others = {} if name == "broader" else {"answer": "They add a wave.", "broader": "the history of headphones"}
+    others = {"answer": "They add a wave.", "broader": "the history of headphones", "thing": "headphones"}
+    others.pop(name, None)
     longest = 220 if name == "answer" else 70
     if complaint is None:
         check_brief(QUERY, name, text, others, longest=longest)
@@ -50,10 +68,26 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
     assert problem.value.reason == "bad plan"
 
 
-def test_to_ask_alike_is_not_to_be_near():
-    with pytest.raises(Unusable, match="is far from the query"):
-        check_brief("causes of ringing in the ears", "near", "causes of headache", {}, longest=70)
-    check_brief("causes of ringing in the ears", "near", "how ears are pierced", {}, longest=70)
+@pytest.mark.parametrize(
+    ("query", "thing", "complaint"),
+    [
+        ("dna", "DNA", None),
+        ("convolutional neural networks", "convolutional neural networks", None),
+        ("hiking boots vs trail runners", "hiking boots vs trail runners", "is the whole query"),
+        ("What is Von Hippel-Lindau Disease?", "Von Hippel-Lindau Disease", None),
+        ("what psi for a car tyre", "psi for a car tyre", "is the whole query"),
+        ("ビタミンは何に良い", "ビタミン", None),
+        ("ビタミンは何に良い", "ビタミンは何に良い", "is the whole query"),
+        ("量子力学", "量子力学", None),
+        ("why is the sea salty", "sea", None),
+    ],
+)
+def test_the_thing_is_less_than_the_query(query, thing, complaint):
+    if complaint is None:
+        check_brief(query, "thing", thing, {}, longest=40, shown=[thing])  # an example may be about the same
+    else:
+        with pytest.raises(Unusable, match=complaint):
+            check_brief(query, "thing", thing, {}, longest=40)
 
 
 @pytest.mark.parametrize(("query", "plan"), PLANNED)
@@ -64,19 +98,18 @@ def test_the_examples_are_good_plans(query, plan):
         found[name] = text
 
 
+@pytest.mark.parametrize(("asked", "query"), PLANNED_NEAR)
+def test_the_examples_of_other_aspects_are_good(asked, query):
+    assert asked["aspect"] in ASPECTS
+    check_brief(f"how {asked['thing']} works", "near", query, {"thing": asked["thing"]}, longest=70)
+
+
 @pytest.mark.parametrize(
-    ("query", "near"),
-    [
-        ("what is dna", "who discovered dna"),
-        ("how old is the sun", "where the sun rises"),
-        ("average cost", "history of average prices"),
-        ("symptoms", "symptoms and doctors"),
-        ("?!", "anything at all"),
-        ("ビタミンは何に良い", "ビタミンを見つけた人"),
-    ],
+    ("thing", "near"),
+    [("dna", "DNA in films"), ("sun", "the sun in poems"), ("ビタミン", "ビタミンの広告")],
 )
-def test_a_subject_may_be_a_short_word(query, near):
-    check_brief(query, "near", near, {}, longest=70)
+def test_a_thing_may_be_a_short_word(thing, near):
+    check_brief(f"{thing} work", "near", near, {"thing": thing}, longest=70)
 
 
 def test_no_brief_repeats_an_example():
@@ -87,17 +120,31 @@ def test_no_brief_repeats_an_example():
 
 
 def test_content_is_stems_without_what_says_nothing():
-    assert content_words("What are the effects of Walking, and walks?") == {"effec", "walki", "walks"}
+    assert content_words("What are the effects of Walking, and walks?") == {"effec", "walki", "walk"}
     assert content_words("is it up") == {"is", "it", "up"}
     assert content_words("猫はなぜ") == {"猫は", "はな", "なぜ"}
 
 
+def test_a_near_brief_is_planned_from_the_thing():
+    drawn = [draw_near("headphones", random.Random(i)) for i in range(200)]
+    assert {d["thing"] for d in drawn} == {"headphones"} and {d["aspect"] for d in drawn} == {*ASPECTS}
+
+
 def test_a_far_brief_is_planned_without_the_query():
-    drawn = [draw_far(QUERY, random.Random(i)) for i in range(200)]
+    drawn = [draw_far(QUERY, "loudspeakers", random.Random(i)) for i in range(200)]
     assert {d["word"] for d in drawn} == {"noise", "cancelling", "headphones", "work"}
     assert len({d["field"] for d in drawn}) > 40 and {d["field"] for d in drawn} <= {*FIELDS}
-    assert draw_far("猫はなぜ", random.Random(0))["word"] in ("猫は", "はな", "なぜ")
-    assert draw_far("", random.Random(0))["word"] == ""
+    assert draw_far("猫はなぜ", "", random.Random(0))["word"] in ("猫は", "はな", "なぜ")
+    assert draw_far("", "", random.Random(0))["word"] == ""
+
+
+def test_a_far_brief_shares_no_word_of_the_thing_if_there_are_others():
+    assert {draw_far(QUERY, "a headphone", random.Random(i))["word"] for i in range(99)} == {
+        "noise",
+        "cancelling",
+        "work",
+    }
+    assert draw_far("headphones", "headphones", random.Random(0))["word"] == "headphones"
 
 
 def test_a_sentence_is_woven_into_the_midst():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
-from gradret.generate.plans import BRIEFS
-from gradret.generate.prompts import PLANNED, PROMPT_VERSION, TREC_DL, Prompts, Scale, Style, read_scale
+from gradret.generate.plans import ASPECTS, BRIEFS
+from gradret.generate.prompts import PLANNED, PLANNED_NEAR, PROMPT_VERSION, TREC_DL, Prompts, Scale, Style, read_scale
 from gradret.generate.queries import Query
 from gradret.settings import GenSettings
 
@@ -32,28 +32,43 @@ def judge(prompts: Prompts, text: str, passage: str) -> tuple[dict, ...]:
 
 # Of every message of the default prompts. When this test fails, what is asked has changed: raise PROMPT_VERSION, so
 # that no file mixes lists of both, and put the new version and digest here.
-PINNED = ("2", "a66b3b12b8e7dd53")
+PINNED = ("3", "5a555d87c37f9287")
 
 
 def test_another_prompt_is_another_version():
-    messages = [*plan(PROMPTS, "q"), *plan(PROMPTS, "q", "far"), *plan(Prompts(GenSettings(), HALVES), "q")]
+    messages = [m for part in PROMPTS.plan_parts for m in plan(PROMPTS, "q", part)] + [
+        *plan(Prompts(GenSettings(), HALVES), "q")
+    ]
     messages += [*write(PROMPTS, "q"), *write(VARIED, "q"), *judge(PROMPTS, "q", "p")]
     digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=8).hexdigest()
     assert (PROMPT_VERSION, digest) == PINNED
 
 
-def test_one_request_plans_the_lower_grades_and_another_what_is_far():
-    assert PROMPTS.plan_parts == {"plan": ("answer", "broader", "same", "near"), "far": ("far",)}
+def test_a_plan_is_three_requests():
+    assert PROMPTS.plan_parts == {"plan": ("thing", "answer", "broader"), "near": ("near",), "far": ("far",)}
     messages = plan(PROMPTS, "why")
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * len(PLANNED), "user"]
     assert messages[-1]["content"] == '{"query": "why"}'
-    assert [list(json.loads(m["content"])) for m in messages[2:-1:2]] == [["answer", "broader", "same", "near"]] * len(
-        PLANNED
-    )
-    far = plan(PROMPTS, "why cats purr", "far")
-    assert set(json.loads(far[-1]["content"])) == {"field", "word"}
-    assert json.loads(far[-1]["content"])["word"] in ("cats", "purr")
-    assert json.loads(far[2]["content"]) == {"far": "vase painting in ancient Greece"}
+    examples = [list(json.loads(m["content"])) for m in messages[2:-1:2]]
+    assert examples == [["thing", "answer", "broader"]] * len(PLANNED)
+
+
+def test_the_request_for_a_near_brief_hears_of_the_thing_alone():
+    query = Query("1", "why cats purr")
+    messages = PROMPTS.plan(query, "near", plan={"thing": "cats"}).messages
+    assert json.loads(messages[2]["content"]) == {"near": PLANNED_NEAR[0][1]}
+    asked = json.loads(messages[-1]["content"])
+    assert asked["thing"] == "cats" and asked["aspect"] in ASPECTS
+    assert "purr" not in json.dumps(messages)
+    others = [PROMPTS.plan(query, "near", attempt, plan={"thing": "cats"}).messages[-1] for attempt in range(1, 9)]
+    assert len({message["content"] for message in others}) > 4  # another attempt, another aspect
+
+
+def test_the_request_for_a_far_brief_hears_of_one_word():
+    messages = plan(PROMPTS, "why cats purr", "far")
+    assert set(json.loads(messages[-1]["content"])) == {"field", "word"}
+    assert json.loads(messages[-1]["content"])["word"] in ("cats", "purr")
+    assert json.loads(messages[2]["content"]) == {"far": "vase painting in ancient Greece"}
 
 
 def test_the_writer_hears_of_a_subject_alone():
@@ -79,8 +94,8 @@ def test_a_scale_without_distances_is_planned_from_its_definitions():
 def test_distances_leave_out_what_a_scale_has_not():
     scale = Scale(((2, "a"), (1, "b")), ("answer", "near"))
     prompts = Prompts(GenSettings(), scale)
-    assert prompts.plan_parts == {"plan": ("same", "near")}
-    assert json.loads(plan(prompts, "q")[2]["content"]) == {name: PLANNED[0][1][name] for name in ("same", "near")}
+    assert prompts.plan_parts == {"plan": ("thing",), "near": ("near",)}
+    assert json.loads(plan(prompts, "q")[2]["content"]) == {"thing": PLANNED[0][1]["thing"]}
     assert Prompts(GenSettings(), Scale(((1, "a"), (0, "b")), ("answer", "far"))).plan_parts == {"far": ("far",)}
 
 
@@ -102,7 +117,7 @@ def test_the_judge_sees_the_definitions_and_not_the_intended_grade():
 def test_a_language_is_asked_for():
     assert "in the language of the query:" in plan(PROMPTS, "q")[0]["content"]
     assert "in the language of the subject." in write(PROMPTS, "q")[0]["content"]
-    for messages in (plan(VARIED, "q"), plan(VARIED, "q", "far"), write(VARIED, "q")):
+    for messages in (*(plan(VARIED, "q", part) for part in VARIED.plan_parts), write(VARIED, "q")):
         assert 'in the language of ISO 639-1 code "de"' in messages[0]["content"]
 
 
@@ -122,6 +137,7 @@ NASTY = [
 def check_that_query_is_data(query):
     for messages, empty in (
         (plan(PROMPTS, query), plan(PROMPTS, "")),
+        (plan(PROMPTS, query, "near"), plan(PROMPTS, "", "near")),
         (plan(PROMPTS, query, "far"), plan(PROMPTS, "", "far")),
         (write(PROMPTS, query), write(PROMPTS, "")),
         (judge(PROMPTS, query, query), judge(PROMPTS, "", "")),
@@ -135,7 +151,7 @@ def check_that_query_is_data(query):
         if isinstance(found, str):
             assert found == query
         else:
-            assert {key: query for key in ("query", "passage") if key in found}.items() <= found.items()
+            assert {key: query for key in ("query", "passage", "thing") if key in found}.items() <= found.items()
             assert found.keys() == json.loads(empty[-1]["content"]).keys()
 
 
@@ -188,7 +204,7 @@ def test_the_fingerprint_tells_what_prompts_come_from():
 
 
 def test_scales_name_their_grades():
-    assert TREC_DL.briefs == {3: (), 2: ("answer", "broader"), 1: ("same", "near"), 0: ("far",)}
+    assert TREC_DL.briefs == {3: (), 2: ("thing", "answer", "broader"), 1: ("thing", "near"), 0: ("far",)}
     assert TREC_DL.labels == ("3", "2", "1", "0")
     assert HALVES.briefs == {1.5: (), 0: ("grade_0",), -1: ("grade_-1",)}
     assert HALVES.labels == ("A", "B", "C")

@@ -19,7 +19,7 @@ from gradret.settings import GenSettings
 SETTINGS = GenSettings(min_chars=10, max_chars=400)
 QUERIES = [Query(f"q{i}", f"what is thing number {i}") for i in range(6)]
 WORDS = ["".join(random.Random(i).choices("abcdefghijklmnop", k=6)) for i in range(4000)]
-PARTS = ("plan", "far", 3, 2, 1, 0)
+PARTS = ("plan", "near", "far", 3, 2, 1, 0)
 
 
 def text_of(subject: str) -> str:
@@ -34,13 +34,13 @@ def brief_of(query: str, name: str) -> str:
     return {
         "answer": f"Its {end} is zebra{end}.",
         "broader": f"every {longest} b{end}",
-        "same": f"which one is {end}",
+        "thing": longest,
         "near": f"{longest} of another n{end}",
     }.get(name, f"{other} f{end}")
 
 
 def plan_of(query: str) -> dict[str, str]:
-    return {name: brief_of(query, name) for name in ("answer", "broader", "same", "near", "far")}
+    return {name: brief_of(query, name) for name in ("thing", "answer", "broader", "near", "far")}
 
 
 def passage_of(query: str, grade: float) -> str:
@@ -134,17 +134,17 @@ def test_a_list_for_every_query(run, written, rejects):
         assert found.meta == {"plan": plan_of(query.text)}
     assert rejects() == []
     assert (summary.lists, summary.incomplete, summary.skipped) == (6, 0, 0)
-    assert (summary.tokens, summary.prompt_tokens) == (6 * 6 * 40, 6 * 6 * 100)
+    assert (summary.tokens, summary.prompt_tokens) == (6 * 7 * 40, 6 * 7 * 100)
     assert {grade: len(lengths) for grade, lengths in summary.lengths.items()} == {3: 6, 2: 6, 1: 6, 0: 6}
     assert {r.key[2] for r in engine.asked} == {*PARTS}
-    assert len({r.seed for r in engine.asked}) == 36
+    assert len({r.seed for r in engine.asked}) == 42
 
 
 def test_what_is_done_is_skipped(run, written):
     run(ScriptedEngine(), queries=QUERIES[:4])
     engine = ScriptedEngine()
     summary = run(engine)
-    assert (summary.lists, summary.skipped, len(engine.asked)) == (2, 4, 12)
+    assert (summary.lists, summary.skipped, len(engine.asked)) == (2, 4, 14)
     assert len(written()) == 6
 
 
@@ -156,7 +156,7 @@ def test_what_fails_is_asked_again_alone_with_another_seed(run, written, rejects
     assert [p.text for p in written()["q2"].passages] == [passage_of(QUERIES[2].text, g) for g in (3, 2, 1, 0)]
     asked = [r for r in engine.asked if r.key[0] == "q2"]
     assert sorted(str(r.key[2]) for r in asked) == sorted(map(str, [*PARTS, part, part]))
-    assert len({r.seed for r in asked}) == 8
+    assert len({r.seed for r in asked}) == 9
     assert summary.retries == {"not JSON" if isinstance(part, str) else "cut off": 2}
 
 
@@ -199,7 +199,7 @@ def test_good_briefs_are_kept_while_others_are_asked_again(run, written):
         good = write_well(request)
         if request.key[2] != "plan":
             return good
-        names = {1: ("near",), 2: ("answer", "broader")}[request.key[1]]
+        names = {1: ("thing",), 2: ("answer", "broader")}[request.key[1]]
         return replace(good, text=json.dumps({**json.loads(good.text), **dict.fromkeys(names, "elsewhere")}))
 
     engine = ScriptedEngine(reply, room=1)
@@ -306,7 +306,7 @@ def test_what_a_list_still_needs_comes_before_the_next_query(run):
     """So that one sequence writes the same file whenever it was stopped."""
     engine = ScriptedEngine(room=1)
     run(engine, replace(SETTINGS, judge=True), QUERIES[:3])
-    assert [r.key[0] for r in engine.asked] == ["q0"] * 10 + ["q1"] * 10 + ["q2"] * 10
+    assert [r.key[0] for r in engine.asked] == ["q0"] * 11 + ["q1"] * 11 + ["q2"] * 11
 
 
 def test_judged_grades_are_expectations(run, written):
@@ -392,7 +392,7 @@ def test_other_settings_are_refused(run, written):
 
 def test_an_engine_that_gives_up_keeps_what_is_there(run, written, capsys):
     def reply(request):
-        if len(engine.asked) > 18:
+        if len(engine.asked) > 21:
             raise GradretError("http://there: 3 requests in a row failed")
         return write_well(request)
 

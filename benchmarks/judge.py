@@ -1,0 +1,132 @@
+"""How well does a model judge passages that people have judged?
+
+    python -m benchmarks.judge --model MODEL.gguf SOURCE ... > FILE.json
+
+Draws judged passages from each source, asks the model as `gradret gen --judge` does, and counts how often two passages
+of a query are in the order of their human grades: by the judged grade, by the same corrected for the labels that the
+model prefers whatever it reads (contextual calibration, Zhao et al. 2021, arXiv 2102.09690: label probabilities divided
+by those for an empty query), and by the default encoder. Needs the extra gen.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import click
+
+from benchmarks.script import Script, command_line
+from gradret import load_encoder
+from gradret.data.lists import JUDGED, RankingList
+from gradret.data.sources import MixedLists, parse_source
+from gradret.evaluation.order import measure_order
+from gradret.files import versions
+from gradret.generate.engine import Request
+from gradret.generate.llama import LlamaEngine, locate_gguf
+from gradret.generate.prompts import TREC_DL, Prompts
+from gradret.generate.queries import Query
+from gradret.generate.run import expected_grade
+from gradret.look import describe_pairs
+from gradret.settings import DEFAULT_ENCODER, GenSettings
+
+PER_QUERY = 6  # passages
+WORDS = 150  # of each passage, the first ones: about twice what gen writes
+EMPTY = ("", "")  # a query and a passage that say nothing
+
+Pair = tuple[str, str]
+Probabilities = Mapping[str, float]
+
+
+def draw_lists(lists: Iterable[RankingList], count: int, seed: int) -> list[RankingList]:
+    """About `count` passages, up to PER_QUERY per query, grade by grade in turn; no query with one grade alone."""
+    found, draw = [], random.Random(seed)
+    for ranking in draw.sample(list(lists), k=len(lists)):
+        by_grade = defaultdict(list)
+        for passage in draw.sample(ranking.passages, k=len(ranking.passages)):
+            by_grade[passage.grade].append(passage)
+        chosen = []
+        while len(chosen) < PER_QUERY and any(by_grade.values()):
+            chosen += [passages.pop() for _, passages in sorted(by_grade.items()) if passages]
+        if len({passage.grade for passage in chosen}) > 1 and count > 0:
+            chosen = chosen[:PER_QUERY]
+            for passage in chosen:
+                passage.text = " ".join(passage.content.split()[:WORDS])
+                passage.title = None
+            found.append(RankingList(ranking.query_id, ranking.query, chosen))
+            count -= len(chosen)
+    return found
+
+
+def ask(
+    engine: LlamaEngine, prompts: Prompts, pairs: Iterable[tuple[str, str]]
+) -> dict[tuple[str, str], Probabilities]:
+    """The probabilities of the labels for each query and passage."""
+    found = {}
+    waiting = []
+    for query, passage in dict.fromkeys(pairs):
+        request = prompts.judge(Query("", query), [passage])[0]
+        waiting.append(Request(((query, passage), 1, "judge"), request.messages, 1, choices=request.choices))
+    while True:
+        while waiting and engine.free:
+            engine.submit(waiting.pop())
+        replies = engine.collect()
+        if not replies:
+            return found
+        for reply in replies:
+            found[reply.request.key[0]] = reply.probabilities
+    return found
+
+
+def calibrate(probabilities: Probabilities, prior: Probabilities) -> dict[str, float]:
+    """Divided by what the model says of nothing, and scaled to sum to one."""
+    shares = {label: p / prior[label] for label, p in probabilities.items()}
+    return {label: share / sum(shares.values()) for label, share in shares.items()}
+
+
+def measure_source(
+    name: str, lists: list[RankingList], asked: Mapping[tuple[str, str], Probabilities], encoder
+) -> dict:
+    """Orders and mean judged grades by human grade, uncorrected, corrected by one prior, and by each passage's own."""
+    result: dict = {"source": name, "queries": len(lists), "passages": sum(len(r.passages) for r in lists)}
+    corrections = {
+        "judge": lambda query, text: asked[query, text],
+        "judge, calibrated": lambda query, text: calibrate(asked[query, text], asked[EMPTY]),
+        "judge, calibrated by passage": lambda query, text: calibrate(asked[query, text], asked["", text]),
+    }
+    for method, probabilities in corrections.items():
+        for ranking in lists:
+            for passage in ranking.passages:
+                grade = expected_grade(probabilities(ranking.query, passage.text), TREC_DL)
+                passage.extra = {JUDGED: grade}
+        order = measure_order(lists, encoder)
+        means = {f"{grade:g}": round(summary.judged, 3) for grade, summary in order.grades.items()}
+        result[method] = describe_pairs(order.judge) | {"mean_judged": means}
+    result["encoder"] = describe_pairs(order.encoder)
+    return result
+
+
+@click.command(cls=Script)
+@click.argument("sources", nargs=-1, required=True)
+@click.option("--model", required=True, help="A GGUF file.")
+@click.option("--passages", default=100, show_default=True, help="Of each source.")
+@click.option("--seed", default=0, show_default=True)
+def main(sources, model, passages, seed):
+    """Print how often the model's grades order the judged passages of each SOURCE as people did."""
+    prompts = Prompts(GenSettings(judge=True), TREC_DL)
+    drawn = {name: draw_lists(MixedLists([parse_source(name)]), passages, seed) for name in sources}
+    pairs = [(r.query, passage.text) for lists in drawn.values() for r in lists for passage in r.passages]
+    engine = LlamaEngine(locate_gguf(model), prompts.kinds())
+    try:
+        asked = ask(engine, prompts, [EMPTY, *pairs, *(("", passage) for _, passage in pairs)])
+        identity = engine.identity
+    finally:
+        engine.close()
+    encoder = load_encoder(DEFAULT_ENCODER)
+    result = {"command": command_line("benchmarks.judge"), "versions": versions(), "model": identity}
+    result |= {"words": WORDS, "prior": {label: round(p, 4) for label, p in asked[EMPTY].items()}}
+    result["sources"] = [measure_source(name, lists, asked, encoder) for name, lists in drawn.items()]
+    click.echo(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
