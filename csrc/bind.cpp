@@ -3,8 +3,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <type_traits>
-
 #include "kernels.h"
 
 namespace py = pybind11;
@@ -24,10 +22,9 @@ struct Pointer {
 };
 struct Code {
   int code;
-  operator int() const { return code; }
-  template <typename Enum, typename = std::enable_if_t<std::is_enum_v<Enum>>>
-  operator Enum() const {
-    return static_cast<Enum>(code);
+  template <typename T>
+  operator T() const {
+    return static_cast<T>(code);
   }
 };
 Pointer convert(Address address) { return {address}; }

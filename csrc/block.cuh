@@ -16,26 +16,15 @@ namespace gradret::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLn2 = 0.6931472f;
 constexpr float kTolerance = 8 * 1.1920929e-7f;  // of snap()
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename Scalar>
-__device__ Scalar from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline __half from_float<__half>(float x) {
-  return __float2half(x);
-}
-template <>
-__device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16(x);
-}
+__device__ inline void from_float(float x, float& to) { to = x; }
+__device__ inline void from_float(float x, __half& to) { to = __float2half(x); }
+__device__ inline void from_float(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
 
 // Lists, as kernels take them.
 template <typename Scalar>
@@ -44,6 +33,7 @@ struct TypedLists {
   const void* index;
   const float* values;
   const float* mass;
+  const float* share;
   const std::int32_t* counts;
   float* loss;
   Scalar* gradient;  // or null
@@ -51,7 +41,8 @@ struct TypedLists {
   int width, order;
   float exponent;  // log2(e) / temperature
   float scale;     // scale / temperature
-  bool vectors;    // 16-byte accesses are aligned in every row, and no pack reaches beyond a row
+  float transport, cross, contrast;
+  bool vectors;  // 16-byte accesses are aligned in every row, and no pack reaches beyond a row
 
   __device__ const Scalar* scores_of(std::int64_t row) const { return scores + row * stride; }
   __device__ Scalar* gradient_of(std::int64_t row) const { return gradient + row * columns; }
@@ -108,6 +99,34 @@ __device__ inline float warp_scan_down(float x, int lane) {
   return x;
 }
 
+// What the documents with target mass add to the cross-entropy and to the contrast: sums over them, each times its
+// target mass, of that mass, of its logarithm less the score above `top`, of the contrast's terms and of their slopes.
+// rival: the log-sum-exp of the bare documents less bare_top, to base 2.
+struct Pull {
+  float mass = 0, score = 0, opposed = 0, slope = 0;
+
+  template <typename Scalar>
+  __device__ static Opposed<float> oppose_score(const TypedLists<Scalar>& lists, float score, float bare_top,
+                                                float rival) {
+    return oppose(((score - bare_top) * lists.exponent - rival) * kLn2);
+  }
+
+  template <typename Scalar>
+  __device__ void add(const TypedLists<Scalar>& lists, float share, float score, float top,
+                      const Opposed<float>& term) {
+    mass += share;
+    this->score += share * (logf(share) - (score - top) * lists.exponent * kLn2);
+    opposed += share * term.loss;
+    slope += share * term.slope;
+  }
+
+  // The loss of both terms; Z: the sum of all exponentials under `top`.
+  template <typename Scalar>
+  __device__ float loss(const TypedLists<Scalar>& lists, float Z) const {
+    return mass == 0 ? 0 : lists.cross * (score / mass - logf(mass / Z)) + lists.contrast * opposed / mass;
+  }
+};
+
 // What the warps of a block tell each other, double: a warp may be one exchange ahead of another, so that one barrier
 // an exchange is enough.
 struct BlockExchange {
@@ -120,6 +139,10 @@ class Block {
   __device__ explicit Block(BlockExchange& exchange) : exchange_(exchange) {}
 
   __device__ float sum(float x) { return total(warp_sum(x)); }
+
+  __device__ Pull sum(const Pull& pull) {
+    return {sum(pull.mass), sum(pull.score), sum(pull.opposed), sum(pull.slope)};
+  }
 
   __device__ float max(float x) {
     const float* warps = publish(warp_max(x));

@@ -91,28 +91,19 @@ bool use_instruction_set(const char* name) {
 
 void mix(const Lists& lists, double reduced, int threads) {
   const std::int64_t n = lists.columns;
-  const bool wide = lists.scalar == Scalar::kFloat64;
   threads = choose_threads(lists.rows, n, threads);
   const std::int64_t own = n + 4 * std::max<std::int64_t>(n, kMaxLevels) + 16;  // no two threads on one cache line
-  const std::unique_ptr<double[]> scratch(new double[own * threads + (reduced != 0 ? lists.rows : 0)]);
-  double* losses = scratch.get() + own * threads;
-  const auto put = [&](std::int64_t row, double loss) {
-    if (wide) {
-      static_cast<double*>(lists.loss)[row] = loss;
-    } else {
-      static_cast<float*>(lists.loss)[row] = static_cast<float>(loss);
-    }
-  };
-  each_row(lists.rows, threads, [&](std::int64_t row, int thread) {
-    const double loss = rows().mix(lists, row, scratch.get() + thread * own);
-    if (reduced != 0) {
-      losses[row] = loss;
-    } else {
-      put(row, loss);
-    }
-  });
+  const std::unique_ptr<double[]> scratch(new double[own * threads]);
+  std::vector<double> losses(lists.rows);
+  each_row(lists.rows, threads,
+           [&](std::int64_t row, int thread) { losses[row] = rows().mix(lists, row, scratch.get() + thread * own); });
   // In the order of the rows, whatever the number of threads.
-  if (reduced != 0) put(0, reduced * std::accumulate(losses, losses + lists.rows, 0.0));
+  if (reduced != 0) losses = {reduced * std::accumulate(losses.begin(), losses.end(), 0.0)};
+  if (lists.scalar == Scalar::kFloat64) {
+    std::copy(losses.begin(), losses.end(), static_cast<double*>(lists.loss));
+  } else {
+    std::copy(losses.begin(), losses.end(), static_cast<float*>(lists.loss));
+  }
 }
 
 bool prepare_levels(const Grades& grades, int threads) {
@@ -123,8 +114,7 @@ bool prepare_levels(const Grades& grades, int threads) {
   if (!rows().prepare_levels(grades, 0, tables[0])) return false;
   std::atomic<bool> few{true};
   each_row(grades.rows, threads, [&](std::int64_t row, int thread) {
-    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_levels(grades, row, tables[thread]))
-      few = false;
+    if (row && few.load(std::memory_order_relaxed) && !rows().prepare_levels(grades, row, tables[thread])) few = false;
   });
   return few;
 }

@@ -1,6 +1,6 @@
-// One row at a time: loss and gradient, the preparation of grade levels, and the tiles of fused scoring. Compiled several
-// times with other flags and another GRADRET_ISA, so nothing here may be an inline function that other files share: the
-// linker could keep the copy that this processor cannot run.
+// One row at a time: loss and gradient, the preparation of grade levels, and the tiles of fused scoring. Compiled
+// several times with other flags and another GRADRET_ISA, so nothing here may be an inline function that other files
+// share: the linker could keep the copy that this processor cannot run.
 
 #include <math.h>
 #include <string.h>
@@ -97,8 +97,8 @@ inline double double_tolerance(std::int64_t n) { return (8 + n / 8) * 2.22044604
 
 // From sums of exponentials, P, to the loss of the transport and, in c, each level's factor of its documents'
 // exponentials in the gradient, but for what contrast adds to the bare documents. Z: all of P.
-double solve_terms(const Lists& lists, std::int64_t row, double Z, double cross, double tolerance, double* P,
-                   double* F, double* S, double* c) {
+double solve_terms(const Lists& lists, std::int64_t row, double Z, double cross, double tolerance, double* P, double* F,
+                   double* S, double* c) {
   const std::int64_t count = lists.counts[row];
   const double* v = static_cast<const double*>(lists.values) + row * lists.width;
   const double* Q = static_cast<const double*>(lists.mass) + row * lists.width;
@@ -113,8 +113,6 @@ double solve_terms(const Lists& lists, std::int64_t row, double Z, double cross,
     c[l] = (loss != loss ? loss : lists.transport * c[l] + cross) * lists.scale / (Z * lists.temperature);
   return loss;
 }
-
-constexpr double kFaint = 1e-26;  // e^-60
 
 // Scores, levels and e = exp((s - top) / temperature) of one row.
 template <int kLevels>  // accumulators held in registers; 0 for a table
@@ -252,8 +250,8 @@ double level_row(const Lists& lists, std::int64_t row, double* scratch) {
   }
   const double Z = add(M, count);
   if (Z == 0) return clear<float>(lists, row), 0.0;
-  // Too far below the top to be told apart there.
-  if (lists.contrast != 0 && has_bare && bare < kFaint * Z) return scattered_row<float>(lists, row, scratch);
+  // Further than e^-60 below the top some of them could not be told from 0.
+  if (lists.contrast != 0 && has_bare && bare < 1e-26 * Z) return scattered_row<float>(lists, row, scratch);
   double loss = solve_terms(lists, row, Z, lists.cross, kFloatTolerance, M, F, S, c);
 
   float C[kMaxLevels] = {};
@@ -349,51 +347,37 @@ double mix_row(const Lists& lists, std::int64_t row, double* scratch) {
 
 constexpr std::int64_t kChunk = 256;
 
+// Takes in the grades of y[begin, end). False if they are too many; `nan` is set when one is no number.
 template <typename T>
-struct Known {
-  int count;
-  T grade[kMaxLevels];
-
-  // Takes in the grades of y[begin, end). False if they are too many; `nan` is set when one is no number.
-  bool add(const T* y, const std::uint8_t* mask, std::int64_t begin, std::int64_t end, bool& nan) {
-    for (std::int64_t i = begin; i < end; i++) {
-      if (mask && !mask[i]) continue;
-      int l = 0;
-      while (l < count && y[i] != grade[l]) l++;
-      if (l < count) continue;
-      if (y[i] != y[i]) {
-        nan = true;
-        continue;
-      }
-      if (count == kMaxLevels) return false;
-      for (l = count++; l > 0 && grade[l - 1] > y[i]; l--) grade[l] = grade[l - 1];
-      grade[l] = y[i];
+bool add_grades(LevelTable& known, const T* y, const std::uint8_t* mask, std::int64_t begin, std::int64_t end,
+                bool& nan) {
+  for (std::int64_t i = begin; i < end; i++) {
+    if (mask && !mask[i]) continue;
+    int l = 0;
+    while (l < known.count && y[i] != known.grades[l]) l++;
+    if (l < known.count) continue;
+    if (y[i] != y[i]) {
+      nan = true;
+      continue;
     }
-    return true;
+    if (known.count == kMaxLevels) return false;
+    for (l = known.count++; l > 0 && known.grades[l - 1] > y[i]; l--) known.grades[l] = known.grades[l - 1];
+    known.grades[l] = y[i];
   }
-};
-
-// Integers as wide as a grade.
-template <int kBytes>
-struct SameSize {
-  using type = Ints;
-};
-template <>
-struct SameSize<8> {
-  using type = Longs;
-};
+  return true;
+}
 
 // Writes the levels of a row, and how many of its documents are above each of the first kLevels known grades. Returns
 // the length of the row, or the begin of the first chunk that holds an unknown grade.
 template <typename T, int kLevels>
-std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n, const Known<T>& known,
+std::int64_t assign_levels(const T* y, const std::uint8_t* mask, std::int64_t n, const LevelTable& known,
                            std::uint8_t* levels, std::int64_t* above, std::int64_t& present) {
   constexpr int kCount = kLanes * 4 / sizeof(T);
   using Values = typename Vector<T, kCount>::type;
-  using Mask = typename SameSize<sizeof(T)>::type;
+  using Mask = decltype(Values{} == Values{});
   using Existing = typename Vector<std::uint8_t, kCount>::type;
   T grade[kLevels];
-  for (int l = 0; l < kLevels; l++) grade[l] = known.grade[l < known.count ? l : known.count - 1];
+  for (int l = 0; l < kLevels; l++) grade[l] = static_cast<T>(known.grades[l < known.count ? l : known.count - 1]);
   Mask higher[kLevels] = {}, there = {};
   for (std::int64_t begin = 0; begin < n; begin += kChunk) {
     const std::int64_t end = begin + kChunk < n ? begin + kChunk : n;
@@ -450,14 +434,12 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
 
   // Lists of a batch mostly share their grades: begin with those of the list before. What this list lacks of them is
   // taken out again, so that nothing of a list's result comes from another.
-  static_assert(sizeof(Known<T>) <= sizeof(LevelTable));
-  Known<T> known;
-  memcpy(&known, &table, sizeof known);
+  LevelTable known = table;
   bool seeded = known.count > 0, look = !seeded, nan = false;
   std::int64_t above[kMaxLevels] = {}, present = 0, end = 0;
   while (true) {
     if (look) {
-      if (!known.add(y, mask, end, end + kChunk < n ? end + kChunk : n, nan)) {
+      if (!add_grades(known, y, mask, end, end + kChunk < n ? end + kChunk : n, nan)) {
         if (!seeded) return false;
         seeded = false;
         known.count = 0;
@@ -493,7 +475,7 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
     const std::int64_t found = (l ? above[l - 1] : present) - (l + 1 < known.count ? above[l] : 0);
     if (!found) continue;
     number[count] = static_cast<double>(found);
-    v[count] = static_cast<double>(known.grade[l]);
+    v[count] = known.grades[l];
     own[l] = static_cast<std::uint8_t>(count++);
   }
   all.counts[row] = count;
@@ -503,7 +485,7 @@ bool prepare_row(const Grades& all, std::int64_t row, LevelTable& table) {
   }
   if (count < known.count)
     for (std::int64_t i = 0; i < n; i++) ids[i] = own[ids[i]];
-  if (known.count <= 8) memcpy(&table, &known, sizeof known);
+  if (known.count <= 8) table = known;
   for (int l = count; l < kMaxLevels; l++) v[l] = v[count - 1];
   bool seen[256] = {};
   for (std::int64_t i = 0; all.weights && i < n; i++) {

@@ -76,7 +76,7 @@ struct Lists {
   const void* share;           // (rows, width)
   const std::int32_t* counts;  // (rows)
   std::int64_t width;
-  int order;  // 1 or 2
+  int order;                          // 1 or 2
   double transport, cross, contrast;  // the weights of the terms
   double temperature;
   double scale;    // the gradient is multiplied by it: 1 / rows for a mean
@@ -154,10 +154,10 @@ void unfold_tile(const Tile& tile, int threads);
 
 // Between cpu.cpp and cpu_rows.cpp, which is compiled once for each instruction set.
 
-// The grades of the list before, of whatever type: a first guess at those of the next. All zero to begin with.
+// Grades known so far, ascending: those of the list before are a first guess at those of the next.
 struct LevelTable {
-  std::int64_t count;
-  std::int64_t grades[kMaxLevels];
+  int count;
+  double grades[kMaxLevels];
 };
 
 // The work on one row, picked at run time.

@@ -14,7 +14,8 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr std::int64_t kFloatBytes = sizeof(float);
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("gradret's CUDA kernels: ") + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("gradret's CUDA kernels: ") + cudaGetErrorString(error));
 }
 
 // Makes `device` current for a scope.
@@ -67,6 +68,7 @@ TypedLists<Scalar> type_lists(const Lists& in) {
   lists.index = in.index;
   lists.values = static_cast<const float*>(in.values);
   lists.mass = static_cast<const float*>(in.mass);
+  lists.share = static_cast<const float*>(in.share);
   lists.counts = in.counts;
   lists.loss = static_cast<float*>(in.loss);
   lists.gradient = static_cast<Scalar*>(in.gradient);
@@ -77,6 +79,9 @@ TypedLists<Scalar> type_lists(const Lists& in) {
   lists.order = in.order;
   lists.exponent = finite(kLog2E / in.temperature);
   lists.scale = finite(in.scale / in.temperature);
+  lists.transport = static_cast<float>(in.transport);
+  lists.cross = static_cast<float>(in.cross);
+  lists.contrast = static_cast<float>(in.contrast);
   lists.vectors = in.columns % kPack == 0 && in.stride % kPack == 0 && aligned(in.scores, 16) &&
                   aligned(in.index, kPack) && aligned(in.gradient, 16);
   return lists;
@@ -92,14 +97,11 @@ template <typename Scalar>
 void mix_as(const Lists& in, float* scratch, std::uintptr_t stream) {
   const TypedLists<Scalar> lists = type_lists<Scalar>(in);
   if (in.sorted) {
-    launch(transport_sorted<Scalar>, sorted_blocks(in), sorted_threads(in), stream, lists, scratch);
-  } else if (in.columns <= kWarpColumns) {
-    launch(transport_levels<Scalar, true>, divide_up(in.rows, kListsPerBlock), kListsPerBlock * kWarp, stream, lists);
-  } else if (in.columns <= kBlockColumns) {
-    const int threads = whole_warps(divide_up(in.columns, kItems), kMaxBlockThreads);
-    launch(transport_levels<Scalar, false>, in.rows, threads, stream, lists);
+    launch(mix_sorted<Scalar>, sorted_blocks(in), sorted_threads(in), stream, lists, scratch);
   } else {
-    launch(stream_levels<Scalar>, in.rows, kStreamThreads, stream, lists);
+    const bool mixed = in.cross != 0 || in.contrast != 0;
+    const int threads = whole_warps(divide_up(in.columns, kItems), mixed ? kLevelThreads<true> : kLevelThreads<false>);
+    launch(mixed ? mix_levels<Scalar, true> : mix_levels<Scalar, false>, in.rows, threads, stream, lists);
   }
 }
 

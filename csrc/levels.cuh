@@ -1,20 +1,17 @@
-// Loss and gradient of lists with few distinct grades. The loss depends on the scores through one sum of exponentials
-// per level, so that a list is read once, reduced to at most 32 numbers, solved by a warp, and its gradient written.
-// Lists that are too long for the registers of a block are read twice, once for their masses and once for their
-// gradient.
+// Loss and gradient of lists with few distinct grades. They depend on the scores through one sum of exponentials per
+// level, and four sums over the documents with target mass: a list is read, reduced to at most 32 numbers, which a warp
+// solves, and read again to write its gradient.
 #pragma once
 
 #include "block.cuh"
 
 namespace gradret::cuda {
 
-constexpr int kItems = 16;         // documents a thread holds in registers
-constexpr int kListsPerBlock = 4;  // where a warp takes a list
-constexpr int kStreamThreads = 768;  // for lists that are read twice; 1024 would leave a thread too few registers
-constexpr int kMaxBlockThreads = 1024;
-constexpr int kMaxWarps = kMaxBlockThreads / kWarp;
+constexpr int kItems = 16;  // documents a thread holds in registers
 constexpr std::int64_t kWarpColumns = kWarp * kItems;
-constexpr std::int64_t kBlockColumns = kMaxBlockThreads * kItems;
+template <bool kMixed>
+constexpr int kLevelThreads = kMixed ? 512 : 768;  // of a block at most: more would leave a thread too few registers
+constexpr int kMaxWarps = kLevelThreads<false> / kWarp;
 
 constexpr std::uint32_t kFourAbsent = kAbsent * 0x01010101u;
 
@@ -27,6 +24,10 @@ struct Share {
     return ((level[item / 4] ^ four_times) & (0xffu << item % 4 * 8)) == 0;
   }
   __device__ int level_of(int item) const { return level[item / 4] >> item % 4 * 8 & 0xff; }
+  // What lane l knows of level l; anything of no document.
+  __device__ float look_up(float of_lane, int item) const {
+    return __shfl_sync(kAllLanes, of_lane, level_of(item) % kWarp);
+  }
   __device__ void drop_all() {
 #pragma unroll
     for (int word = 0; word < kItems / 4; ++word) level[word] = kFourAbsent;
@@ -95,8 +96,8 @@ __device__ void store_share(Scalar* gradient, int count, int lane, bool vectors,
 #pragma unroll
     for (int item = 0; item < kPack; ++item) {
       const int k = pack * kPack + item;
-      const float value = share.score[k] * __shfl_sync(kAllLanes, worth, share.level_of(k) % kWarp);
-      items.item[item] = from_float<Scalar>(share.has(k, kFourAbsent) ? 0.0f : value);
+      const float value = share.score[k] * share.look_up(worth, k);
+      from_float(share.has(k, kFourAbsent) ? 0.0f : value, items.item[item]);
     }
     if (vectors) {
       const int first = (pack * kWarp + lane) * kPack;
@@ -113,22 +114,33 @@ __device__ void store_share(Scalar* gradient, int count, int lane, bool vectors,
   }
 }
 
-// The maximum of some scores and, in lane l, the sum of exp((score - top) / temperature) over those of level l.
+// In lane l: the highest score of the levels that share a top with level l, and the sum over level l of exp((score -
+// top) / temperature). Bare levels have a top of their own where there is a contrast, else all share one.
 struct Masses {
   float top, mass;
 };
 
-// The masses of a warp's shares; their scores become exponentials under `top`, at least as high as `floor`.
-__device__ inline Masses sum_share(Share& share, int levels, float floor, float exponent, int lane) {
-  float top = floor;
+// The masses of a warp's shares and those `before`; the scores become exponentials under their top.
+template <bool kMixed>
+__device__ Masses sum_share(Share& share, int levels, const Masses& before, bool bare, float exponent, int lane) {
+  const unsigned bare_levels = kMixed ? __ballot_sync(kAllLanes, bare) : 0;
+  const auto is_bare = [&](int item) { return kMixed && (bare_levels >> share.level_of(item) % kWarp & 1); };
+  float top = -INFINITY, bare_top = -INFINITY;
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) top = fmaxf(top, share.score[item]);
+  for (int item = 0; item < kItems; ++item) {
+    top = fmaxf(top, is_bare(item) ? -INFINITY : share.score[item]);
+    bare_top = fmaxf(bare_top, is_bare(item) ? share.score[item] : -INFINITY);
+  }
   top = warp_max(top);
+  if constexpr (kMixed) bare_top = warp_max(bare_top);
+  top = fmaxf(before.top, bare ? bare_top : top);
 #pragma unroll
-  for (int item = 0; item < kItems; ++item) share.score[item] = exp_below(share.score[item], top, exponent);
+  for (int item = 0; item < kItems; ++item) {
+    share.score[item] = exp_below(share.score[item], kMixed ? share.look_up(top, item) : top, exponent);
+  }
 
   // Four levels at a time: folding them into each other takes 6 shuffles where four reductions take 20.
-  float mass = 0;
+  float mass = before.mass * exp_below(before.top, top, exponent);
 #pragma unroll 1
   for (int first = 0; first < levels; first += 4) {
     float sum[4] = {};
@@ -145,32 +157,26 @@ __device__ inline Masses sum_share(Share& share, int levels, float floor, float 
     float total = (high ? high_pair : low_pair) + __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
 #pragma unroll
     for (int step = 4; step < kWarp; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-    if (lane / 4 * 4 == first) mass = total;
+    if (lane / 4 * 4 == first) mass += total;
   }
   return {top, mass};
 }
 
-// The masses of up to 32 parts of a list, in the order of the parts whoever made them when.
-__device__ inline Masses combine_parts(const float* tops, const float* masses, int parts, float exponent, int lane) {
-  const float part_top = lane < parts ? tops[lane] : -INFINITY;
-  const float top = warp_max(part_top);
-  const float factor = exp_below(part_top, top, exponent);
-  float mass = 0;
-#pragma unroll 4
-  for (int part = 0; part < parts; ++part) {
-    mass += __shfl_sync(kAllLanes, factor, part) * masses[part * kMaxLevels + lane];
-  }
-  return {top, mass};
-}
-
-// The masses of all warps of a block, in every warp.
-__device__ inline Masses combine_warps(Masses own, float exponent, int lane, int warp) {
-  __shared__ float tops[kMaxWarps];
-  __shared__ float masses[kMaxWarps * kMaxLevels];
-  masses[warp * kMaxLevels + lane] = own.mass;
-  if (lane == 0) tops[warp] = own.top;
+// The masses of all warps of a block, in every warp, summed in the order of the warps.
+__device__ inline Masses combine_warps(const Masses& own, float exponent, int lane, int warp) {
+  __shared__ float tops[kMaxWarps][kMaxLevels], masses[kMaxWarps][kMaxLevels];
+  masses[warp][lane] = own.mass;
+  tops[warp][lane] = own.top;
   __syncthreads();
-  return combine_parts(tops, masses, blockDim.x / kWarp, exponent, lane);
+  const int warps = blockDim.x / kWarp;
+  Masses all = {-INFINITY, 0};
+#pragma unroll 4
+  for (int other = 0; other < warps; ++other) all.top = fmaxf(all.top, tops[other][lane]);
+#pragma unroll 4
+  for (int other = 0; other < warps; ++other) {
+    all.mass += exp_below(tops[other][lane], all.top, exponent) * masses[other][lane];
+  }
+  return all;
 }
 
 struct Solution {
@@ -183,21 +189,22 @@ struct Solution {
 // done.
 struct Table {
   int levels;
-  float grade, target;
+  float grade, target, share;
 };
 
 template <typename Scalar>
 __device__ Table load_table(const TypedLists<Scalar>& lists, std::int64_t row, int lane) {
   const int levels = lists.counts[row];
-  const bool inside = lane < lists.width;  // asked first: the loads need not wait for the count
-  const float grade = inside ? lists.values[row * lists.width + lane] : 0;
-  const float target = inside ? lists.mass[row * lists.width + lane] : 0;
-  return {levels, lane < levels ? grade : 0, lane < levels ? target : 0};
+  const auto load = [&](const float* of_levels) {
+    const float number = lane < lists.width ? of_levels[row * lists.width + lane] : 0;  // need not wait for the count
+    return lane < levels ? number : 0;
+  };
+  return {levels, load(lists.values), load(lists.mass), load(lists.share)};
 }
 
 // Solves a list with `mass`, the sum of exponentials of level l, in lane l.
 __device__ inline Solution solve_levels(float mass, const Table& table, int order, int lane) {
-  const auto [levels, grade, target] = table;
+  const auto [levels, grade, target, share] = table;
   const float Z = warp_sum(mass), target_total = warp_sum(target);
   if (Z == 0 || target_total == 0) return {0, 0, false};
 
@@ -242,85 +249,77 @@ __device__ inline Solution solve_levels(float mass, const Table& table, int orde
   return {loss, check == check ? centred / Z : check, true};
 }
 
-// Lists that stay in registers. With kOneWarp each warp of a block takes one list, else the block takes one; a thread
-// holds up to kItems documents. Reads scores, levels and the list's table once; writes its loss and, unless null, its
-// gradient. One barrier, none with kOneWarp.
-template <typename Scalar, bool kOneWarp>
-__global__ void __launch_bounds__(kOneWarp ? kListsPerBlock * kWarp : kMaxBlockThreads,
-                                  kOneWarp ? kMaxBlockThreads / (kListsPerBlock * kWarp) : 1)
-    transport_levels(const TypedLists<Scalar> lists) {
+// Lists of any length: one block per list, which reads scores and levels twice, or with kMixed, where there is more
+// than the transport, three times, but for the first time from its cache. Writes the list's loss and, unless null, its
+// gradient. One barrier; five with kMixed.
+template <typename Scalar, bool kMixed>
+__global__ void __launch_bounds__(kLevelThreads<kMixed>, 1) mix_levels(const TypedLists<Scalar> lists) {
+  __shared__ BlockExchange exchange;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const std::int64_t row = kOneWarp ? std::int64_t{blockIdx.x} * kListsPerBlock + warp : blockIdx.x;
-  if (row >= lists.rows) return;
+  const std::int64_t row = blockIdx.x, step = std::int64_t{blockDim.x} * kItems;  // each warp its part of every tile
+  const std::int64_t last = (lists.columns - 1) / step * step;
+  // body(share, its first document, how many documents from there) of this warp's shares, from the end where the ones
+  // before ended: there the last tiles read still lie in the cache.
+  const auto each_share = [&](bool backward, auto body) {
+    for (std::int64_t done = 0; done <= last; done += step) {
+      const std::int64_t start = (backward ? last - done : done) + warp * kWarpColumns;
+      const int count = static_cast<int>(min(lists.columns - start, kWarpColumns));
+      if (count <= 0) continue;
+      body(load_share(lists.scores_of(row) + start, lists.levels_of(row) + start, count, lane, lists.vectors), start,
+           count);
+    }
+  };
   const Table table = load_table(lists, row, lane);
-  const int first = kOneWarp ? 0 : warp * kWarpColumns;
-  const int count = static_cast<int>(lists.columns) - first;
+  const bool bare = kMixed && lists.contrast != 0 && lane < table.levels && table.share == 0;
+  Masses own = {-INFINITY, 0};
+  each_share(false, [&](Share share, std::int64_t, int) {
+    own = sum_share<kMixed>(share, table.levels, own, bare, lists.exponent, lane);
+  });
+  const Masses all = combine_warps(own, lists.exponent, lane, warp);
+  const float top = kMixed ? warp_max(all.top) : all.top, lowered = exp_below(all.top, top, lists.exponent);
+  const Solution solution = solve_levels(all.mass * lowered, table, lists.order, lane);
+  float worth = lists.transport * solution.worth, loss = lists.transport * solution.loss;
 
-  Share share = load_share(lists.scores_of(row) + first, lists.levels_of(row) + first, count, lane, lists.vectors);
-  const Masses own = sum_share(share, table.levels, -INFINITY, lists.exponent, lane);
-  const Masses all = kOneWarp ? own : combine_warps(own, lists.exponent, lane, warp);
-  const Solution solution = solve_levels(all.mass, table, lists.order, lane);
-  if (lane == 0 && first == 0) lists.loss[row] = solution.loss;
+  const float bare_top = kMixed ? warp_max(bare ? all.top : -INFINITY) : 0;
+  const float bare_sum = kMixed ? warp_sum(bare ? all.mass : 0) : 0, rival = log2f(bare_sum);
+  Pull pull;
+  if constexpr (kMixed) {
+    each_share(true, [&](const Share& share, std::int64_t, int) {
+#pragma unroll
+      for (int item = 0; item < kItems; ++item) {
+        const float mass = share.look_up(table.share, item), score = share.score[item];
+        if (!(mass > 0) || score == -INFINITY) continue;
+        pull.add(lists, mass, score, top, Pull::oppose_score(lists, score, bare_top, rival));
+      }
+    });
+    Block block(exchange);
+    pull = block.sum(pull);
+    const float Z = warp_sum(all.mass * lowered);
+    if (solution.alive) loss += pull.loss(lists, Z);
+    if (pull.mass != 0) worth += lists.cross / Z;
+    worth *= lowered;
+    if (bare && pull.slope != 0) worth += lists.contrast * pull.slope / (pull.mass * bare_sum);
+  }
+  if (threadIdx.x == 0) lists.loss[row] = loss;
   if (lists.gradient == nullptr) return;
 
-  if (!solution.alive) share.drop_all();  // NaN times 0 is not 0
-  const float rescale = kOneWarp ? 1 : exp_below(own.top, all.top, lists.exponent);
-  store_share(lists.gradient_of(row) + first, count, lane, lists.vectors, share,
-              solution.worth * lists.scale * rescale);
-}
-
-// Documents begin .. end - 1 of a list, for a block to go through; begin is a multiple of 8, so that packs stay
-// aligned.
-struct Slice {
-  std::int64_t row, begin, end;
-};
-
-// The masses of a warp's part of a slice.
-template <typename Scalar>
-__device__ Masses sum_slice(const TypedLists<Scalar>& lists, const Slice& slice, int levels, int lane, int warp) {
-  const Scalar* scores = lists.scores_of(slice.row);
-  const std::uint8_t* index = lists.levels_of(slice.row);
-  const std::int64_t step = std::int64_t{blockDim.x} * kItems;  // each warp its part of every tile
-  Masses own = {-INFINITY, 0};
-  for (std::int64_t start = slice.begin + warp * kWarpColumns; start < slice.end; start += step) {
-    const int count = static_cast<int>(min(slice.end - start, kWarpColumns));
-    Share share = load_share(scores + start, index + start, count, lane, lists.vectors);
-    const Masses next = sum_share(share, levels, own.top, lists.exponent, lane);
-    own = {next.top, own.mass * exp_below(own.top, next.top, lists.exponent) + next.mass};
-  }
-  return own;
-}
-
-// Writes the gradient of a slice, from its end, where the last tiles read still lie in the cache.
-template <typename Scalar>
-__device__ void write_slice(const TypedLists<Scalar>& lists, const Slice& slice, float top, const Solution& solution,
-                            int lane, int warp) {
-  const Scalar* scores = lists.scores_of(slice.row);
-  const std::uint8_t* index = lists.levels_of(slice.row);
-  Scalar* gradient = lists.gradient_of(slice.row);
-  const std::int64_t step = std::int64_t{blockDim.x} * kItems;
-  const std::int64_t last_tile = slice.begin + (slice.end - 1 - slice.begin) / step * step;
-  for (std::int64_t start = last_tile + warp * kWarpColumns; start >= slice.begin; start -= step) {
-    const int count = static_cast<int>(min(slice.end - start, kWarpColumns));
-    Share share = load_share(scores + start, index + start, count, lane, lists.vectors);
-#pragma unroll
-    for (int item = 0; item < kItems; ++item) share.score[item] = exp_below(share.score[item], top, lists.exponent);
+  each_share(!kMixed, [&](Share share, std::int64_t start, int count) {
     if (!solution.alive) share.drop_all();
-    store_share(gradient + start, count, lane, lists.vectors, share, solution.worth * lists.scale);
-  }
-}
-
-// Many lists of any length: one block per list, which reads it twice. Writes as transport_levels does. One barrier.
-template <typename Scalar>
-__global__ void __launch_bounds__(kStreamThreads, 1) stream_levels(const TypedLists<Scalar> lists) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Slice list = {blockIdx.x, 0, lists.columns};
-  const Table table = load_table(lists, list.row, lane);
-  const Masses own = sum_slice(lists, list, table.levels, lane, warp);
-  const Masses all = combine_warps(own, lists.exponent, lane, warp);
-  const Solution solution = solve_levels(all.mass, table, lists.order, lane);
-  if (threadIdx.x == 0) lists.loss[list.row] = solution.loss;
-  if (lists.gradient != nullptr) write_slice(lists, list, all.top, solution, lane, warp);
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) {
+      const float score = share.score[item];
+      share.score[item] = exp_below(score, kMixed ? share.look_up(all.top, item) : top, lists.exponent);
+      if constexpr (kMixed) {
+        share.score[item] *= share.look_up(worth, item);
+        const float mass = share.look_up(table.share, item);
+        if (!(mass > 0) || score == -INFINITY) continue;
+        const float slope = Pull::oppose_score(lists, score, bare_top, rival).slope;
+        share.score[item] -= mass / pull.mass * (lists.cross + lists.contrast * slope);
+      }
+    }
+    store_share(lists.gradient_of(row) + start, count, lane, lists.vectors, share,
+                kMixed ? lists.scale : worth * lists.scale);
+  });
 }
 
 }  // namespace gradret::cuda

@@ -9,9 +9,9 @@
 namespace gradret::cuda {
 
 constexpr int kRun = 4;  // consecutive positions a thread takes of a tile
-constexpr int kSortedThreads = 512;
+constexpr int kSortedThreads = 448;  // two blocks of them leave a thread 72 registers
 constexpr std::int64_t kSortedThreadsAtOnce = 1 << 17;  // about what a large GPU runs at once; bounds the scratch
-constexpr int kScratchArrays = 4;  // of the columns of a list, for each block
+constexpr int kScratchArrays = 4;                       // of the columns of a list, for each block
 
 constexpr std::uint32_t kAbsentKey = 0xffffffffu;
 
@@ -127,12 +127,13 @@ __device__ inline float integrate_quantiles(const Cdf& F, const Cdf& G, const fl
   return sum;
 }
 
-// One block per list, and the next list when it is done. Four passes: gather the scores in the order of the grades and
-// find their maximum; prefix sums F and G; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F
-// and the gradient, scattered to the documents' places. Between passes a list lies in the block's scratch; a barrier,
-// its own or a scan's, stands wherever a thread reads there what another wrote.
+// One block per list, and the next list when it is done. Passes: gather the scores in the order of the grades and find
+// their maximum; prefix sums F and G; for other terms than the transport, sums over documents with target mass and
+// without; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F and the gradient, scattered to the
+// documents' places. Between passes a list lies in the block's scratch; a barrier, its own or a scan's, stands wherever
+// a thread reads there what another wrote.
 template <typename Scalar>
-__global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const TypedLists<Scalar> lists, float* scratch) {
+__global__ void __launch_bounds__(kSortedThreads, 2) mix_sorted(const TypedLists<Scalar> lists, float* scratch) {
   __shared__ BlockExchange exchange;
   Block block(exchange);
   const int thread = threadIdx.x, threads = blockDim.x, tile = threads * kRun;
@@ -185,14 +186,35 @@ __global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const Type
       if (thread == 0) lists.loss[row] = alive ? check : 0;
       if (gradient == nullptr) continue;
       for (std::int64_t i = thread; i < lists.columns; i += threads) {
-        gradient[index[i]] = from_float<Scalar>(alive && i < n ? check : 0);
+        from_float(alive && i < n ? check : 0, gradient[index[i]]);
       }
       continue;
     }
 
+    // What is left of the other terms: this thread's part of the loss, and what the gradient is made of.
+    float loss = 0, of_mass = 0, push = 0, rival = 0, bare_top = -INFINITY;
+    if (lists.cross != 0 || lists.contrast != 0) {
+      float bare_sum = 0;
+      for (int i = thread; i < n; i += threads) bare_top = fmaxf(bare_top, q[i] == 0 ? sorted[i] : -INFINITY);
+      bare_top = lists.contrast == 0 ? -INFINITY : block.max(bare_top);
+      for (int i = thread; i < n; i += threads) {
+        if (q[i] == 0 && lists.contrast != 0) bare_sum += exp_below(sorted[i], bare_top, lists.exponent);
+      }
+      bare_sum = block.sum(bare_sum);
+      rival = log2f(bare_sum);
+      Pull pull;
+      for (int i = thread; i < n; i += threads) {
+        if (q[i] == 0 || sorted[i] == -INFINITY) continue;
+        pull.add(lists, q[i], sorted[i], top, Pull::oppose_score(lists, sorted[i], bare_top, rival));
+      }
+      pull = block.sum(pull);
+      loss = thread == 0 ? pull.loss(lists, Z) : 0;
+      of_mass = pull.mass == 0 ? 0 : 1 / pull.mass;
+      push = pull.slope == 0 ? 0 : lists.contrast * pull.slope * of_mass / bare_sum;
+    }
+
     const Cdf F = {F_sums, 1 / Z}, G = {G_sums, 1 / target_total};
-    float loss = 0;
-    if (lists.order == 2) loss = integrate_quantiles(F, G, v, n);
+    if (lists.order == 2 && lists.transport != 0) loss += lists.transport * integrate_quantiles(F, G, v, n);
     const int last = find_quantile<false>(G, n, G[n - 1]);  // highest position with target mass
 
     float S_carry = 0, above_carry = 0;
@@ -212,7 +234,7 @@ __global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const Type
         const int i = n - 1 - (start + thread * kRun + k);
         float t = 0;
         if (i >= 0 && i < n - 1) {
-          const float gap = v[i + 1] - v[i], G_i = G[i], F_i = snap(F[i], G_i, kTolerance);
+          const float gap = lists.transport * (v[i + 1] - v[i]), G_i = G[i], F_i = snap(F[i], G_i, kTolerance);
           if (lists.order == 1) {
             loss += gap * fabsf(F_i - G_i);
             t = slope1(gap, F_i, G_i);
@@ -236,7 +258,6 @@ __global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const Type
     if (thread == 0) lists.loss[row] = loss;
 
     if (gradient != nullptr) {
-      const float worth = lists.scale / Z;
       float below_carry = 0;
       for (int start = 0; start < n; start += tile) {
         const int first = start + thread * kRun;
@@ -252,11 +273,17 @@ __global__ void __launch_bounds__(kSortedThreads, 2) transport_sorted(const Type
         for (int k = 0; k < kRun; ++k) {
           const int i = first + k;
           if (i >= n) break;
-          const float e = exp_below(sorted[i], top, lists.exponent);
-          gradient[index[i]] = from_float<Scalar>(e * worth * (above[i] - (before + tF[k])));
+          const float score = sorted[i], p = exp_below(score, top, lists.exponent) / Z;
+          float value = p * (above[i] - (before + tF[k]) + (of_mass == 0 ? 0 : lists.cross));
+          if (q[i] == 0 && push != 0) value += push * exp_below(score, bare_top, lists.exponent);
+          if (q[i] > 0 && score != -INFINITY && of_mass != 0) {
+            const float slope = Pull::oppose_score(lists, score, bare_top, rival).slope;
+            value -= q[i] * of_mass * (lists.cross + lists.contrast * slope);
+          }
+          from_float(lists.scale * value, gradient[index[i]]);
         }
       }
-      for (std::int64_t i = n + thread; i < lists.columns; i += threads) gradient[index[i]] = from_float<Scalar>(0);
+      for (std::int64_t i = n + thread; i < lists.columns; i += threads) from_float(0, gradient[index[i]]);
     }
     __syncthreads();  // the next list overwrites the scratch
   }

@@ -242,7 +242,7 @@ struct Exponential {
 // log(1 + y) for y in [0, 1], to about two units in the last place.
 inline Floats log_above_1(Floats y) {
   // log(1 + y) / y, from its values at Chebyshev nodes; relative error 5e-9.
-  constexpr float kFactors[] = {-3.17605701e-3f, 1.95425265e-2f, -5.63736111e-2f, 0.105436236f, -0.152696669f,
+  constexpr float kFactors[] = {-3.17605701e-3f, 1.95425265e-2f, -5.63736111e-2f, 0.105436236f,  -0.152696669f,
                                 0.196632743f,    -0.249516159f,  0.333297104f,    -0.499998927f, 1.0f};
   Floats p = {};
 #pragma GCC unroll 10

@@ -18,12 +18,10 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from gradret.loss.grades import (
-    FLOATS,
     PreparedGrades,
     accumulation_dtype,
     check_grades,
-    check_temperature,
-    check_tensors,
+    check_scores,
     normalize_mass,
     result_dtype,
     weigh_grades,
@@ -68,8 +66,7 @@ def wasserstein_loss(
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
-    options = (order, temperature, targets, ground, mask, reduction)
-    return _mix({"wasserstein": 1}, scores, grades, *options)
+    return mix_lists({"wasserstein": 1}, scores, grades, order, temperature, targets, ground, mask, reduction)
 
 
 def gaussian_loss(
@@ -90,10 +87,11 @@ def gaussian_loss(
     Source: SyCL, arXiv 2503.23239, which takes targets="softmax"; the trace after Mathiasen and Hvilshøj,
         arXiv 2009.14075.
     """
-    weights, mask = _target_weights(scores, grades, targets, temperature, mask)
+    mask = _check_list(scores, grades, temperature, mask, targets)
     wide = accumulation_dtype(scores.device)
+    weights = weigh_grades(grades, mask, targets, result_dtype(scores)) if isinstance(targets, str) else targets
     p = masked_softmax(scores.to(wide) / temperature, mask)  # (B, N)
-    q = normalize_mass(weights.to(wide))
+    q = normalize_mass(weights.to(wide).masked_fill(~mask, 0))
     alive = ((p.sum(-1) != 0) & (q.sum(-1) != 0)).to(wide)[:, None]  # (B, 1)
     rows = alive.sum().clamp_min(1)
     mean_p, mean_q = (p * alive).sum(0) / rows, (q * alive).sum(0) / rows  # (N,)
@@ -132,7 +130,7 @@ def infonce_loss(
         positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
     else:
         positive = grades >= positive_from
-    return _mix({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
+    return mix_lists({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
 
 
 def kl_loss(
@@ -150,7 +148,7 @@ def kl_loss(
     Source: ListNet, Cao et al. (ICML 2007).
     """
     options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
-    return _mix({"kl": 1}, scores, grades, *options)
+    return mix_lists({"kl": 1}, scores, grades, *options)
 
 
 def contrast_loss(
@@ -173,7 +171,7 @@ def contrast_loss(
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
     """
     options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
-    return _mix({"contrast": 1}, scores, grades, *options)
+    return mix_lists({"contrast": 1}, scores, grades, *options)
 
 
 def ranknet_loss(
@@ -191,7 +189,7 @@ def ranknet_loss(
     Source: RankNet, Burges et al. (ICML 2005).
     """
     mask = _check_list(scores, grades, temperature, mask)
-    logits = (_widen(scores) / temperature).masked_fill(~mask, 0)
+    logits = (scores.to(result_dtype(scores)) / temperature).masked_fill(~mask, 0)
     pair = (grades[:, :, None] > grades[:, None, :]) & mask[:, :, None] & mask[:, None, :]  # (B, N, N)
     terms = nnf.softplus(logits[:, None, :] - logits[:, :, None]) * pair
     return (terms.sum((1, 2)) / pair.sum((1, 2)).clamp_min(1)).mean()
@@ -211,65 +209,18 @@ def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None
     fused = {name: weights.pop(name) for name in FUSED if name in weights}
     if fused:
         names = ("order", "temperature", "targets", "ground")
-        terms.append(_mix(fused, scores, grades, mask=mask, **{n: options[n] for n in names if n in options}))
+        terms.append(mix_lists(fused, scores, grades, mask=mask, **{n: options[n] for n in names if n in options}))
     for name, weight in weights.items():
         taken = {key: value for key, value in options.items() if key in LOSSES[name]}
         terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))
     return torch.stack(terms).sum()
 
 
-def _mix(
-    weights: dict[str, float],
-    scores: Tensor,
-    grades: Tensor | PreparedGrades,
-    order: int = DEFAULT_ORDER,
-    temperature: float = DEFAULT_TEMPERATURE,
-    targets: str | Tensor = DEFAULT_TARGETS,
-    ground: str = DEFAULT_GROUND,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
-) -> Tensor:
-    """mix_lists with checks of its arguments. Raises: ValueError, TypeError."""
-    _check_scores(scores, grades, temperature)
-    if not isinstance(grades, PreparedGrades):
-        check_grades(grades, targets, mask)
-    elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
-        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
-    return mix_lists(weights, scores, grades, order, temperature, targets, ground, mask, reduction)
-
-
-def _widen(scores: Tensor) -> Tensor:
-    return scores.to(result_dtype(scores))
-
-
-def _check_scores(scores: Tensor, grades: Tensor | PreparedGrades, temperature: float) -> None:
-    check_tensors(scores=scores)
-    if not isinstance(grades, PreparedGrades):
-        check_tensors(grades=grades)
-    shape = grades.shape
-    if scores.dim() != 2 or scores.shape != shape or scores.dtype not in FLOATS:
-        raise ValueError(
-            "scores and grades must both be (B, N), scores of 16, 32 or 64 bit floating point; "
-            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(shape)}"
-        )
-    check_temperature(temperature)
-
-
 def _check_list(
     scores: Tensor, grades: Tensor, temperature: float, mask: Tensor | None, targets: str | Tensor = "gain"
 ) -> Tensor:
     """The mask, without documents of score -inf. Raises: ValueError."""
-    _check_scores(scores, grades, temperature)
+    check_scores(scores, grades, temperature)
     check_grades(grades, targets, mask)
     present = scores != -torch.inf
     return present if mask is None else mask & present
-
-
-def _target_weights(
-    scores: Tensor, grades: Tensor, targets: str | Tensor, temperature: float, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Unnormalised target mass (B, N), 0 where masked, and the mask."""
-    mask = _check_list(scores, grades, temperature, mask, targets)
-    dtype = result_dtype(scores)
-    weights = weigh_grades(grades, mask, targets, dtype) if isinstance(targets, str) else targets
-    return weights.to(dtype).masked_fill(~mask, 0), mask

@@ -76,13 +76,26 @@ def prepare_grades(
         float32.
     Raises: ValueError when shapes differ, or targets or ground are unknown.
     """
-    check_grades(grades, targets, mask)
-    check_ground(ground)
+    check_grades(grades, targets, mask, ground)
     tables = None if backend(grades.device) == "cpu" else _find_levels(grades, targets, ground, mask)
     return PreparedGrades(tables or make_tables(grades, targets, ground, mask))
 
 
-def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> None:
+def check_scores(scores: Tensor, grades: Tensor | PreparedGrades, temperature: float) -> None:
+    """Raises: ValueError unless they fit each other, TypeError for what is no tensor."""
+    check_tensors(scores=scores)
+    if not isinstance(grades, PreparedGrades):
+        check_tensors(grades=grades)
+    shape = grades.shape
+    if scores.dim() != 2 or scores.shape != shape or scores.dtype not in FLOATS:
+        raise ValueError(
+            "scores and grades must both be (B, N), scores of 16, 32 or 64 bit floating point; "
+            f"got {scores.dtype} {tuple(scores.shape)} and {tuple(shape)}"
+        )
+    check_temperature(temperature)
+
+
+def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None, ground: str = DEFAULT_GROUND) -> None:
     """Raises: ValueError unless they fit each other, TypeError for what is no tensor."""
     check_tensors(grades=grades, **({} if mask is None else {"mask": mask}))
     if grades.dim() != 2 or grades.is_complex():
@@ -93,6 +106,8 @@ def check_grades(grades: Tensor, targets: str | Tensor, mask: Tensor | None) -> 
     if mask is not None and (mask.shape != grades.shape or mask.dtype != torch.bool):
         raise ValueError(f"mask must be bool {tuple(grades.shape)}, got {mask.dtype} {tuple(mask.shape)}")
     check_targets(targets, grades.shape)
+    if ground not in GROUNDS:
+        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
 
 
 def check_tensors(**arguments: object) -> None:
@@ -109,12 +124,6 @@ def check_targets(targets: str | Tensor, shape: torch.Size) -> None:
             raise ValueError(f"targets must be {tuple(shape)}, got {tuple(targets.shape)}")
     elif not isinstance(targets, str) or targets not in TARGETS:
         raise ValueError(f"targets must be 'gain', 'softmax', 'sqrt' or weights, got {targets!r:.100}")
-
-
-def check_ground(ground: str) -> None:
-    """Raises: ValueError unless it is one of GROUNDS."""
-    if ground not in GROUNDS:
-        raise ValueError(f"ground must be 'grade', 'gain' or 'sqrt', got {ground!r}")
 
 
 def place_grades(grades: Tensor, ground: str) -> Tensor:
@@ -161,11 +170,12 @@ def normalize_mass(mass: Tensor) -> Tensor:
 
 
 def make_tables(
-    grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None, dtype: torch.dtype | None = None
+    grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tables:
-    """Levels where that needs no look at the device's data, else the sorted form; all but index in `dtype`."""
+    """Levels where that needs no look at the device's data, else the sorted form; numbers at least as wide as dtype."""
     levels = _assign_levels(grades, targets, ground, mask) if backend(grades.device) == "cpu" else None
-    return levels or _sort_grades(grades, targets, ground, mask, dtype or table_dtype(grades.device))
+    dtype = torch.promote_types(dtype, table_dtype(grades.device))
+    return levels or _sort_grades(grades, targets, ground, mask, dtype)
 
 
 def target_weights(values: Tensor, targets: str, present: Tensor) -> Tensor:
@@ -196,9 +206,8 @@ def _assign_levels(grades: Tensor, targets: str | Tensor, ground: str, mask: Ten
     tables = torch.empty((3, rows, MAX_LEVELS), dtype=torch.float64, device=here).unbind()
     counts = torch.empty(rows, dtype=torch.int32, device=here)
     given = (address(grades), grades.dtype == torch.float64, address(mask), address(weights), rows, columns)
-    if not compiled.prepare_levels(
-        compiled.Grades(*given, *map(address, (index, *tables, counts))), torch.get_num_threads()
-    ):
+    arguments = compiled.Grades(*given, *map(address, (index, *tables, counts)))
+    if not compiled.prepare_levels(arguments, torch.get_num_threads()):
         return None
     width = int(counts.max()) if rows else 0
     values, numbers, shares = (t[:, :width] for t in tables)

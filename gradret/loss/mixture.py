@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gradret.loss import reference
-from gradret.loss.grades import PreparedGrades, Tables, check_ground, make_tables, result_dtype
+from gradret.loss.grades import PreparedGrades, Tables, check_grades, check_scores, make_tables, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
-from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
+from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE
 
 FUSED = ("wasserstein", "kl", "contrast")
 _SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -21,11 +21,6 @@ def check_options(order: int, reduction: str) -> None:
     """Raises: ValueError unless order is 1 or 2 and reduction "mean", "sum" or "none"."""
     if order not in (1, 2):
         raise ValueError(f"order must be 1 or 2, got {order!r}")
-    check_reduction(reduction)
-
-
-def check_reduction(reduction: str) -> None:
-    """Raises: ValueError unless it is "mean", "sum" or "none"."""
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
@@ -34,20 +29,20 @@ def mix_lists(
     weights: Mapping[str, float],
     scores: Tensor,
     grades: Tensor | PreparedGrades,
-    order: int,
-    temperature: float,
+    order: int = DEFAULT_ORDER,
+    temperature: float = DEFAULT_TEMPERATURE,
     targets: str | Tensor = DEFAULT_TARGETS,
     ground: str = DEFAULT_GROUND,
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The sum of losses of FUSED, each times its weight, from checked scores (B, N) and checked or prepared grades.
-
-    Raises: ValueError when order, reduction, or the ground of raw grades is unknown, or grades are on another device.
-    """
+    """The sum of losses of FUSED, each times its weight; the rest as gradret.wasserstein_loss."""
     check_options(order, reduction)
+    check_scores(scores, grades, temperature)
     if not isinstance(grades, PreparedGrades):
-        check_ground(ground)
+        check_grades(grades, targets, mask, ground)
+    elif mask is not None or targets != DEFAULT_TARGETS or ground != DEFAULT_GROUND:
+        raise ValueError("targets, ground and mask are part of prepared grades: give them to prepare_grades")
     if grades.device != scores.device:
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     if not torch.is_grad_enabled():
@@ -77,7 +72,7 @@ def mix(
     scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
     if dtype != _gradient_dtype(scores) and (path != "cuda" or needs_gradient):
         return mix(scores.float(), tables, weights, order, temperature, reduction, needs_gradient)
-    if path == "torch" or (path == "cuda" and (dtype == torch.float64 or any(weights[1:]))):
+    if path == "torch" or (path == "cuda" and dtype == torch.float64):
         loss, gradient = reference.mix(scores, tables, weights, order, temperature, scale)
         return reduce_lists(loss, reduction), gradient if needs_gradient else None
     if scores.stride(1) != 1 and columns > 1:
@@ -157,7 +152,7 @@ def mix_grades_op(
     temperature: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    tables = make_tables(grades, targets or cast(Tensor, mass), ground, mask, _tables_dtype(scores))
+    tables = make_tables(grades, targets or cast(Tensor, mass), ground, mask, result_dtype(scores))
     return cast(tuple[Tensor, Tensor], mix(scores, tables, weights, order, temperature, reduction, True))
 
 
@@ -176,10 +171,6 @@ def _gradient_dtype(scores: Tensor) -> torch.dtype:
     """Half types are computed in float32 where no kernel reads them."""
     half = scores.dtype == torch.float16 or (scores.dtype == torch.bfloat16 and backend(scores.device) != "cuda")
     return torch.float32 if half else scores.dtype
-
-
-def _tables_dtype(scores: Tensor) -> torch.dtype | None:
-    return torch.float64 if scores.dtype == torch.float64 else None
 
 
 class _Once(torch.autograd.Function):
@@ -220,7 +211,7 @@ class _Mixture(torch.autograd.Function):
             kinds = (targets, None) if isinstance(targets, Tensor) else (None, targets)
             loss, gradient = mix_grades_op(scores, grades, mask, *kinds, ground, *options)
         else:
-            tables = grades.tables if prepared else make_tables(grades, targets, ground, mask, _tables_dtype(scores))
+            tables = grades.tables if prepared else make_tables(grades, targets, ground, mask, result_dtype(scores))
             loss, gradient = mix(scores, tables, *options, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.dtype = scores.dtype

@@ -5,6 +5,7 @@ import torch
 from plain import prepare_grades, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 
 from gradret.loss import kernels
+from gradret.loss.mixture import FUSED, mix_lists
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kernels.backend("cuda") != "cuda", reason="needs a CUDA device and kernels for it"
@@ -47,6 +48,26 @@ def test_equals_float64_on_the_cpu(columns, kind, order, dtype):
             # sums in float32 decide near-ties otherwise than float64: allow a jump in one list of a hundred
             bound = 1e-4 + torch.finfo(dtype).eps
             assert (worst > bound).sum() <= rows // 100
+
+
+@pytest.mark.parametrize("weights", [(0.15, 0, 0.85), (0.25, 0.25, 0.5), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["few", "real"])
+@pytest.mark.parametrize("columns", [1, 64, 513, 8193, 16385])
+def test_mixtures_equal_float64_on_the_cpu(columns, kind, dtype, weights):
+    scores, grades, mask = make_lists(40, columns, kind)
+    grades = (grades - 1).clamp_min(0)
+    scores = scores.to(dtype)
+    prepared = prepare_grades(grades, mask=mask)
+    results = []
+    for s, g in ((scores.double().cpu(), prepare_grades(grades.cpu(), mask=mask.cpu())), (scores, prepared)):
+        s.requires_grad_()
+        loss = mix_lists(dict(zip(FUSED, weights, strict=True)), s, g, 2, 0.5, reduction="none")
+        results.append((loss.detach().cpu(), torch.autograd.grad(loss.sum(), s)[0].cpu()))
+    (truth, slope), (loss, gradient) = results
+    torch.testing.assert_close(loss, truth.float(), rtol=1e-4, atol=1e-6)
+    worst = (gradient.double() - slope).abs().amax(-1) / slope.abs().amax(-1).clamp_min(1e-30)
+    assert (worst > 1e-4 + torch.finfo(dtype).eps).sum() == 0
 
 
 @pytest.mark.parametrize("columns", [64, 1024, 16385])

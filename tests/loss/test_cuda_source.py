@@ -128,13 +128,33 @@ def solve_list(scores, grades, mass, order, temperature):
     return loss, gradient
 
 
-def reference(scores, grades, mass, present, order, temperature):
-    """solve_list over rows; absent documents and lists without any count as 0."""
+def mix_list(scores, grades, mass, order, temperature, weights):
+    """solve_list with KL and the contrast, each times its weight; for these two a score of -inf is no document."""
+    loss, gradient = (weights[0] * part for part in solve_list(scores, grades, mass, order, temperature))
+    x, q = scores / temperature, np.where(scores > -np.inf, mass, 0)
+    if q.sum() == 0:
+        return loss, gradient
+    q = q / q.sum()
+    good, bare = q > 0, (q == 0) & (x > -np.inf)
+    log_p = x - np.logaddexp.reduce(x)
+    loss += weights[1] * (q[good] * (np.log(q[good]) - log_p[good])).sum()
+    gradient += weights[1] * (np.exp(log_p) - q) / temperature
+    if bare.any():
+        rival = np.logaddexp.reduce(x[bare])
+        loss += weights[2] * (q[good] * np.logaddexp(0, rival - x[good])).sum()
+        pull = q[good] / (1 + np.exp(x[good] - rival))
+        gradient[good] -= weights[2] * pull / temperature
+        gradient[bare] += weights[2] * np.exp(x[bare] - rival) * pull.sum() / temperature
+    return loss, gradient
+
+
+def reference(scores, grades, mass, present, order, temperature, weights):
+    """mix_list over rows; absent documents and lists without any count as 0."""
     loss, gradient = np.zeros(len(scores)), np.zeros(scores.shape)
     for row, here in enumerate(present):
         if here.any():
-            loss[row], gradient[row, here] = solve_list(
-                scores[row, here], grades[row, here], mass[row, here], order, temperature
+            loss[row], gradient[row, here] = mix_list(
+                scores[row, here], grades[row, here], mass[row, here], order, temperature, weights
             )
     return loss, gradient
 
@@ -151,7 +171,24 @@ def sizes(*numbers):
     return [ctypes.c_int64(number) for number in numbers]
 
 
-def run_transport(library, scores, index, values, mass, counts, *, order, temperature, scale=1.0, gradient=True):
+TRANSPORT = (1.0, 0.0, 0.0)
+
+
+def run_mixture(
+    library,
+    scores,
+    index,
+    values,
+    mass,
+    share,
+    counts,
+    *,
+    order,
+    temperature,
+    weights=TRANSPORT,
+    scale=1.0,
+    gradient=True,
+):
     """scores: (B, N) tensor, any row stride. The outputs start as NaN, so that what is not written shows."""
     rows, columns = scores.shape
     is_sorted = index.dtype == np.int32
@@ -169,10 +206,13 @@ def run_transport(library, scores, index, values, mass, counts, *, order, temper
         sorted=is_sorted,
         values=pointer(values),
         mass=pointer(mass),
+        share=pointer(share),
         counts=pointer(counts),
         width=values.shape[1],
         order=order,
-        transport=1,
+        transport=weights[0],
+        cross=weights[1],
+        contrast=weights[2],
         temperature=temperature,
         scale=scale,
         loss=pointer(loss),
@@ -187,19 +227,20 @@ def run_transport(library, scores, index, values, mass, counts, *, order, temper
 
 
 def level_form(grades, mass, present):
-    """index, values, mass, counts of csrc/kernels.h; documents of one grade give their mass to it."""
+    """index, values, mass, share, counts of csrc/kernels.h; documents of one grade give their mass to it."""
     rows, columns = grades.shape
     distinct = [np.unique(grades[row, present[row]]) for row in range(rows)]
     width = max(1, max(map(len, distinct)))
     index = np.full((rows, columns), ABSENT, np.uint8)
-    values, table = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.float32)
+    values, table, share = np.zeros((3, rows, width), np.float32)
     for row, levels in enumerate(distinct):
         here = present[row]
         index[row, here] = np.searchsorted(levels, grades[row, here])
         values[row, : len(levels)] = levels
         sums = np.bincount(index[row, here], mass[row, here], len(levels)) if len(levels) else np.zeros(0)
         table[row, : len(levels)] = sums / (sums.sum() or 1)
-    return index, values, table, np.array([len(levels) for levels in distinct], np.int32)
+        share[row, : len(levels)] = table[row, : len(levels)] / np.bincount(index[row, here], minlength=len(levels))
+    return index, values, table, share, np.array([len(levels) for levels in distinct], np.int32)
 
 
 def make_lists(seed, rows, columns, levels, *, spread=3.0, absent=0.2, dtype=torch.float32, padding=0):
@@ -217,10 +258,10 @@ def make_lists(seed, rows, columns, levels, *, spread=3.0, absent=0.2, dtype=tor
     return scores, grades, mass, present
 
 
-def check(scores, grades, mass, present, order, temperature, loss, gradient, scale=1.0):
+def check(scores, grades, mass, present, order, temperature, loss, gradient, scale=1.0, weights=TRANSPORT):
     """Float32 sums of mass 1 are good to some 1e-6, times the span of the grades for a loss; a gradient is compared
     with its row's largest entry, for entries far below it are differences of such sums. Then rounding to the dtype."""
-    wanted_loss, wanted = reference(scores.double().numpy(), grades, mass, present, order, temperature)
+    wanted_loss, wanted = reference(scores.double().numpy(), grades, mass, present, order, temperature, weights)
     span = np.ptp(grades, axis=1) ** order
     assert np.isfinite(loss).all()
     np.testing.assert_array_less(np.abs(loss - wanted_loss), 1e-5 * wanted_loss + 1e-6 * span + 1e-30)
@@ -234,7 +275,7 @@ def check(scores, grades, mass, present, order, temperature, loss, gradient, sca
     assert (gradient[~present] == 0).all()
 
 
-# One warp a list, whole packs or not; several warps; a whole block; in slices.
+# One warp a list, whole packs or not; several warps; a whole block; several tiles of it.
 LEVEL_SHAPES = [(5, 1), (6, 7), (5, 64), (3, 131), (3, 512), (3, 513), (2, 1100), (1, 16384), (2, 16385), (1, 26000)]
 # One tile; several; beyond what sort_grades takes.
 SORTED_SHAPES = [(5, 1), (6, 7), (3, 131), (2, 1030), (1, 5000), (1, 9001)]
@@ -247,7 +288,7 @@ def pair_with_orders(shapes):
 
 
 def sorted_form(library, grades, mass, present):
-    """index, values, mass, counts of csrc/kernels.h, the order by the kernel where it takes the list."""
+    """index, values, mass, share, counts of csrc/kernels.h, the order by the kernel where it takes the list."""
     rows, columns = grades.shape
     values, index = np.full((rows, columns), np.nan, np.float32), np.full((rows, columns), -1, np.int32)
     counts = np.full(rows, -1, np.int32)
@@ -261,7 +302,7 @@ def sorted_form(library, grades, mass, present):
         values[:] = np.take_along_axis(grades, index, 1)
     total = mass.sum(1, keepdims=True)
     table = np.take_along_axis(mass / np.where(total > 0, total, 1), index, 1).astype(np.float32)
-    return index, values, table, counts
+    return index, values, table, table, counts
 
 
 @pytest.mark.parametrize("rows, columns, order", pair_with_orders(LEVEL_SHAPES))
@@ -272,7 +313,7 @@ def test_level_form_agrees_with_the_reference(library, rows, columns, order):
         for levels in (4, 32):
             problem = make_lists(columns + levels, rows, columns, levels, dtype=dtype, padding=8 * (columns % 2))
             table = level_form(*problem[1:])
-            loss, gradient = run_transport(library, problem[0], *table, order=order, temperature=0.7, scale=0.25)
+            loss, gradient = run_mixture(library, problem[0], *table, order=order, temperature=0.7, scale=0.25)
             check(*problem, order, 0.7, loss, gradient, scale=0.25)
 
 
@@ -284,16 +325,60 @@ def test_sorted_form_agrees_with_the_reference(library, rows, columns, order):
         for levels in (0, 5):  # real grades; many of each
             problem = make_lists(columns + levels, rows, columns, levels, dtype=dtype)
             table = sorted_form(library, *problem[1:])
-            loss, gradient = run_transport(library, problem[0], *table, order=order, temperature=0.7, scale=0.25)
+            loss, gradient = run_mixture(library, problem[0], *table, order=order, temperature=0.7, scale=0.25)
             check(*problem, order, 0.7, loss, gradient, scale=0.25)
 
 
-# Shapes and forms at which each kernel runs: a warp, a block, streamed, sorted.
+# Forms and shapes at which a kernel goes other ways: one warp, several, several tiles; sorted, one tile and several.
 KERNELS = [("levels", 40), ("levels", 600), ("levels", 16400), ("sorted", 40), ("sorted", 2100)]
 
 
 def prepare(library, form, grades, mass, present):
     return level_form(grades, mass, present) if form == "levels" else sorted_form(library, grades, mass, present)
+
+
+# Scores as they come, and target mass far above the rest, far below it, and on both sides of it.
+MOVES = {"usual": (0, 0), "above": (70, 70), "below": (-70, -70), "apart": (-70, 70)}
+MIXTURES = [(0.15, 0.0, 0.85), (0.25, 0.25, 0.5), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("form, columns", [("levels", 1), *KERNELS])
+def test_mixtures_agree_with_the_reference(library, form, columns, move):
+    for number, weights in enumerate(MIXTURES if columns < 10000 else MIXTURES[:1]):
+        dtype = torch.bfloat16 if number == 3 else torch.float32
+        scores, grades, mass, present = make_lists(columns, 3, columns, 4, dtype=dtype)
+        mass = (np.exp2(grades) - 1) * present  # equal grades weigh the same
+        moved = np.where(np.arange(columns) % 2, *MOVES[move]) * (mass > 0)
+        scores += torch.from_numpy(moved).to(dtype)
+        if columns > 1:
+            scores[:, ::7] = torch.where(torch.from_numpy(present[:, ::7]), -torch.inf, scores[:, ::7])
+        table = prepare(library, form, grades, mass, present)
+        options = {"order": 1 + number % 2, "temperature": 0.7, "weights": weights, "scale": 0.25}
+        loss, gradient = run_mixture(library, scores, *table, **options)
+        check(scores, grades, mass, present, loss=loss, gradient=gradient, **options)
+
+
+@pytest.mark.parametrize("weights", MIXTURES)
+@pytest.mark.parametrize("form, columns", KERNELS[:2] + KERNELS[3:4])
+def test_mixtures_of_lists_with_little_in_them(library, form, columns, weights):
+    scores, grades, _, present = make_lists(23, 7, columns, 4)
+    present[0] = False
+    scores[1, torch.from_numpy(present[1])] = -torch.inf
+    grades[2] = 0  # nothing with target mass, and scores that are no numbers
+    scores[2, np.nonzero(present[2])[0][0]] = torch.nan
+    scores[3, np.nonzero(present[3])[0][-1]] = torch.nan
+    grades[4] += 1  # nothing without
+    scores[5, torch.from_numpy(present[5] & (grades[5] == 0))] = -torch.inf  # nor here, in the scores
+    scores[6, torch.from_numpy(present[6] & (grades[6] > 0))] = -torch.inf
+    mass = (np.exp2(grades) - 1) * present
+    table = prepare(library, form, grades, mass, present)
+    options = {"order": 2, "temperature": 1.0, "weights": weights}
+    loss, gradient = run_mixture(library, scores, *table, **options)
+    assert (loss[:3] == 0).all() and (gradient[:3] == 0).all()
+    assert np.isnan(loss[3]) and np.isnan(gradient[3, present[3]]).all() and (gradient[3, ~present[3]] == 0).all()
+    rest = slice(4, 7)
+    check(scores[rest], grades[rest], mass[rest], present[rest], loss=loss[rest], gradient=gradient[rest], **options)
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -302,7 +387,7 @@ def test_saturated_softmax_keeps_its_gradient(library, form, columns, order):
     """Scores that spread by 30: gradients are far below 1 and must not drown in rounding."""
     problem = make_lists(7, 3, columns, 4, spread=30.0, absent=0)
     table = prepare(library, form, *problem[1:])
-    loss, gradient = run_transport(library, problem[0], *table, order=order, temperature=1.0)
+    loss, gradient = run_mixture(library, problem[0], *table, order=order, temperature=1.0)
     check(*problem, order, 1.0, loss, gradient)
 
 
@@ -319,7 +404,7 @@ def test_lists_without_mass_and_with_nan(library, form, columns, order):
     scores[4, np.nonzero(present[4])[0][::2]] = -torch.inf  # some documents without predicted mass
     mass[present == 0] = 0
     table = prepare(library, form, grades, mass, present)
-    loss, gradient = run_transport(library, scores, *table, order=order, temperature=1.0)
+    loss, gradient = run_mixture(library, scores, *table, order=order, temperature=1.0)
     assert (loss[:3] == 0).all() and (gradient[:3] == 0).all()
     assert np.isnan(loss[3]) and np.isnan(gradient[3, present[3]]).all() and (gradient[3, ~present[3]] == 0).all()
     rest = slice(4, 6)
@@ -334,7 +419,7 @@ def test_gradient_is_0_at_equality(library, form, columns, order):
     scores = scores.nan_to_num(0, 0, 0)
     mass = torch.softmax(scores.double().masked_fill(~torch.from_numpy(present), -torch.inf), -1).numpy()
     table = prepare(library, form, grades, mass, present)
-    loss, gradient = run_transport(library, scores, *table, order=order, temperature=1.0)
+    loss, gradient = run_mixture(library, scores, *table, order=order, temperature=1.0)
     np.testing.assert_allclose(loss, 0, atol=2e-6)
     assert (gradient == 0).all()
 
@@ -345,15 +430,15 @@ def test_quantiles_end_at_the_highest_target_mass(library, form, columns):
     grades = np.tile(np.arange(columns) % 2 + 1.0, (1, 1))
     scores = torch.from_numpy(np.where(grades == 2, -17.0 - np.log(columns), 0)).float()
     problem = scores, grades, (grades == 1).astype(float), np.ones_like(grades, bool)
-    loss, gradient = run_transport(library, scores, *prepare(library, form, *problem[1:]), order=2, temperature=1.0)
+    loss, gradient = run_mixture(library, scores, *prepare(library, form, *problem[1:]), order=2, temperature=1.0)
     check(*problem, 2, 1.0, loss, gradient)
 
     grades = np.tile(np.arange(columns) % 3, (1, 1)).astype(float)
     scores = torch.from_numpy(np.where(grades > 0, -25.0, 0)).float()
     problem = scores, grades, grades, np.ones_like(grades, bool)
-    index, values, mass, counts = prepare(library, form, *problem[1:])
-    table = index, values, mass * np.float32(1 - 3e-7), counts
-    loss, gradient = run_transport(library, scores, *table, order=2, temperature=1.0)
+    index, values, mass, share, counts = prepare(library, form, *problem[1:])
+    table = index, values, mass * np.float32(1 - 3e-7), share, counts
+    loss, gradient = run_mixture(library, scores, *table, order=2, temperature=1.0)
     check(*problem, 2, 1.0, loss, gradient)
 
 
@@ -363,7 +448,7 @@ def test_nan_targets_show(library, form, columns, order):
     scores, grades, mass, present = make_lists(19, 2, columns, 4)
     table = prepare(library, form, grades, mass, present)
     table[2][0, 1] = np.nan
-    loss, gradient = run_transport(library, scores, *table, order=order, temperature=1.0)
+    loss, gradient = run_mixture(library, scores, *table, order=order, temperature=1.0)
     assert np.isnan(loss[0]) and np.isnan(gradient[0, present[0]]).all()
     check(scores[1:], grades[1:], mass[1:], present[1:], order, 1.0, loss[1:], gradient[1:])
 
@@ -373,18 +458,18 @@ def test_results_do_not_depend_on_what_is_asked_for(library, form, columns):
     """Without a gradient the loss has the same bits, and so has a second run; rows that are not aligned agree."""
     problem = make_lists(17, 3, columns, 4)
     table = prepare(library, form, *problem[1:])
-    loss, gradient = run_transport(library, problem[0], *table, order=2, temperature=0.7)
-    again, same = run_transport(library, problem[0], *table, order=2, temperature=0.7)
+    loss, gradient = run_mixture(library, problem[0], *table, order=2, temperature=0.7)
+    again, same = run_mixture(library, problem[0], *table, order=2, temperature=0.7)
     np.testing.assert_array_equal(loss, again)
     np.testing.assert_array_equal(gradient, same)
-    alone, nothing = run_transport(library, problem[0], *table, order=2, temperature=0.7, gradient=False)
+    alone, nothing = run_mixture(library, problem[0], *table, order=2, temperature=0.7, gradient=False)
     assert nothing is None
     np.testing.assert_array_equal(loss, alone)
     for offset, padding in ((1, 8), (0, 3)):  # rows that start off a multiple of 16 bytes: all, or most
         wide = torch.full((3, columns + padding), torch.nan)
         shifted = wide[:, offset : columns + offset]
         shifted.copy_(problem[0])
-        other_loss, other_gradient = run_transport(library, shifted, *table, order=2, temperature=0.7)
+        other_loss, other_gradient = run_mixture(library, shifted, *table, order=2, temperature=0.7)
         np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
         np.testing.assert_allclose(other_gradient, gradient, atol=1e-5 * np.abs(gradient).max())
 
@@ -393,12 +478,20 @@ def test_results_do_not_depend_on_what_is_asked_for(library, form, columns):
 def test_empty_shapes(library, form):
     index = np.zeros((3, 0), np.uint8 if form == "levels" else np.int32)
     nothing = np.zeros((3, 0), np.float32)
-    loss, gradient = run_transport(
-        library, torch.zeros(3, 0), index, nothing, nothing, np.zeros(3, np.int32), order=1, temperature=1.0
+    loss, gradient = run_mixture(
+        library, torch.zeros(3, 0), index, *[nothing] * 3, np.zeros(3, np.int32), order=1, temperature=1.0
     )
     assert (loss == 0).all() and gradient.shape == (3, 0)
-    loss, _ = run_transport(
-        library, torch.zeros(0, 4), index[:0], nothing[:0], nothing[:0], np.zeros(0, np.int32), order=1, temperature=1.0
+    loss, _ = run_mixture(
+        library,
+        torch.zeros(0, 4),
+        index[:0],
+        nothing[:0],
+        nothing[:0],
+        nothing[:0],
+        np.zeros(0, np.int32),
+        order=1,
+        temperature=1.0,
     )
     assert loss.shape == (0,)
 
@@ -538,10 +631,10 @@ def test_kernels_compile_without_spills(tmp_path, architecture):
     for part in done.stderr.split("Compiling entry function '")[1:]:
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         usage[part.split("'")[0]] = [int(size) for size in memory.groups()]
-    for kernel in ("transport_levels", "stream_levels", "transport_sorted", "sort_by_grade", "fold_rows"):
+    for kernel in ("mix_levels", "mix_sorted", "sort_by_grade", "fold_rows"):
         assert any(kernel in name for name in usage), kernel
     assert {name: used for name, used in usage.items() if any(used)} == {}
     ptx = next(tmp_path.glob("*.ptx")).read_text()
-    for kernel in re.findall(r"\.entry (\w*(?:transport|stream)_levels\w*)\((.*?)\n}", ptx, re.S):
+    for kernel in re.findall(r"\.entry (\w*mix_levels\w*)\((.*?)\n}", ptx, re.S):
         assert re.search(r"ld\.global(?:\.nc)?\.v4", kernel[1]), f"{kernel[0]} has no 16-byte loads"
         assert re.search(r"st\.global\.v4", kernel[1]), f"{kernel[0]} has no 16-byte stores"

@@ -1,5 +1,5 @@
-// What pytest calls through ctypes: the functions of csrc/kernels.h for CUDA under C names. They return 0, or 1 with the
-// error on stderr.
+// What pytest calls through ctypes: the functions of csrc/kernels.h for CUDA under C names. They return 0, or 1 with
+// the error on stderr.
 #include <cstdio>
 #include <exception>
 

@@ -38,20 +38,24 @@ bool run_levels() {
   const std::vector<float> scores = uniforms(kRows * kColumns);
   std::vector<std::uint8_t> index(kRows * kColumns);
   for (auto& level : index) level = static_cast<std::uint8_t>(uniform() * (kLevels + 1)) % kLevels;
-  std::vector<float> values, mass(kRows * kLevels, 1.0f / kLevels);
-  for (int entry = 0; entry < kRows * kLevels; ++entry) values.push_back(entry % kLevels);
+  std::vector<float> values, share, mass(kRows * kLevels, 1.0f / kLevels);
+  for (int entry = 0; entry < kRows * kLevels; ++entry) {
+    values.push_back(entry % kLevels);
+    share.push_back(entry % kLevels ? mass[entry] * kLevels / kColumns : 0);
+  }
   const std::vector<std::int32_t> counts(kRows, kLevels);
   bool same = true;
   for (const int order : {1, 2}) {
-    std::vector<float> loss[2], gradient[2];
-    TypedLists<float> lists[2];
-    for (const int way : {0, 1}) {
+    std::vector<float> loss[4], gradient[4];
+    TypedLists<float> lists[4];
+    for (const int way : {0, 1, 2, 3}) {
       loss[way].assign(kRows, NAN);
       gradient[way].assign(kRows * kColumns, NAN);
       lists[way] = {scores.data(),
                     index.data(),
                     values.data(),
                     mass.data(),
+                    share.data(),
                     counts.data(),
                     loss[way].data(),
                     gradient[way].data(),
@@ -62,11 +66,17 @@ bool run_levels() {
                     order,
                     1.4f,
                     1.0f,
+                    0.5f,
+                    0.2f,
+                    0.3f,
                     true};
     }
-    shim::run(kRows, 160, [&] { transport_levels<float, false>(lists[0]); });
-    shim::run(kRows, 64, [&] { stream_levels<float>(lists[1]); });
-    same = same && agree(loss[0], loss[1]) && agree(gradient[0], gradient[1]);
+    shim::run(kRows, 160, [&] { mix_levels<float, false>(lists[0]); });
+    shim::run(kRows, 64, [&] { mix_levels<float, false>(lists[1]); });
+    shim::run(kRows, 64, [&] { mix_levels<float, true>(lists[2]); });
+    shim::run(kRows, 96, [&] { mix_levels<float, true>(lists[3]); });
+    for (const int way : {0, 2})
+      same = same && agree(loss[way], loss[way + 1]) && agree(gradient[way], gradient[way + 1]);
   }
   return same;
 }
@@ -75,6 +85,7 @@ bool run_sorted() {
   constexpr int kRows = 3, kColumns = 300;
   const std::vector<float> scores = uniforms(kRows * kColumns), grades = uniforms(kRows * kColumns);
   std::vector<float> values(kRows * kColumns), mass(kRows * kColumns, 1.0f / kColumns);
+  for (int i = 0; i < kRows * kColumns; i += 3) mass[i] = 0;
   std::vector<float> scratch(kRows * kScratchArrays * kColumns);
   std::vector<std::int32_t> index(kRows * kColumns), counts(kRows);
   std::vector<std::uint8_t> mask(kRows * kColumns);
@@ -92,6 +103,7 @@ bool run_sorted() {
                                        index.data(),
                                        values.data(),
                                        mass.data(),
+                                       mass.data(),
                                        counts.data(),
                                        loss[run].data(),
                                        gradient[run].data(),
@@ -102,8 +114,11 @@ bool run_sorted() {
                                        order,
                                        1.4f,
                                        1.0f,
+                                       0.5f,
+                                       order == 1 ? 0 : 0.2f,  // without it there are fewer barriers
+                                       order == 1 ? 0 : 0.3f,
                                        false};
-      shim::run(run == 0 ? 1 : kRows, 64, [&] { transport_sorted<float>(lists, scratch.data()); });
+      shim::run(run == 0 ? 1 : kRows, 64, [&] { mix_sorted<float>(lists, scratch.data()); });
     }
     same = same && loss[0] == loss[1] && gradient[0] == gradient[1];
   }
@@ -128,7 +143,7 @@ void run_tiles() {
 int main() {
   run_tiles();
   const bool levels = run_levels(), sorted = run_sorted();
-  if (!levels) std::fprintf(stderr, "lists in registers and streamed ones differ\n");
+  if (!levels) std::fprintf(stderr, "lists differ with the number of warps\n");
   if (!sorted) std::fprintf(stderr, "one block for all lists gives another result than one for each\n");
   return levels && sorted ? 0 : 1;
 }
