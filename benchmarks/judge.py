@@ -5,7 +5,7 @@
 Draws judged passages from each source, asks the model as `gradret gen --judge` does, and counts how often two passages
 of a query are in the order of their human grades: by the judged grade, by the same corrected for the labels that the
 model prefers whatever it reads (contextual calibration, Zhao et al. 2021, arXiv 2102.09690: label probabilities divided
-by those for an empty query), and by the default encoder. Needs the extra gen.
+by those for an empty query and passage), and by the default encoder. Needs the extra gen.
 """
 
 import json
@@ -86,12 +86,11 @@ def calibrate(probabilities: Probabilities, prior: Probabilities) -> dict[str, f
 def measure_source(
     name: str, lists: list[RankingList], asked: Mapping[tuple[str, str], Probabilities], encoder
 ) -> dict:
-    """Orders and mean judged grades by human grade, uncorrected, corrected by one prior, and by each passage's own."""
+    """Orders and mean judged grades by human grade, as the model says it and corrected, and the encoder's order."""
     result: dict = {"source": name, "queries": len(lists), "passages": sum(len(r.passages) for r in lists)}
     corrections = {
         "judge": lambda query, text: asked[query, text],
         "judge, calibrated": lambda query, text: calibrate(asked[query, text], asked[EMPTY]),
-        "judge, calibrated by passage": lambda query, text: calibrate(asked[query, text], asked["", text]),
     }
     for method, probabilities in corrections.items():
         for ranking in lists:
@@ -117,7 +116,7 @@ def main(sources, model, passages, seed):
     pairs = [(r.query, passage.text) for lists in drawn.values() for r in lists for passage in r.passages]
     engine = LlamaEngine(locate_gguf(model), prompts.kinds())
     try:
-        asked = ask(engine, prompts, [EMPTY, *pairs, *(("", passage) for _, passage in pairs)])
+        asked = ask(engine, prompts, [EMPTY, *pairs])
         identity = engine.identity
     finally:
         engine.close()

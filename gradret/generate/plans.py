@@ -94,38 +94,41 @@ def check_brief(
 
     Raises: Unusable.
     """
-    if len(text) >= longest:
-        raise Unusable("bad plan", f"the brief '{name}' does not end")
-    if not split_words(text) or is_refusal(text):
-        raise Unusable("bad plan", f"the brief '{name}' is no brief: '{text[:50]}'")
-    if foreign := find_foreign(text, query):
-        raise Unusable("bad plan", f"the brief '{name}' holds '{foreign}' amid another script")
-    wanted, found = content_words(query), content_words(text)
-    thing = content_words(others["thing"]) if "thing" in others else set()
+    if problem := _find_problem(query, name, text, others, longest, shown):
+        raise Unusable("bad plan", f"the brief '{name}' {problem}: '{text[: TOPIC_CHARS[1]]}'")
+
+
+def _find_problem(
+    query: str, name: str, text: str, others: Mapping[str, str], longest: int, shown: Iterable[str]
+) -> str | None:
     words, asked = split_words(text), split_words(query)
-    if name != "thing" and any(_repeats(found, example) for example in shown):
-        problem = "repeats an example"
-    elif name == "answer":
+    if len(text) >= longest:
+        return "does not end"
+    if not words or is_refusal(text):
+        return "is no brief"
+    if foreign := find_foreign(text, query):
+        return f"holds '{foreign}' amid another script"
+    wanted, found = content_words(query), content_words(text)
+    if name == "thing":  # a query may be about a short word: "what is dna"
+        if weigh_words(words) > max(THING[0], THING[1] * weigh_words(asked)):
+            return "is the whole query"
+        return None if {*map(stem, words)} & {*map(stem, asked)} else "is no part of the query"
+    if any(_repeats(found, example) for example in shown):
+        return "repeats an example"
+    if name == "answer":
         ends = [match.end() for match in SENTENCE_END.finditer(text)]
-        copied = "copies the query" if holds_query(words, asked) else None
-        problem = copied if ends[-1:] == [len(text)] else "is no sentence"
-    elif name == "thing" and weigh_words(words) > max(THING[0], THING[1] * weigh_words(asked)):
-        problem = "is the whole query"
-    elif name == "far" and len(wanted & found) > max(1, len(wanted) // 3):
-        problem = "is near the query"
-    elif name == "thing" and not {*map(stem, words)} & {*map(stem, asked)}:
-        problem = "is no part of the query"
-    elif name == "near" and thing.isdisjoint(found | {*map(stem, words)}):  # a thing may be a short word: "DNA"
-        problem = "does not have the thing"
-    elif words == asked and name != "thing":
-        problem = "is the query in other words"
-    elif name in AROUND and (found <= thing or len(wanted & found - thing) > AROUND[name]):
-        problem = "is the query in other words"
-    else:
-        repeated = [other for other in others if other not in ("answer", "thing") and _repeats(found, others[other])]
-        problem = f"repeats '{repeated[0]}'" if repeated else None
-    if problem:
-        raise Unusable("bad plan", f"the brief '{name}' {problem}: '{text[:70]}'")
+        if ends[-1:] != [len(text)]:
+            return "is no sentence"
+        return "copies the query" if holds_query(words, asked) else None
+    thing = content_words(others.get("thing", ""))
+    if name == "far" and len(wanted & found) > max(1, len(wanted) // 3):
+        return "is near the query"
+    if name == "near" and thing.isdisjoint(found | {*map(stem, words)}):
+        return "does not have the thing"
+    if words == asked or (name in AROUND and (found <= thing or len(wanted & found - thing) > AROUND[name])):
+        return "is the query in other words"
+    others = {other: brief for other, brief in others.items() if other not in ("answer", "thing")}
+    return next((f"repeats '{other}'" for other, brief in others.items() if _repeats(found, brief)), None)
 
 
 def _repeats(found: set[str], brief: str) -> bool:
