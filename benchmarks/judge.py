@@ -11,13 +11,13 @@ by those for an empty query and passage), and by the default encoder. Needs the 
 import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import click
 
 from benchmarks.script import Script, command_line
 from gradret import load_encoder
-from gradret.data.lists import JUDGED, RankingList
+from gradret.data.lists import JUDGED, Passage, RankingList
 from gradret.data.sources import MixedLists, parse_source
 from gradret.evaluation.order import measure_order
 from gradret.files import versions
@@ -37,29 +37,25 @@ Pair = tuple[str, str]
 Probabilities = Mapping[str, float]
 
 
-def draw_lists(lists: Iterable[RankingList], count: int, seed: int) -> list[RankingList]:
+def draw_lists(lists: Sequence[RankingList], count: int, seed: int) -> list[RankingList]:
     """About `count` passages, up to PER_QUERY per query, grade by grade in turn; no query with one grade alone."""
     found, draw = [], random.Random(seed)
-    for ranking in draw.sample(list(lists), k=len(lists)):
-        by_grade = defaultdict(list)
+    for number in draw.sample(range(len(lists)), k=len(lists)):
+        if sum(len(ranking.passages) for ranking in found) >= count:
+            break
+        ranking, by_grade = lists[number], defaultdict(list)
         for passage in draw.sample(ranking.passages, k=len(ranking.passages)):
-            by_grade[passage.grade].append(passage)
-        chosen = []
+            text = " ".join(passage.content.split()[:WORDS])
+            by_grade[passage.grade].append(Passage(passage.grade, text))
+        chosen: list[Passage] = []
         while len(chosen) < PER_QUERY and any(by_grade.values()):
             chosen += [passages.pop() for _, passages in sorted(by_grade.items()) if passages]
-        if len({passage.grade for passage in chosen}) > 1 and count > 0:
-            chosen = chosen[:PER_QUERY]
-            for passage in chosen:
-                passage.text = " ".join(passage.content.split()[:WORDS])
-                passage.title = None
-            found.append(RankingList(ranking.query_id, ranking.query, chosen))
-            count -= len(chosen)
+        if len(by_grade) > 1:
+            found.append(RankingList(ranking.query_id, ranking.query, chosen[:PER_QUERY]))
     return found
 
 
-def ask(
-    engine: LlamaEngine, prompts: Prompts, pairs: Iterable[tuple[str, str]]
-) -> dict[tuple[str, str], Probabilities]:
+def ask(engine: LlamaEngine, prompts: Prompts, pairs: Iterable[Pair]) -> dict[Pair, Probabilities]:
     """The probabilities of the labels for each query and passage."""
     found = {}
     waiting = []
@@ -83,9 +79,7 @@ def calibrate(probabilities: Probabilities, prior: Probabilities) -> dict[str, f
     return {label: share / sum(shares.values()) for label, share in shares.items()}
 
 
-def measure_source(
-    name: str, lists: list[RankingList], asked: Mapping[tuple[str, str], Probabilities], encoder
-) -> dict:
+def measure_source(name: str, lists: list[RankingList], asked: Mapping[Pair, Probabilities], encoder) -> dict:
     """Orders and mean judged grades by human grade, as the model says it and corrected, and the encoder's order."""
     result: dict = {"source": name, "queries": len(lists), "passages": sum(len(r.passages) for r in lists)}
     corrections = {
@@ -99,8 +93,8 @@ def measure_source(
                 passage.extra = {JUDGED: grade}
         order = measure_order(lists, encoder)
         means = {f"{grade:g}": round(summary.judged, 3) for grade, summary in order.grades.items()}
-        result[method] = describe_pairs(order.judge) | {"mean_judged": means}
-    result["encoder"] = describe_pairs(order.encoder)
+        result[method] = {"mean_judged": means, "order": describe_pairs(order.judge)}
+        result["encoder"] = {"order": describe_pairs(order.encoder)}
     return result
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 # Thai, Lao, Burmese, Khmer, kana and Han write no spaces: there each character counts as a word.
 UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u0e00-\u0e3e\u0e40-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
 UNSPACED_RUN = re.compile(f"[{UNSPACED}]+")
 # Vowel signs of Indic scripts, Hebrew and Arabic points, accents: part of a word, though not for \w.

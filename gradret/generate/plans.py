@@ -20,7 +20,7 @@ BRIEFS = {
 DRAWN = ("near", "far")  # briefs with a request of their own, for which an aspect or a field is drawn
 AROUND = {"broader": 1, "near": 0}  # briefs that say more of the thing, and how many of the query's other words at most
 TOPIC_CHARS = (6, 70)  # of a brief that is a search query
-THING_CHARS = (2, 40)
+THING_CHARS = (1, 40)
 
 # What near and far briefs are about. The model that writes them does not see the query: told it, a small one says the
 # query once more in other words, or mixes the two.
@@ -40,7 +40,7 @@ FIELDS = (
 )
 
 REPEATED = 0.5  # share of content words above which a brief counts as another
-THING = 3, 2 / 3  # words that it can have, or of the query's words this share
+THING = 2, 2 / 3  # words that it can have, or of the query's words this share
 STEM = 5  # characters
 SHORT = 3  # words of so many characters are no content, unless there are no others
 # Longer words that say nothing of a query's subject, in English, the language of most collections.
@@ -55,12 +55,19 @@ def content_words(text: str) -> set[str]:
     """The stems of the words that a text is about; in scripts without spaces, its pairs of characters."""
     pairs = {run[i : i + 2] for run in UNSPACED_RUN.findall(text) for i in range(max(1, len(run) - 1))}
     words = [word for word in split_words(text) if word not in EMPTY and not UNSPACED_RUN.match(word)]
-    return pairs | ({stem(word) for word in words if len(word) > SHORT} or {*words})
+    return pairs | ({stem(word) for word in words if len(word) > SHORT} or {*map(stem, words)})
 
 
 def stem(word: str) -> str:
-    """What inflected forms of a word mostly share."""
-    return word[:STEM].rstrip("s")
+    """What inflected forms of a word mostly share: its beginning, without the s of a plural."""
+    start = word[:STEM]
+    return start[:-1] if start.endswith("s") and len(start) > SHORT else start
+
+
+def have_common(stems: Iterable[str], others: Iterable[str]) -> bool:
+    """Whether a stem and another begin alike: they are one, or the shorter one is at least half of the longer."""
+    pairs = (sorted((one, other), key=len) for one in stems for other in {*others})
+    return any(longer.startswith(shorter) and 2 * len(shorter) >= len(longer) for shorter, longer in pairs)
 
 
 def draw_far(query: str, thing: str, draw: random.Random) -> dict[str, str]:
@@ -88,7 +95,7 @@ def check_brief(
 
     Args:
         name: of BRIEFS' briefs, or any other.
-        others: the good briefs of the same reply, of those before it, and the `thing`.
+        others: the good briefs of the same request, and the `thing`.
         longest: characters that a brief can have; one of as many was cut off.
         shown: what the prompt's examples say.
 
@@ -106,13 +113,13 @@ def _find_problem(
         return "does not end"
     if not words or is_refusal(text):
         return "is no brief"
-    if foreign := find_foreign(text, query):
-        return f"holds '{foreign}' amid another script"
+    if foreign := find_foreign(text):
+        return f"slips into another script, '{foreign}'"
     wanted, found = content_words(query), content_words(text)
     if name == "thing":  # a query may be about a short word: "what is dna"
         if weigh_words(words) > max(THING[0], THING[1] * weigh_words(asked)):
             return "is the whole query"
-        return None if {*map(stem, words)} & {*map(stem, asked)} else "is no part of the query"
+        return None if have_common(found, wanted | {*map(stem, asked)}) else "is no part of the query"
     if any(_repeats(found, example) for example in shown):
         return "repeats an example"
     if name == "answer":
@@ -123,7 +130,7 @@ def _find_problem(
     thing = content_words(others.get("thing", ""))
     if name == "far" and len(wanted & found) > max(1, len(wanted) // 3):
         return "is near the query"
-    if name == "near" and thing.isdisjoint(found | {*map(stem, words)}):
+    if name == "near" and not have_common(thing, found | {*map(stem, words)}):
         return "does not have the thing"
     if words == asked or (name in AROUND and (found <= thing or len(wanted & found - thing) > AROUND[name])):
         return "is the query in other words"

@@ -327,13 +327,13 @@ class Prompts:
 
         Args:
             model: the engine's identity.
-            plan: the briefs so far, of which "near" and "far" read the `thing`; without it the query is near's.
+            plan: the briefs so far, of which "near" and "far" read the `thing`.
         """
         seed = draw_seed(query, self.settings.seed, model, attempt, part)
         draw = random.Random(seed)
         asked = {"query": query.text}
         if part == "near":
-            asked = draw_near(plan.get("thing", query.text), draw)
+            asked = draw_near(plan.get("thing", ""), draw)
         elif part == "far":
             asked = draw_far(query.text, plan.get("thing", ""), draw)
         briefs = self.plan_parts[part]

@@ -10,6 +10,7 @@ from gradret.data.words import (
     MIN_SHINGLES,
     NEAR_DUPLICATE,
     SHINGLE,
+    UNSPACED,
     UNSPACED_RUN,
     make_shingles,
     split_words,
@@ -160,6 +161,10 @@ ECHO_WORDS = 8  # in a row, as in the instructions; real passages have at most 4
 # one of COPIED_WORDS is a copy wherever it stands, one of OPENING_WORDS if the passage opens with it.
 COPIED_WORDS, OPENING_WORDS = 12, 6
 LEAST_DISTINCT = 0.5  # share of a passage's shingles that are not there a second time; real passages have .95 at least
+# Han, kana or Thai that another script's text runs into, as in "home装饰"; what is quoted or set apart may be meant.
+GLUED = re.compile(
+    f"(?<![\\s\"'“‘«(\\[、。，！？：；「『（《{UNSPACED}])[{UNSPACED}]+|[{UNSPACED}]+(?=[^\\W_{UNSPACED}])"
+)
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
 
 MARKUP = re.compile(r"^\s*(#|[-*•] |\|)|\*\*|```|^Subject:", re.MULTILINE)  # which no prose has
@@ -228,8 +233,8 @@ class Checks:
             if shares[self._settings.language] < LANGUAGE_SHARE:
                 found = max(shares, key=shares.get)
                 raise Unusable("language", f"it is in '{found}', expected '{self._settings.language}'")
-        if foreign := find_foreign(text, query):
-            raise Unusable("language", f"it holds '{foreign}' amid another script")
+        if foreign := find_foreign(text):
+            raise Unusable("language", f"it slips into another script: '{foreign}'")
         for other in others:
             if share := _near_duplicate(split_words(other), words):
                 raise Unusable("duplicate", f"it shares {share:.0%} of its text with another passage of the list")
@@ -240,15 +245,12 @@ def is_refusal(text: str) -> bool:
     return REFUSAL.match(text.replace("’", "'")) is not None
 
 
-def find_foreign(text: str, query: str) -> str:
-    """Han, kana or Thai that is neither the query's nor the text's own script; "" where there is none.
-
-    Models that know Chinese well slip words of it into other languages.
-    """
+def find_foreign(text: str) -> str:
+    """Words that a model let slip in from a script without spaces into a text in another; "" where there are none."""
     words = split_words(text)
-    if 2 * sum(1 for word in words if UNSPACED_RUN.match(word)) > len(words):
+    if 2 * weigh_words([word for word in words if UNSPACED_RUN.match(word)]) > weigh_words(words):
         return ""
-    return next((run for run in UNSPACED_RUN.findall(text) if run not in query), "")
+    return found[0] if (found := GLUED.search(text)) else ""
 
 
 def holds_query(words: list[str], query: list[str]) -> bool:

@@ -42,7 +42,7 @@ FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it 
         ("near", "when to plant tulips", "does not have the thing"),
         ("near", "noise in museums", "does not have the thing"),
         ("near", "headphones " * 8, "does not end"),
-        ("near", "headphones in 广告", "holds '广告' amid another script"),
+        ("near", "headphones广告", "slips into another script, '广告'"),
         ("broader", "how noise cancelling headphones are made to work", "is the query in other words"),
         ("broader", "history of noise cancelling", "is the query in other words"),
         ("broader", "headphones against noise", None),
@@ -72,7 +72,8 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
     ("query", "thing", "complaint"),
     [
         ("dna", "DNA", None),
-        ("convolutional neural networks", "convolutional neural networks", None),
+        ("convolutional neural networks", "neural networks", None),
+        ("why cats purr", "why cats purr", "is the whole query"),
         ("hiking boots vs trail runners", "hiking boots vs trail runners", "is the whole query"),
         ("What is Von Hippel-Lindau Disease?", "Von Hippel-Lindau Disease", None),
         ("what psi for a car tyre", "psi for a car tyre", "is the whole query"),
@@ -80,6 +81,10 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
         ("ビタミンは何に良い", "ビタミンは何に良い", "is the whole query"),
         ("量子力学", "量子力学", None),
         ("why is the sea salty", "sea", None),
+        ("고양이는 왜 골골거리나요", "고양이", None),
+        ("why do the cats purr", "the felines", "is no part of the query"),
+        ("what's the capital of France", "Berlin's", "is no part of the query"),
+        ("水为什么是蓝色的", "水", None),
     ],
 )
 def test_the_thing_is_less_than_the_query(query, thing, complaint):
@@ -106,7 +111,13 @@ def test_the_examples_of_other_aspects_are_good(asked, query):
 
 @pytest.mark.parametrize(
     ("thing", "near"),
-    [("dna", "DNA in films"), ("sun", "the sun in poems"), ("ビタミン", "ビタミンの広告")],
+    [
+        ("dna", "DNA in films"),
+        ("sun", "the sun in poems"),
+        ("ビタミン", "ビタミンの広告"),
+        ("css", "css in museums"),
+        ("水", "水彩画"),
+    ],
 )
 def test_a_thing_may_be_a_short_word(thing, near):
     check_brief(f"{thing} work", "near", near, {"thing": thing}, longest=70)

@@ -8,7 +8,7 @@ from conftest import SAMPLE_FILE
 from gradret.console import GradretError
 from gradret.data.lists import read_lists
 from gradret.generate.prompts import TREC_DL, Prompts
-from gradret.generate.replies import Checks, Unusable
+from gradret.generate.replies import Checks, Unusable, find_foreign
 from gradret.settings import GenSettings
 
 LISTS = list(read_lists(SAMPLE_FILE))
@@ -245,3 +245,18 @@ def test_a_name_may_come_up_in_a_passage_that_answers():
     check([f"In 1992 the {query} was opened for signature, {words}"], query)
     with pytest.raises(Unusable, match="holds the whole query"):
         check([f"{query}: {words}"], query)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It makes a complex home装饰. They offer", "装饰"),
+        ("Water them deeply,施肥 regularly.", "施肥"),
+        ("lesions such as 宫iac misplacement are rare", "宫"),
+        ("In Chinese you say thank you as 谢谢 (xiexie).", ""),
+        ("The sign “猫” means cat and costs ฿500.", ""),
+        ("我使用Python编程，每天都写代码。", ""),
+    ],
+)
+def test_words_that_slip_in_from_another_script(text, found):
+    assert find_foreign(text) == found

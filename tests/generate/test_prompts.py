@@ -19,7 +19,7 @@ HALVES = Scale(((1.5, "good {it}"), (0, "fair"), (-1, "bad")))
 
 
 def plan(prompts: Prompts, text: str, part: str = "plan") -> tuple[dict, ...]:
-    return prompts.plan(Query("1", text), part).messages
+    return prompts.plan(Query("1", text), part, plan={"thing": text}).messages
 
 
 def write(prompts: Prompts, subject: str, query_id: str = "1") -> tuple[dict, ...]:
