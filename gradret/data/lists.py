@@ -26,8 +26,8 @@ QUOTED = 60  # characters of a value that a message shows
 SURROGATE, HALVES = re.compile(r"\\u[dD][89a-fA-F]"), re.compile(r"[\ud800-\udfff]")  # in JSON, in a text
 HALF_A_PAIR = "holds half of a surrogate pair (\\ud800 to \\udfff); cut the text elsewhere"
 SPACE, PIECE = re.compile(r"\s"), 1 << 16  # characters
-# Of JSON in bytes: up to where it can be cut, before a space or a character's first byte, of which no escape has one.
-PART = re.compile(rb".*(?=[ \xc0-\xff])", re.DOTALL)
+# Of JSON in bytes: up to where it can be cut, before a character that no escape holds.
+PART = re.compile(rb'.*(?=[^\\"/0-9a-fA-Fnrtu\x80-\xbf])', re.DOTALL)
 BLANKS = b" \\ntr"  # escaped ones, too
 PART_BYTES = 1 << 18
 # In no text that was read as it was written, with what it comes from.
@@ -227,35 +227,36 @@ def decode_text(content: bytes, where: str, *, first: bool = True) -> str:
 def shorten_lines(file: BinaryIO, characters: int) -> Iterator[bytes]:
     """Lines of JSON; of a string, the middle between so many characters at both ends may be left out.
 
-    What is left out is never in memory.
+    White space around a string does not count. What is left out is never in memory as a whole.
     """
     least = 12 * characters  # bytes: two escapes can be one character
-    line, middle, rest, inside, begun = bytearray(), [], b"", False, 0
+    line, middle, rest, inside, begun = bytearray(), [], bytearray(), False, 0
     while piece := file.readline(PART_BYTES):
         ends = piece.endswith(b"\n")
         if ends and not line and not rest:
             yield piece
             continue
-        part = rest + piece
-        found = PART.match(part)
-        cut = len(part) if ends else found.end() if found else 0
-        part, rest = part[:cut], part[cut:]
+        found = PART.match(piece)
+        if not ends and not found:
+            rest += piece
+            continue
+        cut = len(piece) if ends else found.end()
+        part, rest = bytes(rest + piece[:cut]), bytearray(piece[cut:])
         marks = part.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"')  # that begin or end a string
         if inside and not marks and begun >= least:
-            middle.append(part)
-            while sum(map(len, middle[1:])) >= least:
+            middle.append((part, len(part.rstrip(BLANKS))))
+            while sum(length for _, length in middle[1:]) >= least:
                 del middle[0]
         else:
-            line += b"".join(middle) + part
+            line += b"".join(part for part, _ in middle) + part
             middle.clear()
-            blank = not begun and not part.strip(BLANKS)  # what a text begins with is stripped
-            begun = 0 if marks or not inside or blank else begun + len(part)
+            begun = 0 if marks or not inside else begun + len(part if begun else part.lstrip(BLANKS))
         inside = inside != bool(marks % 2)
         if ends:
             yield bytes(line)
             line, inside, begun = bytearray(), False, 0
     if line or rest:
-        yield bytes(line + b"".join(middle) + rest)
+        yield bytes(line + b"".join(part for part, _ in middle) + rest)
 
 
 def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:

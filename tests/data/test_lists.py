@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gradret.console import GradretError
 from gradret.data import lists as lists_module
 from gradret.data.lists import (
+    PART,
     ListFile,
     Passage,
     RankingList,
@@ -289,7 +290,7 @@ def test_any_bytes_are_lists_or_one_line(tmp_path, content):
 
 @settings(deadline=None)
 @given(
-    records=st.lists(st.dictionaries(st.sampled_from("abc"), st.text(' ab"\\\n\té☃🐈', max_size=150)), max_size=3),
+    records=st.lists(st.dictionaries(st.sampled_from("abc"), st.text(' abxz"\\\n\té☃🐈', max_size=150)), max_size=3),
     ascii=st.booleans(),
     ended=st.booleans(),
 )
@@ -304,3 +305,28 @@ def test_shortened_lines_keep_both_ends_of_a_string(records, ascii, ended):
         for key, text in record.items():
             assert found[key] == text or (len(found[key]) < len(text) and found[key][:2] == text[:2])
             assert found[key][-2:] == text[-2:] and found[key].strip()[:2] == text.strip()[:2]
+            assert found[key].strip()[-2:] == text.strip()[-2:]
+
+
+def test_white_space_does_not_count_as_a_strings_end():
+    record = {"text": "  " * 300_000 + "START " + "w " * 600_000 + "ENDWORD" + " " * 600_000}
+    (line,) = shorten_lines(io.BytesIO(json.dumps(record).encode()), 10_000)
+    text = json.loads(line)["text"].strip()
+    assert 20_000 < len(text) < 1_200_000
+    assert text.startswith("START w w") and text.endswith("w w ENDWORD")
+
+
+def test_a_string_without_spaces_is_shortened_by_reading_each_byte_once(monkeypatch):
+    lengths = []
+
+    class Watched:
+        def match(self, piece):
+            lengths.append(len(piece))
+            return PART.match(piece)
+
+    monkeypatch.setattr("gradret.data.lists.PART", Watched())
+    content = json.dumps({"text": "START" + "xyz" * 1_000_000 + "END"}).encode()
+    (line,) = shorten_lines(io.BytesIO(content), 10)
+    text = json.loads(line)["text"]
+    assert text.startswith("STARTxyz") and text.endswith("xyzEND") and len(text) < 1_200_000
+    assert sum(lengths) <= len(content)
