@@ -162,17 +162,12 @@ def read_qrels(directory: Path, split: str) -> Qrels:
         except (KeyError, TypeError, ValueError, csv.Error):
             raise GradretError(f"{line.where}: expected {expected}") from None
         for query_id, doc_id, grade in judgments:
-            _add_judgment(qrels, query_id, doc_id, grade, line.where)
+            if qrels.setdefault(query_id, {}).setdefault(doc_id, grade) != grade:
+                raise GradretError(
+                    f"{line.where}: document '{doc_id}' has grade {grade} for query '{query_id}' here and "
+                    f"{qrels[query_id][doc_id]} earlier; keep one of them"
+                )
     return qrels
-
-
-def _add_judgment(qrels: Qrels, query_id: str, doc_id: str, grade: float, where: str) -> None:
-    """Raises: GradretError, which `where` opens, when the judgment is there with another grade."""
-    if qrels.setdefault(query_id, {}).setdefault(doc_id, grade) != grade:
-        raise GradretError(
-            f"{where}: document '{doc_id}' has grade {grade} for query '{query_id}' here and "
-            f"{qrels[query_id][doc_id]} earlier; keep one of them"
-        )
 
 
 def _check_judgment(query_id: Any, doc_id: Any, grade: Any) -> tuple[str, str, float]:
@@ -376,7 +371,14 @@ class IrDatasetsCollection(Collection):
         self.document_count = count or sum(1 for _ in iterate_documents(self._dataset))
         self.qrels = {}
         for qrel in qrels:
-            _add_judgment(self.qrels, qrel.query_id, qrel.doc_id, qrel.relevance, dataset_id)
+            grades, grade = self.qrels.setdefault(qrel.query_id, {}), qrel.relevance
+            first = grades.setdefault(qrel.doc_id, grade)
+            if first != grade and not hasattr(qrel, "subtopic_id"):
+                raise GradretError(
+                    f"{dataset_id}: in ir_datasets, document '{qrel.doc_id}' has grade {first} and grade {grade} for "
+                    f"query '{qrel.query_id}'; choose another collection"
+                )
+            grades[qrel.doc_id] = max(first, grade)  # of its subtopics
         self._keep_judged_queries({q.query_id: read_text(self._dataset, q) for q in queries})
 
     def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import ir_datasets
 import numpy as np
 import pytest
-from ir_datasets.formats import GenericDoc
+from ir_datasets.formats import GenericDoc, TrecSubQrel
 
 import gradret.data.collections
 import gradret.generate.queries
@@ -206,9 +206,18 @@ def test_two_grades_of_one_judgment_in_ir_datasets_are_refused(home, monkeypatch
             return [SimpleNamespace(query_id="q", doc_id="a", relevance=grade) for grade in (1, 1, 2)]
 
     monkeypatch.setattr(gradret.data.collections, "load_dataset", lambda dataset_id: Twice())
-    told = "^some/collection: document 'a' has grade 2 for query 'q' here and 1 earlier; keep one of them$"
+    told = "^some/collection: in ir_datasets, document 'a' has grade 1 and grade 2 for query 'q'; choose another"
     with pytest.raises(GradretError, match=told):
         IrDatasetsCollection("some/collection")
+
+
+def test_of_grades_for_subtopics_the_highest_counts(home, monkeypatch):
+    class Diverse(Dataset):
+        def qrels_iter(self):
+            return [TrecSubQrel("q", "a", grade, str(i)) for i, grade in enumerate((1, 2, 0))]
+
+    monkeypatch.setattr(gradret.data.collections, "load_dataset", lambda dataset_id: Diverse())
+    assert IrDatasetsCollection("some/collection").qrels == {"q": {"a": 2}}
 
 
 def test_what_is_missing_from_ir_datasets_is_told(home, monkeypatch, capsys):
