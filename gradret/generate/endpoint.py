@@ -50,9 +50,11 @@ NAMES = {
 }
 # From here on a refusal repeats what it was sent, as pydantic's do.
 ECHO = re.compile(r"""["']input\\?["']\s*:|\binput_value=""")
-# What refuses a number of tokens: as much as that, under whatever name, will be refused again.
-TOO_MANY = re.compile(
-    "context|too (?:large|long|big|high|many)|at most|exceed|less than|greater|maximum|reached|reduce"
+# What refuses the name max_tokens. All else refuses the number, which under another name would be refused again.
+NOT_TAKEN = re.compile(
+    r"un(?:supported|known|expected|recogni[sz]ed)|\bextra|takes no|\buse\W+max_completion_tokens|"
+    r"(?:\bnot|n't|no longer) (?:be )?(?:support|permitted|allowed|accepted|recogni[sz]ed)",
+    re.IGNORECASE,
 )
 # How a server is reached and known, which the client reads from the environment.
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -275,7 +277,7 @@ def find_refused(refusal: Failure, sent: dict[str, dict]) -> str | None:
     text = f"{refusal.field} {ECHO.split(refusal.message)[0]}"
     found = {name: NAMES[name.split()[0]].search(text) for name, arguments in sent.items() if arguments}
     places = {name: match.start() for name, match in found.items() if match}
-    if TOO_MANY.search(text):
+    if not NOT_TAKEN.search(text):
         places.pop("max_tokens", None)
     first = min(places, key=places.__getitem__, default="")
     if first.startswith("temperature"):  # Anthropic's models take one of the two, and temperature says more
@@ -312,17 +314,18 @@ class Endpoint:
 
     A try has `timeout` seconds from first to last byte. The openai client repeats it, `retries` times at most, after a
     connection error, a timeout, a body without a reply (see PatientClient), HTTP 408, 409, 429 or 5xx: after 0.5, 1, 2,
-    ... 8 s, or what Retry-After says. What then still fails ends as "error", and so does at once what Retry-After puts
-    off for more than two minutes.
+    ... 8 s, or what Retry-After says. What then still fails ends as "error", and so do at once HTTP 425 and what
+    Retry-After puts off for more than two minutes.
 
     Some fields of a request are optional, and not every server takes them: what a refusal names, or of a first request
     the form or the probabilities, is asked for in another way or not at all. Where a request then succeeds, all later
-    ones are made so, which is told once.
+    ones are made so, which is told once; where one had succeeded in the way that is refused, only this request is.
 
-    HTTP 400, 413 and 422, a content filter, and a judge's answer without a grade refuse one request: "refused" if the
-    server took the one of its kind that ended before. Otherwise "error", as the fault may lie in what all requests
-    share. After max(8, concurrency) failures in a row collect raises. Any other status would meet every request, and
-    collect raises at once.
+    HTTP 400, 413, 422 and 501, 403 and 500 whose message names such a field, a content filter, and a judge's answer
+    without a grade refuse one request; so does any 403 once the server has taken a request. "refused" if the server
+    took the one of its kind that ended before. Otherwise "error", as the fault may lie in what all requests share.
+    After max(8, concurrency) failures in a row collect raises. Any other status would meet every request, and collect
+    raises at once.
 
     Requests run in an event loop in a thread of its own: an interruption of the caller cannot hit the middle of one.
 
@@ -361,6 +364,7 @@ class Endpoint:
         self._sampling, self._options = {"temperature": temperature, "top_p": top_p}, request_options or {}
         self._ways: Counter[str] = Counter()  # which of ways_to_ask the server takes, by name
         self._proven: set[str] = set()  # kinds of request that the server has taken
+        self._proven_ways: set[tuple[str, int]] = set()  # as in _ways
         self._said: set[str] = set()
         self._running: set[Future] = set()
         self._failed_in_a_row: Counter[str] = Counter()  # by kind of request
@@ -530,6 +534,8 @@ class Endpoint:
                 self._learn(kind, ways, taken)
                 return make_reply(request, read_completion(answer), self._say_once)
             if not answer.refused:
+                if answer.status == 403 and self._proven:  # the key is good: moderation of what this request says
+                    return Reply(request, "", "refused", error=self._tell(answer))
                 return Reply(request, "", "error", error=self._tell(answer)) if answer.passing else answer
             if taken != taken | self._ways:
                 taken |= self._ways  # which a request that began beside this one has found
@@ -543,13 +549,14 @@ class Endpoint:
             taken[name] += 1
 
     def _learn(self, kind: str, ways: Ways, taken: Counter[str]) -> None:
-        """Keep to the way in which a request succeeded."""
+        """Keep to the way in which a request succeeded, unless others had succeeded in the present one."""
         self._proven.add(kind)
         for name in ways:
-            if taken[name] > self._ways[name]:
+            if taken[name] > self._ways[name] and (name, self._ways[name]) not in self._proven_ways:
                 self._ways[name] = taken[name]
                 if told := ways[name][taken[name]][1]:
                     self._say_once(told)
+            self._proven_ways.add((name, taken[name]))
 
     def _say_once(self, line: str) -> None:
         if line not in self._said:

@@ -292,6 +292,16 @@ def test_a_server_that_refuses_everything_ends_the_run(serve):
         run_all(engine, [make_request(i, form=FORM) for i in range(30)])
 
 
+def test_a_403_is_of_one_request_once_another_was_taken(serve):
+    moderated = fail(403, "Your input was flagged")
+    server, engine = serve([None, moderated, None])
+    replies = [ask(engine) for _ in range(3)]
+    assert [r.finish for r in replies] == ["stop", "refused", "stop"]
+    assert (replies[1].error, len(server.requests)) == ("HTTP 403: Your input was flagged", 3)
+    with pytest.raises(GradretError, match="refuses the key"):
+        ask(serve([moderated])[1])
+
+
 @pytest.mark.parametrize("status", [402, 404])
 def test_what_meets_every_request_ends_the_run_after_what_came(serve, status):
     server, engine = serve([None, fail(status, "no such thing")], model="big", concurrency=1)
@@ -434,16 +444,18 @@ def ask_both(engine: Endpoint) -> None:
 
 @pytest.mark.parametrize("wording", WORDINGS)
 def test_what_a_refusal_names_is_left_out_however_it_is_worded(serve, wording, capsys):
-    server, engine = serve(refuse(OPTIONAL, wording))
+    named = wording not in ("param alone", "within it", "Ollama")  # else it may be the number of tokens
+    server, engine = serve(refuse(OPTIONAL if named else OPTIONAL[:-1], wording))
     for _ in range(2):
         ask_both(engine)
     # Of a form and of logprobs there are three ways, of the others two.
-    assert len(server.requests) == 4 + (1 + 1 + 1 + 2 + 1) + (1 + 2)
+    assert len(server.requests) == 4 + (1 + 1 + 1 + 2 + named) + (1 + 2)
     for request in server.requests[-2:]:
-        assert set(request) == {"model", "messages", "max_completion_tokens", "headers"}
+        assert set(request) == {"model", "messages", "max_completion_tokens" if named else "max_tokens", "headers"}
     told = capsys.readouterr().err.splitlines()
-    assert len(told) == len(set(told)) == 7
-    for name in ("seed", "temperature 0.8", "top_p 0.95", "logprobs", "response_format", "max_tokens", "temperature 0"):
+    assert len(told) == len(set(told)) == 6 + named
+    names = ("seed", "temperature 0.8", "top_p 0.95", "logprobs", "response_format", "temperature 0")
+    for name in (*names, *["max_tokens"] * named):
         assert [line for line in told if name in line], name
 
 
@@ -457,8 +469,11 @@ def test_what_a_refusal_names_is_left_out_however_it_is_worded(serve, wording, c
         ("O-series models don't support temperature=0.7. Only temperature=1 is supported.", "temperature 0.8"),
         ("temperature: range: 0..1", "temperature 0.8"),
         ("JAX does not support per-request seed.", "seed"),
-        ("'max_tokens' and 'max_completion_tokens' at the same time", "max_tokens"),
+        ("'max_tokens' and 'max_completion_tokens' at the same time is not supported", "max_tokens"),
         ("max_tokens is too large: 8192. This model supports at most 4096 completion tokens", None),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", None),
+        ("max_tokens: Maximum is 4096", None),
+        ("Please use `max_completion_tokens` in place of max_tokens", "max_tokens"),
         ("Could not finish the message because max_tokens was reached", None),
         ("ByteDance-Seed/Seed-OSS-36B-Instruct is not served", None),
         ("'messages[0].role' does not support 'system' with this model.", "system"),
@@ -482,6 +497,7 @@ def test_any_two_are_left_out_and_nothing_else(serve):
         server.requests.clear()
         engine._ways.clear()
         engine._proven.clear()
+        engine._proven_ways.clear()
         ask_both(engine)
         ask_both(engine)
         written, judged = server.requests[-2:]
@@ -531,6 +547,21 @@ def test_a_refusal_for_what_a_request_says_costs_no_field(serve, refusal, capsys
     assert finishes == ["error", "stop", "refused", "stop"]
     assert set(server.requests[-1]) == set(server.requests[0])
     assert len(server.requests) < 16
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Prompt injection detected: the input tries to override the system prompt",
+        "Request blocked: 'how to sterilise seed at high temperature'",
+    ],
+)
+def test_a_field_that_was_taken_is_not_given_up_for_what_one_request_says(serve, message, capsys):
+    server, engine = serve([None, fail(400, message)])
+    assert [ask(engine).finish for _ in range(3)] == ["stop"] * 3
+    first, refused, again, last = server.requests
+    assert again != refused == first == last
     assert capsys.readouterr().err == ""
 
 
