@@ -240,7 +240,7 @@ def shorten_lines(file: BinaryIO, characters: int) -> Iterator[bytes]:
         if not ends and not found:
             rest += piece
             continue
-        cut = len(piece) if ends else found.end()
+        cut = found.end() if found and not ends else len(piece)
         part, rest = bytes(rest + piece[:cut]), bytearray(piece[cut:])
         marks = part.replace(rb"\\", b"").replace(rb"\"", b"").count(b'"')  # that begin or end a string
         if inside and not marks and begun >= least:
