@@ -271,7 +271,7 @@ def test_a_full_disk_without_a_cache_is_one_line(tiny_encoder, collection, monke
 
 
 def test_a_collection_without_documents(tiny_encoder, collection, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(collection), "documents", lambda self, start=0: iter(()))
+    monkeypatch.setattr(type(collection), "documents", lambda self, start=0, characters=None: iter(()))
     for cache in (None, tmp_path / "cache"):
         with pytest.raises(GradretError, match="no documents$"):
             embed_corpus(load_encoder(str(tiny_encoder)), collection, cache)
