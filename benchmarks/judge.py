@@ -57,8 +57,7 @@ def draw_lists(lists: Sequence[RankingList], count: int, seed: int) -> list[Rank
 
 def ask(engine: LlamaEngine, prompts: Prompts, pairs: Iterable[Pair]) -> dict[Pair, Probabilities]:
     """The probabilities of the labels for each query and passage."""
-    found = {}
-    waiting = []
+    found, waiting = {}, []
     for query, passage in dict.fromkeys(pairs):
         request = prompts.judge(Query("", query), [passage])[0]
         waiting.append(Request(((query, passage), 1, "judge"), request.messages, 1, choices=request.choices))
@@ -70,7 +69,6 @@ def ask(engine: LlamaEngine, prompts: Prompts, pairs: Iterable[Pair]) -> dict[Pa
             return found
         for reply in replies:
             found[reply.request.key[0]] = reply.probabilities
-    return found
 
 
 def calibrate(probabilities: Probabilities, prior: Probabilities) -> dict[str, float]:
