@@ -145,10 +145,21 @@ def test_a_file_is_left_as_it_is_until_all_lists_are_there(tmp_path):
         write_lists(tmp_path / "nowhere" / "lists.jsonl", [good])
 
 
-def test_file_is_read_by_position_as_in_order(tmp_path):
+def test_the_sample_is_what_gen_wrote():
     lists = list(read_lists(SAMPLE_FILE))
     assert len(lists) == 96
-    assert sum(len(r.passages) for r in lists) == 384
+    assert all([p.grade for p in r.passages] == [3, 2, 1, 0] for r in lists)
+    assert all({"thing", "answer", "broader", "near", "far"} == r.meta["plan"].keys() for r in lists)
+    record = json.loads(SAMPLE_FILE.with_suffix(".gen.json").read_text())
+    (settings,) = record["settings"]
+    assert record["command"].startswith("gradret gen ")
+    assert settings["model"].startswith("Qwen2.5 Coder 1.5B Instruct")
+    written = [len(p.text) for r in lists for p in r.passages]
+    assert settings["min_chars"] <= min(written) <= max(written) <= settings["max_chars"]
+
+
+def test_file_is_read_by_position_as_in_order(tmp_path):
+    lists = list(read_lists(SAMPLE_FILE))
     path = tmp_path / "copy.jsonl"
     write_lists(path, lists)
     path.write_text("\n" + path.read_text().replace("\n", "\n\n"))  # blank lines are no lists
