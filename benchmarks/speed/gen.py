@@ -9,6 +9,7 @@ the extra gen.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -30,7 +30,7 @@ from gradret.console import GradretError, say
 from gradret.data.sources import find_path
 from gradret.files import open_folder, versions, write_json
 from gradret.generate.engine import Reply, Request
-from gradret.generate.llama import TOP_K, LlamaEngine, count_cores, locate_gguf, make_parameters
+from gradret.generate.llama import LlamaEngine, count_cores, locate_gguf
 from gradret.generate.prompts import TREC_DL, Prompts
 from gradret.generate.queries import Query, read_queries
 from gradret.settings import SAMPLE, GenSettings
@@ -60,8 +60,8 @@ def measure_engine(
 ) -> dict:
     """Time both on the same model, prompts, sampler and token cap, under each of CONDITIONS.
 
-    Rounds of the loop and of the engine take turns in one process; the ratio is taken within each round. The loop
-    keeps what prompts share in its cache, too.
+    Rounds of the loop and of the engine take turns; the ratio is taken within each round. The loop keeps what prompts
+    share in its cache, too, and has a process of its own, where OpenMP waits as the user has it.
 
     Args:
         queries: each round of the engine takes them all, one of the loop the next `loop_queries` of them;
@@ -93,10 +93,13 @@ def measure_engine(
             speeds: dict[str, list[float]] = {LOOP: [], "gradret": []}
             for repeat in range(repeats):
                 turn = [requests[(repeat * loop_requests + i) % len(requests)] for i in range(loop_requests)]
-                for system, run, wanted in ((LOOP, loop.run, turn), ("gradret", engine_run(engine), requests)):
+                for system in speeds:
                     with busy_process(beside):
                         began = time.perf_counter()
-                        tokens = sum(reply.tokens for reply in run(wanted))
+                        if system == LOOP:
+                            tokens = loop.run(turn)
+                        else:
+                            tokens = sum(reply.tokens for reply in run_engine(engine, requests))
                         speeds[system].append(tokens / (time.perf_counter() - began))
                     say(f"{name}, round {repeat + 1} of {repeats}: {system} {speeds[system][-1]:.1f} tokens/s")
             rows += [{"system": s, "condition": name, "tokens_per_s": _spread(v)} for s, v in speeds.items()]
@@ -123,51 +126,39 @@ def measure_engine(
 
 
 class ChatLoop:
-    """One reply after the other through llama-cpp-python's high-level class."""
+    """benchmarks/speed/chat_loop.py in a process of its own."""
 
-    def __init__(self, model: Path, context: int, *, gpu_layers: int, threads: int, temperature: float, top_p: float):
-        from llama_cpp import Llama, llama_cpp
+    def __init__(self, model: Path, context: int, *, gpu_layers: int, threads: int, **sampling: float):
+        given = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # which gradret sets for itself
+        command = [sys.executable, "-m", "benchmarks.speed.chat_loop"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, env=given, cwd=Path(__file__).parents[2], **pipes)
+        loading = {"model_path": str(model.resolve()), "n_ctx": context, "n_gpu_layers": gpu_layers}
+        self._send(loading | {"n_threads": threads, "n_threads_batch": threads, "sampling": sampling})
 
-        self._sampling = {"temperature": temperature, "top_p": top_p}
-        parameters = make_parameters()
-        # Llama has no option for them, and both sides are to load the model alike.
-        with patch.object(llama_cpp, "llama_model_default_params", lambda: parameters):
-            self._llama = Llama(
-                str(model),
-                n_ctx=context,
-                n_gpu_layers=gpu_layers,
-                n_threads=threads,
-                n_threads_batch=threads,
-                verbose=False,
-            )
+    def _send(self, message: dict) -> None:
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Reply]:
-        """A reply for each request."""
-        from llama_cpp import LlamaGrammar
+    def count_tokens(self, request: Request) -> tuple[int, int]:
+        """How many tokens of a prompt it reads, and of a reply it writes."""
+        grammar = request.form.grammar if request.form else None
+        chat = {"messages": list(request.messages), "max_tokens": request.max_tokens, "seed": request.seed % 2**31}
+        self._send(chat | {"grammar": grammar})
+        line = self._process.stdout.readline()
+        if not line:
+            raise GradretError("the loop over llama-cpp-python has ended; see the lines above")
+        usage = json.loads(line)
+        return usage["prompt_tokens"], usage["completion_tokens"]
 
-        for request in requests:
-            form = request.form
-            answer = self._llama.create_chat_completion(
-                list(request.messages),
-                max_tokens=request.max_tokens,
-                **self._sampling,
-                top_k=TOP_K,
-                min_p=0.0,
-                seed=request.seed % 2**31,
-                grammar=LlamaGrammar.from_string(form.grammar, verbose=False) if form else None,
-            )
-            choice, usage = answer["choices"][0], answer["usage"]
-            yield Reply(
-                request,
-                choice["message"]["content"],
-                choice["finish_reason"],
-                usage["completion_tokens"],
-                usage["prompt_tokens"],
-            )
+    def run(self, requests: Sequence[Request]) -> int:
+        """Tokens written for them."""
+        return sum(self.count_tokens(request)[1] for request in requests)
 
     def close(self) -> None:
-        """Free the model."""
-        self._llama.close()
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
 
 
 @contextmanager
@@ -182,29 +173,25 @@ def busy_process(wanted: bool) -> Iterator[None]:
             process.wait()
 
 
-def engine_run(engine: LlamaEngine):
-    """The same for an engine: a function from requests to their replies, in the order they are done."""
-
-    def run(requests: Sequence[Request]) -> Iterator[Reply]:
-        waiting = list(reversed(requests))
-        while True:
-            while waiting and engine.free:
-                engine.submit(waiting.pop())
-            replies = engine.collect()
-            if not replies:
-                return
-            yield from replies
-
-    return run
+def run_engine(engine: LlamaEngine, requests: Sequence[Request]) -> Iterator[Reply]:
+    """The engine's replies, in the order they are done."""
+    waiting = list(reversed(requests))
+    while True:
+        while waiting and engine.free:
+            engine.submit(waiting.pop())
+        replies = engine.collect()
+        if not replies:
+            return
+        yield from replies
 
 
 def _check_same_prompts(engine: LlamaEngine, loop: ChatLoop, requests: Sequence[Request]) -> None:
     """Both warm up on one short reply, and have read equally many tokens for it."""
     short = [Request(0, r.messages, 1, r.seed) for r in requests[:1]]
-    (ours,), (theirs,) = engine_run(engine)(short), loop.run(short)
-    if abs(ours.prompt_tokens - theirs.prompt_tokens) > SAME_PROMPT * theirs.prompt_tokens:
+    (ours,), (theirs, _) = run_engine(engine, short), loop.count_tokens(short[0])
+    if abs(ours.prompt_tokens - theirs) > SAME_PROMPT * theirs:
         raise GradretError(
-            f"the engine reads {ours.prompt_tokens} tokens where llama-cpp-python reads {theirs.prompt_tokens} for the "
+            f"the engine reads {ours.prompt_tokens} tokens where llama-cpp-python reads {theirs} for the "
             "same chat; measure with a model whose chat template both read alike"
         )
 
