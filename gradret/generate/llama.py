@@ -17,8 +17,8 @@ from gradret.console import GradretError, Interrupted, StopRequest, say, show_wa
 from gradret.encoder.hub import HUB_TIMEOUT_S, tell_reason
 from gradret.generate.engine import Reply, Request
 
-# GNU's OpenMP reads this once, when it is loaded with llama_cpp. Otherwise its threads spin at every barrier: where the
-# machine does something else, too, that costs llama.cpp three quarters of its speed and slows down all the rest.
+# GNU's OpenMP reads this once, when it is loaded with llama_cpp. Otherwise its threads spin at every barrier: on a busy
+# machine that can cost llama.cpp most of its speed (benchmarks/README.md), and it slows down all the rest.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
