@@ -271,7 +271,7 @@ class OpenedInputs:
         """Fill in content and lists. What needs no reading, such as a measure's name, fit itself checks at once."""
         settings, content = run.settings, self.content.setdefault(run.key, {})
         if run.ranker == BM25:
-            import_bm25s("the row BM25")
+            import_bm25s()
             return
         options = settings.encoder_options
         content["encoder"] = self._once(

@@ -5,8 +5,9 @@ import os
 import random
 import re
 from array import array
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -66,27 +67,38 @@ class Source:
     query_file: str | None = None
 
 
+def parse_options(
+    place: str, items: Iterable[str], forms: Mapping[str, tuple[Callable[[str], Any], str]], usage: str
+) -> dict[str, Any]:
+    """The values of items KEY=VALUE.
+
+    Args:
+        place: opens every message.
+        forms: by key, what reads a value, and what it should have been where that raises a KeyError or a ValueError.
+        usage: says what there is, for a key that is not known.
+    Raises: GradretError.
+    """
+    found: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if key not in forms or not equals:
+            raise GradretError(f"{place}: option '{item}' is not known; use {usage}")
+        if key in found:
+            raise GradretError(f"{place}: {key} stands there twice; give it once")
+        parse, expected = forms[key]
+        try:
+            found[key] = parse(value)
+        except (KeyError, ValueError):
+            raise GradretError(f"{place}: {key} '{value}' is not {expected}") from None
+    return found
+
+
 def parse_source(text: str) -> Source:
     """A Source from its spelling, e.g. `beir/scifact/train?grades=1:3&sample=2`. Raises: GradretError."""
     name, _, query = text.partition("?")
     if not name:
         raise GradretError(f"source '{text}': expected a file, a BEIR directory or an ir_datasets id before the '?'")
-    options: dict[str, Any] = {}
-    for option in filter(None, query.split("&")):
-        key, _, value = option.partition("=")
-        if key in options:
-            raise GradretError(f"{text}: {key} stands there twice; give it once")
-        if key not in OPTIONS:
-            raise GradretError(
-                f"{text}: option '{option}' is not known; "
-                "use grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, query_file=FILE, "
-                "labels=intended|judged|agreed or drop_self=yes|no"
-            )
-        parse, expected = OPTIONS[key]
-        try:
-            options[key] = parse(value)
-        except (KeyError, ValueError):
-            raise GradretError(f"{text}: {key} '{value}' is not {expected}") from None
+    options = parse_options(text, filter(None, query.split("&")), OPTIONS, USAGE)
     if options.get("labels") == "judged" and "grades" in options:
         raise GradretError(
             f"{text}: judged grades are any real numbers, which grades= cannot list; "
@@ -112,40 +124,47 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def parse_count(text: str) -> int | None:
-    """A whole number of 0 or above; None where the text is none, or does not fit an int64."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS else None
-
-
-def _parse_sample(text: str) -> int:
-    count = parse_count(text)
-    if not count:
+def parse_count(text: str) -> int:
+    """A whole number of 0 or above. Raises: ValueError where the text is none, or does not fit an int64."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS):
         raise ValueError
-    return count
+    return int(text)
 
 
-def _parse_share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
+def parse_positive(text: str) -> int:
+    """A whole number above 0. Raises: ValueError."""
+    if count := parse_count(text):
+        return count
+    raise ValueError
+
+
+def parse_number(text: str, low: float, high: float) -> float:
+    """A number from low to high. Raises: ValueError."""
+    if not low <= float(text) <= high:
         raise ValueError
     return float(text)
 
 
-def _parse_name(text: str) -> str:
+def parse_name(text: str) -> str:
+    """The text. Raises: ValueError for none."""
     if not text:
         raise ValueError
     return text
 
 
-# Of a source: how each option is read, and what it should have been where that raises a KeyError or a ValueError.
-OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # of a source
     "grades": (parse_grade_map, "a grade map"),
-    "sample": (_parse_sample, "a whole number above 0"),
-    "shuffle": (_parse_share, "a number from 0 to 1"),  # noise for benchmarks: not among the options told to users
-    "queries": (_parse_name, "even, odd or a file"),
-    "query_file": (_parse_name, "a file"),
+    "sample": (parse_positive, "a whole number above 0"),
+    "shuffle": (partial(parse_number, low=0, high=1), "a number from 0 to 1"),  # noise for benchmarks, not in USAGE
+    "queries": (parse_name, "even, odd or a file"),
+    "query_file": (parse_name, "a file"),
     "labels": ({label: label for label in LABELS}.__getitem__, "intended, judged or agreed"),
     "drop_self": ({"yes": True, "no": False}.__getitem__, "yes or no"),
 }
+USAGE = (
+    "grades=OLD:NEW,..., sample=K, queries=even|odd|FILE, query_file=FILE, labels=intended|judged|agreed or "
+    "drop_self=yes|no"
+)
 
 
 def find_path(name: str) -> Path | None:

@@ -187,7 +187,7 @@ class Inputs:
         self.encoder = load_encoder(settings.model, device=device, weights=settings.weights, **settings.encoder_options)
         self.content = {"data": self.lists.fingerprint, "encoder": self.encoder.fingerprint()}
         if self.miner is not None:
-            self.content["pool"] = self.miner.fingerprint
+            self.content["pool"] = self.miner.pool.fingerprint
         adapt(self.encoder, settings)
         self.steps = count_steps(settings, len(self.summary.kept))
         self.batch_lists = min(settings.batch_lists, len(self.summary.kept))

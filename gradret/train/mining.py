@@ -1,13 +1,14 @@
 """Mining of hard negatives: passages that rank high for a query, added to its list at a grade of choice."""
 
 import hashlib
-import math
 import os
 import re
+import sys
 from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,22 @@ from gradret.data.collections import (
     reading,
 )
 from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, hash64, open_file, query_words
-from gradret.data.sources import MixedLists, Source, find_path, parse_count, parse_source
+from gradret.data.sources import (
+    MixedLists,
+    Source,
+    find_path,
+    parse_count,
+    parse_name,
+    parse_number,
+    parse_options,
+    parse_positive,
+    parse_source,
+)
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 from gradret.evaluation.search import embed_corpus, embed_texts, order_ranking, top_k
 
 ENCODER, BM25 = "encoder", "bm25"
-KEYS = ("k", "grade", "from", "by", "skip", "every")
-LEAST_EVERY = 0.001  # epochs: each round ranks for all lists
-# SOURCE may hold commas itself, as in lists.jsonl?grades=1,0: only one before a key ends it.
-SEPARATOR = re.compile(rf",\s*(?=(?:{'|'.join(KEYS)})=)")
 
 
 @dataclass(frozen=True)
@@ -65,63 +72,39 @@ class Mining:
         return 0 if self.every is None else int(epoch / self.every + 1e-9)
 
 
+def _parse_grade(text: str) -> float:
+    grade = float(text)
+    if not abs(grade) < GRADE_LIMIT:
+        raise ValueError
+    return grade
+
+
+OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "k": (parse_positive, "a whole number above 0"),
+    "grade": (_parse_grade, f"a finite number below {GRADE_LIMIT}"),
+    "from": (parse_name, "a file, a BEIR directory or an ir_datasets id"),
+    "by": ({ENCODER: ENCODER, BM25: BM25}.__getitem__, f"one of {ENCODER}, {BM25}"),
+    "skip": (parse_count, "a whole number of 0 or above"),
+    # Each round ranks for all lists.
+    "every": (partial(parse_number, low=0.001, high=sys.float_info.max), "a number of epochs from 0.001 on"),
+}
+USAGE = "k=K,grade=GRADE and, if wanted, from=SOURCE, by=encoder|bm25, skip=S, every=EPOCHS"
+
+
 def parse_mining(text: str) -> Mining:
-    """A Mining from its spelling, e.g. `k=2,grade=1,from=beir/scifact,skip=5`.
-
-    A comma belongs to SOURCE unless one of the keys and `=` follow it.
-
-    Raises: GradretError.
-    """
-    here, given = f"mine '{text}'", {}
-    for item in SEPARATOR.split(text.strip()):
-        key, equals, value = item.partition("=")
-        if key != "from" and "," in value:  # what follows the comma is no key
-            value, _, item = value.partition(",")
-            key = item.partition("=")[0]
-        if key not in KEYS or not equals:
-            raise GradretError(
-                f"{here}: '{item}' is not known; use k=K,grade=GRADE and, if wanted, from=SOURCE, "
-                "by=encoder|bm25, skip=S, every=EPOCHS"
-            )
-        if key in given:
-            raise GradretError(f"{here}: {key} is given twice; leave one out")
-        given[key] = value
+    """A Mining from its spelling, e.g. `k=2,grade=1,from=beir/scifact,skip=5`. Raises: GradretError."""
+    here = f"mine '{text}'"
+    # SOURCE may hold commas itself, as in lists.jsonl?grades=1,0: only one before a word and = ends it.
+    given = parse_options(here, re.split(r",\s*(?=[a-z]+=)", text.strip()), OPTIONS, USAGE)
     for key in ("k", "grade"):
         if key not in given:
             raise GradretError(f"{here}: {key} is missing; give at least k=K,grade=GRADE, such as k=2,grade=1")
-    if "from" in given:
-        if not given["from"]:
-            raise GradretError(f"{here}: from is empty; name a file, a BEIR directory or an ir_datasets id")
-        parse_source(given["from"])
-    by = given.get("by", ENCODER)
-    if by not in (ENCODER, BM25):
-        raise GradretError(f"{here}: by '{by}' is not one of {ENCODER}, {BM25}")
-    grade = _parse_number(given["grade"])
-    if grade is None or abs(grade) >= GRADE_LIMIT:
-        raise GradretError(f"{here}: grade '{given['grade']}' is not a finite number below {GRADE_LIMIT}")
-    k, skip = parse_count(given["k"]), parse_count(given.get("skip", "0"))
-    if not k:
-        raise GradretError(f"{here}: k '{given['k']}' is not a whole number above 0")
-    if skip is None:
-        raise GradretError(f"{here}: skip '{given['skip']}' is not a whole number of 0 or above")
-    every = None
-    if "every" in given:
-        every = _parse_number(given["every"])
-        if by == BM25:
-            raise GradretError(f"{here}: every is for by={ENCODER}; BM25 would rank as before: leave it out")
-        if every is None or every <= 0:
-            raise GradretError(f"{here}: every '{given['every']}' is not a number of epochs above 0")
-        if every < LEAST_EVERY:
-            raise GradretError(f"{here}: every '{given['every']}' is below {LEAST_EVERY} epochs; mine less often")
-    return Mining(k, grade, given.get("from"), by, skip, every)
-
-
-def _parse_number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
+    if given.get("by") == BM25 and "every" in given:
+        raise GradretError(f"{here}: every is for by={ENCODER}; BM25 would rank as before: leave it out")
+    source = given.pop("from", None)
+    if source is not None:
+        parse_source(source)
+    return Mining(source=source, **given)
 
 
 # A function of B queries and a depth: for each the positions of its best documents, best first, at most `depth`, and
@@ -129,8 +112,8 @@ def _parse_number(text: str) -> float | None:
 Ranker = Callable[[list[str], int], Iterable[tuple[np.ndarray, np.ndarray]]]
 
 
-def import_bm25s(what: str) -> Any:
-    """The package bm25s. Raises: GradretError when it is not installed, saying what needs it."""
+def import_bm25s() -> Any:
+    """The package bm25s. Raises: GradretError when it is not installed."""
     # Where JAX is installed, bm25s loads it and runs it once, and JAX would take most of a GPU's memory at once. This
     # is its own switch against that.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -139,21 +122,17 @@ def import_bm25s(what: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "bm25s":
             raise
-        raise GradretError(f"{what} needs the package bm25s: pip install 'gradret[bm25]'") from None
+        raise GradretError("BM25 needs the package bm25s: pip install 'gradret[bm25]'") from None
     return bm25s
 
 
-def index_bm25(collection: Collection, what: str = "BM25") -> Ranker:
+def index_bm25(collection: Collection) -> Ranker:
     """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
     stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
 
     Documents that share no word with the query are not ranked; of equal scores the earlier document comes first.
-
-    Args:
-        collection: its documents are ranked.
-        what: needs it, for the message where bm25s is not installed.
     """
-    bm25s = import_bm25s(what)
+    bm25s = import_bm25s()
     tokenizer = bm25s.tokenization.Tokenizer()
     bar: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
     contents = (document.content for document in show_bar(collection.documents(), desc="indexing for BM25", **bar))
@@ -360,7 +339,6 @@ def _make_passage(record: dict) -> Passage:
 
 
 QUERY_BLOCK = 1024  # lists read, encoded and searched at once
-BM25_SPELLING = f"mine by={BM25}"  # in messages
 
 
 class Miner:
@@ -370,10 +348,6 @@ class Miner:
     the passages of other lists with the same query; the query itself; with drop_self the document with the query's
     id. Passages are one when their words are, see content_key, whatever their ids.
 
-    Of the collections to be measured nothing enters but what a user names as from=SOURCE, and of that only documents,
-    never queries or qrels. Lists that `fit --exclude` leaves out are not in `kept`: nothing is mined for their
-    queries, nor, by default, from their passages.
-
     Args:
         mining: see Mining.
         lists: the training lists by position.
@@ -382,7 +356,6 @@ class Miner:
     Attributes:
         rows: as above.
         pool: the documents, see Pool; by default the passages of the kept lists.
-        fingerprint: of the pool's content: positions mined from another one mean nothing.
     Raises: GradretError when the source cannot be read, or bm25s is asked for and not installed.
     """
 
@@ -390,11 +363,10 @@ class Miner:
         self.mining, self._lists, self._kept = mining, lists, kept
         self.rows = kept if rows is None else rows
         if mining.by == BM25:
-            import_bm25s(BM25_SPELLING)  # before the work
+            import_bm25s()  # before the work
         self.pool: Pool = (
             ListPool("the training lists", lists, kept) if mining.source is None else open_pool(mining.source)
         )
-        self.fingerprint = self.pool.fingerprint
 
     def mine(
         self,
@@ -430,7 +402,7 @@ class Miner:
         found = None
         with processes.agree():
             if processes.is_first:
-                rank = rank_by_encoder if self.mining.by == ENCODER else index_bm25(self.pool, BM25_SPELLING)
+                rank = rank_by_encoder if self.mining.by == ENCODER else index_bm25(self.pool)
                 found = self._choose(rank, progress)
         return processes.broadcast(found)
 
@@ -478,16 +450,9 @@ class MinedLists(Sequence):
         pool: that was mined from.
         positions: (lists mined for, k) int64 as Miner.mine gives them.
         grade: of the mined passages.
-    Raises: GradretError when the positions do not belong to these lists and this pool.
     """
 
     def __init__(self, lists: Sequence[RankingList], rows: np.ndarray, pool: Pool, positions: np.ndarray, grade: float):
-        last = positions.max(initial=-1) + 1
-        if len(positions) != len(rows) or last > pool.document_count:
-            raise GradretError(
-                f"{pool.name}: passages were mined for {len(positions)} lists, the last of them document {last}, but "
-                f"there are {len(rows)} lists and {pool.document_count} documents: the data changed; start a new run"
-            )
         self._lists, self._pool, self._positions, self._grade = lists, pool, positions, grade
         self._rows = np.full(len(lists), -1, np.int64)
         self._rows[rows] = np.arange(len(rows))
