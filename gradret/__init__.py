@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # what __getattr__ gives, for type checkers and editors
     from gradret.loss.functions import wasserstein_loss as wasserstein_loss
     from gradret.loss.grades import PreparedGrades as PreparedGrades
     from gradret.loss.grades import prepare_grades as prepare_grades
-    from gradret.loss.pairs import PreparedPairs as PreparedPairs
-    from gradret.loss.pairs import prepare_pairs as prepare_pairs
+    from gradret.loss.retrieval import PreparedPairs as PreparedPairs
+    from gradret.loss.retrieval import prepare_pairs as prepare_pairs
     from gradret.loss.retrieval import wasserstein_retrieval_loss as wasserstein_retrieval_loss
     from gradret.settings import FitSettings as FitSettings
     from gradret.train.loop import fit as fit
@@ -42,8 +42,8 @@ _HOMES = {
     "PreparedGrades": "loss.grades",
     "prepare_grades": "loss.grades",
     "wasserstein_loss": "loss.functions",
-    "PreparedPairs": "loss.pairs",
-    "prepare_pairs": "loss.pairs",
+    "PreparedPairs": "loss.retrieval",
+    "prepare_pairs": "loss.retrieval",
     "wasserstein_retrieval_loss": "loss.retrieval",
     "gaussian_loss": "loss.functions",
     "infonce_loss": "loss.functions",

@@ -31,7 +31,7 @@ LAYERS = """
     __main__
 """
 TORCHLESS = """
-    cli options settings console files data.lists data.words data.collections data.sources data.export encoder.hub
+    cli options settings console files data.lists data.collections data.sources data.export encoder.directory
     generate.engine generate.queries generate.plans generate.prompts generate.replies generate.journal generate.run
 """.split()
 

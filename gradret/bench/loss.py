@@ -27,8 +27,7 @@ from gradret.files import versions
 from gradret.loss.functions import gaussian_loss, mix_losses, wasserstein_loss
 from gradret.loss.grades import prepare_grades
 from gradret.loss.kernels import backend, describe_backend
-from gradret.loss.pairs import prepare_pairs
-from gradret.loss.retrieval import wasserstein_retrieval_loss
+from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
 from gradret.settings import DEFAULT_LOSS, FitSettings
 
 DEFAULT_SHAPES = {

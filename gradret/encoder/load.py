@@ -21,8 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gradret.console import GradretError, count_of, is_first_process, say, show_wait
-from gradret.encoder.directory import Description, EncoderConfig, find_transformer, read_description
-from gradret.encoder.hub import locate_encoder
+from gradret.encoder.directory import Description, EncoderConfig, find_transformer, locate_encoder, read_description
 from gradret.encoder.model import Encoder
 from gradret.settings import DEFAULT_ENCODER, POOLINGS, SIMILARITIES
 

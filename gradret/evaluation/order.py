@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gradret.console import PATIENCE_S, show_bar
-from gradret.data.lists import JUDGED, Passage, RankingList
-from gradret.data.words import MIN_SHINGLES, NEAR_DUPLICATE, make_shingles, split_words
+from gradret.data.lists import JUDGED, MIN_SHINGLES, NEAR_DUPLICATE, Passage, RankingList, make_shingles, split_words
 from gradret.encoder.model import Encoder
 from gradret.evaluation.search import Embedder, EmbeddingFunction, as_embedder, embed_texts
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gradret.console import GradretError, Interrupted, StopRequest, say, show_wait
-from gradret.encoder.hub import HUB_TIMEOUT_S, tell_reason
+from gradret.encoder.directory import HUB_TIMEOUT_S, tell_reason
 from gradret.generate.engine import Reply, Request
 
 # GNU's OpenMP reads this once, when it is loaded with llama_cpp. Otherwise its threads spin at every barrier: on a busy

@@ -7,7 +7,7 @@ lower grade is the best one about something else, and the plan says what.
 import random
 from collections.abc import Iterable, Mapping, Sequence
 
-from gradret.data.words import UNSPACED_RUN, split_words, weigh_words
+from gradret.data.lists import UNSPACED_RUN, split_words, weigh_words
 from gradret.generate.replies import SENTENCE_END, Unusable, find_foreign, holds_query, is_refusal
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.

@@ -5,14 +5,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.console import GradretError
-from gradret.data.lists import quote
-from gradret.data.words import (
+from gradret.data.lists import (
     MIN_SHINGLES,
     NEAR_DUPLICATE,
     SHINGLE,
     UNSPACED,
     UNSPACED_RUN,
     make_shingles,
+    quote,
     split_words,
     weigh_words,
 )

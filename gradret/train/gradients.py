@@ -20,8 +20,7 @@ from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
 from gradret.loss.functions import mix_losses
 from gradret.loss.mixture import FUSED
-from gradret.loss.pairs import prepare_pairs
-from gradret.loss.retrieval import wasserstein_retrieval_loss
+from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
 from gradret.settings import LOSSES, FitSettings
 from gradret.train.batches import Batch, tokenize_batch
 

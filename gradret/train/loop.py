@@ -30,11 +30,10 @@ from gradret.evaluation.measures import evaluate, parse_measures
 from gradret.files import versions
 from gradret.loss.kernels import describe_backend
 from gradret.settings import AUTO, FitSettings, count_steps, learning_rate_at
-from gradret.train.adapters import adapt, merge_adapters
 from gradret.train.batches import Batch, draw_batches
 from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
-from gradret.train.memory import check_chunk, is_out_of_memory, measure_capacity
+from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
 from gradret.train.run import BOARD, DEV, METRICS, RunDirectory, RunState, check_board, share_restored, step_name
 

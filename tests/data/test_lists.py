@@ -20,6 +20,7 @@ from gradret.data.lists import (
     RankingList,
     format_list,
     join_words,
+    make_shingles,
     number_lines,
     parse_list,
     query_key,
@@ -27,6 +28,7 @@ from gradret.data.lists import (
     read_lines,
     read_lists,
     shorten_lines,
+    split_words,
     write_lists,
 )
 from gradret.data.sources import open_collection, parse_source
@@ -341,3 +343,13 @@ def test_a_string_without_spaces_is_shortened_by_reading_each_byte_once(monkeypa
     text = json.loads(line)["text"]
     assert text.startswith("STARTxyz") and text.endswith("xyzEND") and len(text) < 1_200_000
     assert sum(lengths) <= len(content)
+
+
+def test_words():
+    assert split_words("Cats' Purring, 2nd_go") == ["cats", "purring", "2nd", "go"]
+    assert split_words("हिन्दी में, Ünïted na\u0308rrow ไท") == ["हिन्दी", "में", "ünïted", "närrow", "ไ", "ท"]
+
+
+def test_shingles():
+    assert make_shingles(["a", "b", "c", "d"]) == {("a", "b", "c"), ("b", "c", "d")}
+    assert make_shingles(["a", "b"]) == set()

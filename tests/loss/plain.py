@@ -4,13 +4,13 @@ from functools import partial
 
 from torch import Tensor
 
-from gradret.loss import functions, grades, pairs, retrieval
+from gradret.loss import functions, grades, retrieval
 from gradret.settings import LOSSES
 
 AXIS = {"targets": "gain", "ground": "grade"}
 PLAIN = {"order": 1, "temperature": 1.0, **AXIS}
 prepare_grades = partial(grades.prepare_grades, **AXIS)
-prepare_pairs = partial(pairs.prepare_pairs, **AXIS)
+prepare_pairs = partial(retrieval.prepare_pairs, **AXIS)
 
 
 def make_plain(name: str, **options):

@@ -29,8 +29,8 @@ from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder
 from gradret.settings import FitSettings
 from gradret.train import loop as trainer
-from gradret.train.adapters import merge_adapters
 from gradret.train.loop import fit
+from gradret.train.memory import merge_adapters
 
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2Model),
