@@ -218,7 +218,7 @@ def test_merged_adapters_leave_embeddings_and_no_trace(tiny_encoder, tmp_path, f
 
     encoder.save(tmp_path / "saved")
     plain.save(tmp_path / "plain")
-    for file in (tmp_path / "saved").rglob("*.json"):
+    for file in {*(tmp_path / "saved").rglob("*.json")} - {tmp_path / "saved" / "tokenizer.json"}:  # has "exploration"
         assert not any(word in file.read_text().lower() for word in ("lora", "peft", "base_layer")), file
     names = sorted(str(f.relative_to(tmp_path / "saved")) for f in (tmp_path / "saved").rglob("*") if f.is_file())
     assert names == sorted(str(f.relative_to(tmp_path / "plain")) for f in (tmp_path / "plain").rglob("*.*"))
@@ -229,7 +229,7 @@ def test_merged_adapters_leave_embeddings_and_no_trace(tiny_encoder, tmp_path, f
         with safe_open(tmp_path / directory / "model.safetensors", "pt") as tensors:
             keys.append(sorted(tensors.keys()))
     assert keys[0] == keys[1]
-    np.testing.assert_allclose(load_encoder(str(tmp_path / "saved")).encode(TEXTS), before, atol=1e-6)
+    np.testing.assert_allclose(load_encoder(str(tmp_path / "saved")).encode(TEXTS), before, atol=5e-6)
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode_document(TEXTS)
     np.testing.assert_allclose(theirs, before, atol=1e-5)
 
