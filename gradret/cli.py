@@ -176,7 +176,7 @@ def fit(out, device, resume, tensorboard, as_json, **given):
         settings = choose_settings(chosen)  # what is wrong is told before the wait for imports
     with show_wait("loading PyTorch"):
         from gradret.distributed import join_processes
-        from gradret.train.loop import train
+        from gradret.train import loop
 
     with join_processes(device) as (processes, device):
         if resume:  # settings come from the run, which the first process alone need have
@@ -184,7 +184,7 @@ def fit(out, device, resume, tensorboard, as_json, **given):
                 stored = _read_settings(out) if processes.is_first else None
             stored = collect_settings(processes.broadcast(stored))
             settings = choose_settings(chosen, stored)  # what was spelled out must agree with the run
-        result = train(settings, Path(out), processes, device, resume=resume, tensorboard=tensorboard)
+        result = loop.fit(settings, out, resume=resume, device=device, tensorboard=tensorboard, processes=processes)
     if not processes.is_first:
         return
     document = {

@@ -418,36 +418,38 @@ class ListsSummary:
     """What a check of all lists found.
 
     kept: positions of the lists to train on; best and worst: (kept,) the highest and the lowest grade of each;
-    longest: the longest passage.
+    longest: the longest passage; the numbers of lists and judgments are of those left out.
     """
 
     kept: np.ndarray
-    passages: int
-    lowest: float
-    highest: float
-    equal_grades: int
-    empty: int
-    excluded: int
-    disagreeing: int
-    absent: int
-    longest: str
     best: np.ndarray
     worst: np.ndarray
+    passages: int
+    longest: str
+    empty: int
+    disagreeing: int
+    absent: int
+    excluded: int
+
+    @property
+    def lowest(self) -> float:
+        return float(self.worst.min())
+
+    @property
+    def highest(self) -> float:
+        return float(self.best.max())
 
     def __str__(self) -> str:
         text = f"{count_of(len(self.kept), 'list')}, {count_of(self.passages, 'passage')}"
         text += f", grades {self.lowest:g} to {self.highest:g}"
-        if self.equal_grades:
-            text += f"; {count_of(self.equal_grades, 'list')} whose grades are all equal, kept"
-        if self.empty:
-            text += f"; {count_of(self.empty, 'list')} left out: no passage is selected"
-        if self.disagreeing:
-            text += f"; {count_of(self.disagreeing, 'list')} left out: judged and intended grades are not in one order"
-        if self.absent:
-            text += f"; {count_of(self.absent, 'judgment')} left out, whose documents are missing"
-        if self.excluded:
-            text += f"; {count_of(self.excluded, 'list')} left out, whose query is one to be measured"
-        return text
+        notes = (
+            (int((self.best == self.worst).sum()), "list", "whose grades are all equal, kept"),
+            (self.empty, "list", "left out: no passage is selected"),
+            (self.disagreeing, "list", "left out: judged and intended grades are not in one order"),
+            (self.absent, "judgment", "left out, whose documents are missing"),
+            (self.excluded, "list", "left out, whose query is one to be measured"),
+        )
+        return text + "".join(f"; {count_of(number, noun)} {what}" for number, noun, what in notes if number)
 
 
 def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
@@ -459,40 +461,35 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
         exclude: lists with these queries (see lists.query_words) are left out, as those without passages are.
     Raises: GradretError naming the first list at fault, or when no list has a passage.
     """
-    kept = np.zeros(len(lists), bool)
-    passages, lowest, highest, equal_grades, empty, excluded, disagreeing = 0, np.inf, -np.inf, 0, 0, 0, 0
-    longest, best, worst = "", array("d"), array("d")
+    kept, best, worst = array("q"), array("d"), array("d")
+    passages, longest, empty, disagreeing, excluded = 0, "", 0, 0, 0
     for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=PATIENCE_S):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:
-            disagreeing += lists.disagreeing[index]
+            disagreeing += int(lists.disagreeing[index])
             empty += not lists.disagreeing[index]
             continue
         if query_words(ranking_list.query) in exclude:
             excluded += 1
             continue
-        kept[index] = True
-        low, high = min(grades), max(grades)
+        low = min(grades)
         if refuse_negative and low < 0:
             raise GradretError(
                 f"{ranking_list.place} has the negative grade {low:g}, to which "
                 f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
                 f"{SOFTMAX_ADVICE}"
             )
+        kept.append(index)
+        best.append(max(grades))
+        worst.append(low)
         passages += len(grades)
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
-        lowest, highest = min(lowest, low), max(highest, high)
-        best.append(high)
-        worst.append(low)
-        equal_grades += low == high
     absent = lists.count_absent()
-    if not kept.any():
+    if not kept:
         raise GradretError(
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
             + (f"; of the judged documents {absent} are missing" if absent else "")
         )
-    counts = equal_grades, empty, excluded, int(disagreeing), absent
-    return ListsSummary(
-        np.flatnonzero(kept), passages, lowest, highest, *counts, longest, np.array(best), np.array(worst)
-    )
+    found = np.array(kept), np.array(best), np.array(worst)
+    return ListsSummary(*found, passages, longest, empty, disagreeing, absent, excluded)

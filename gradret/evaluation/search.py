@@ -85,12 +85,9 @@ Embedder = Encoder | OutsideEmbedder  # what can embed a corpus and its queries
 
 
 def as_embedder(model: Encoder | str | Path | EmbeddingFunction, probe: str) -> Embedder:
-    """An Embedder of what the user has.
+    """An Embedder of what the user has, see evaluate.
 
     Args:
-        model: an Encoder; the name of one, see load_encoder; a sentence-transformers model, whose encode_query,
-            encode_document and similarity are used; or a function of a list of n texts and their kind, "query" or
-            "document", to (n, D) embeddings, an array or a tensor, whose dot product is the similarity.
         probe: a query, to learn the dimension from.
     Raises: TypeError for anything else, ValueError for a similarity without a dot product, GradretError as
         load_encoder.
@@ -241,8 +238,8 @@ def find_store(
 ) -> tuple["CorpusStore", list[np.ndarray]]:
     """The vectors under `cache` that belong to an encoder and a collection, and the documents' ids in blocks.
 
-    The folder's name is a key made of the encoder's content, the documents' content and the precision, so a changed
-    weight or word never meets an old vector.
+    The folder's name is a key of the encoder, the documents and the precision: a changed weight or word never meets an
+    old vector.
     """
     digest, doc_ids = hashlib.blake2b(digest_size=16), []
     options: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}

@@ -117,56 +117,34 @@ def prepare_pairs(
         pair = divmod(key[twice[0, 0]].item(), documents)
         raise ValueError(f"the pair of row {pair[0]} and column {pair[1]} has more than one grade")
     rows, columns, real = rows[by_row], columns[by_row], grades.detach().double()[by_row]
-    number = torch.bincount(rows, minlength=count)  # (B,)
-    offsets = torch.cat([number.new_zeros(1), number.cumsum(0)])
-    weights = targets.detach().double()[by_row] if isinstance(targets, Tensor) else targets
-    doublings = number.double().log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
+    counts = torch.bincount(rows, minlength=count)  # (B,)
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    doublings = counts.double().log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
     lists, others_weigh = [], False
     for doubling in doublings.unique().tolist():
-        chosen = doublings == doubling
-        members = chosen[rows].nonzero()[:, 0]
-        group, weigh = _make_lists(
-            chosen.nonzero()[:, 0], members, rows, real, number, documents, float(default_grade), weights, ground
-        )
-        lists.append(group)
-        others_weigh |= weigh
+        chosen = (doublings == doubling).nonzero()[:, 0]  # (R,)
+        members = (doublings == doubling)[rows].nonzero()[:, 0]  # (m,)
+        number = counts[chosen]
+        width = int(number.max()) + 1
+        row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
+        slots = row * width + torch.arange(len(members), device=rows.device) - (number.cumsum(0) - number)[row]
+        others = documents - number  # documents of the default grade
+        short = torch.full((len(chosen), width), float(default_grade), dtype=torch.float64, device=rows.device)
+        short.view(-1)[slots] = real[members]
+        present = torch.zeros_like(short, dtype=torch.bool)
+        present.view(-1)[slots] = True
+        present[:, -1] = others > 0
+        if isinstance(targets, Tensor):
+            weights = torch.zeros_like(short)
+            weights.view(-1)[slots] = targets.detach().double()[by_row][members]
+        else:
+            weights = weigh_grades(short, present, targets, torch.float64)
+            weights[:, -1] *= others
+        weights = weights.masked_fill(~present, 0)
+        prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)
+        lists.append(ShortLists(chosen, members, slots, prepared))
+        others_weigh |= bool(weights[:, -1].any())
     return PreparedPairs((count, documents), offsets, columns.int(), tuple(lists), others_weigh)
-
-
-def _make_lists(
-    chosen: Tensor,
-    members: Tensor,
-    rows: Tensor,
-    grades: Tensor,
-    number: Tensor,
-    documents: int,
-    default_grade: float,
-    targets: str | Tensor,
-    ground: str,
-) -> tuple[ShortLists, bool]:
-    """The lists of the chosen rows, whose pairs are the members, of all rows (M,) and grades (M,).
-
-    Also whether their other documents have target mass.
-    """
-    number = number[chosen]  # (R,)
-    width = int(number.max()) + 1
-    row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
-    slots = row * width + torch.arange(len(members), device=rows.device) - (number.cumsum(0) - number)[row]
-    others = documents - number  # documents of the default grade
-    short = torch.full((len(chosen), width), default_grade, dtype=torch.float64, device=rows.device)
-    short.view(-1)[slots] = grades[members]
-    present = torch.zeros_like(short, dtype=torch.bool)
-    present.view(-1)[slots] = True
-    present[:, -1] = others > 0
-    if isinstance(targets, Tensor):
-        weights = torch.zeros_like(short)
-        weights.view(-1)[slots] = targets[members]
-    else:
-        weights = weigh_grades(short, present, targets, torch.float64)
-        weights[:, -1] *= others
-    weights = weights.masked_fill(~present, 0)
-    prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)
-    return ShortLists(chosen, members, slots, prepared), bool(weights[:, -1].any())
 
 
 def wasserstein_retrieval_loss(

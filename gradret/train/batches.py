@@ -55,13 +55,12 @@ class Batch:
     mask: Tensor
 
     def list_pairs(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Who is graded for whom among some of the lists: M list numbers (counted from the first of them), M columns,
-        M grades."""
+        """The graded pairs of some lists: M list numbers, counted from the first of them, M columns, M grades."""
         mask = self.mask[rows]
         return mask.nonzero()[:, 0], self.columns[rows][mask], self.grades[rows][mask]
 
     def spread_grades(self, floor: float, rows: slice = slice(None)) -> Tensor:
-        """(B, N) grades of every document for every list, or some of the lists: its own, `floor` for the others'."""
+        """(B, N) grades of every document for every list, or for some: its own, `floor` for the other lists'."""
         row, column, grade = self.list_pairs(rows)
         grades = torch.full((len(self.mask[rows]), len(self.documents)), floor, dtype=torch.float32)
         grades[row, column] = grade
@@ -69,13 +68,10 @@ class Batch:
 
 
 def collate(lists: Sequence[RankingList], *, in_batch: bool = True) -> Batch:
-    """A Batch of ranking lists. A document that stands twice in one list keeps its first grade.
+    """A Batch of ranking lists, in which documents are one where their words are, see query_words.
 
-    Documents are one where their words are, see query_words.
-
-    Args:
-        in_batch: whether lists are scored against each other's documents. Those whose queries are the same words then
-            grade each other's documents as these are graded there: what answers one query answers the other.
+    A document that stands twice in one list keeps its first grade. With `in_batch`, where lists are scored against each
+    other's documents, those whose queries are the same words grade each other's documents as these are graded there.
     """
     position: dict[str, int] = {}
     documents: list[str] = []

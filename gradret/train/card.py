@@ -54,16 +54,13 @@ def write_card(
     """Write README.md, the model card, into a saved encoder's directory. Local paths are shown without their folders.
 
     Args:
-        directory: as written by encoder.save().
-        settings: the run's.
         data: what was trained on, as "416 lists, 1664 passages, grades 0 to 3".
         steps: optimizer steps done.
-        dev: a {"step": int, MEASURE: value} for each measurement; () when there was none.
+        dev: a {"step": int, MEASURE: value} for each measurement.
         best_step: the step whose weights were saved, where dev chose; None for the last.
-        encoder: the one saved.
         where: what it was trained on, as "cpu, 1 process".
         seconds: that training took.
-        versions: files.versions(), or any names and values; None is left out.
+        versions: names and values; None is left out.
     Raises: OSError.
     """
     is_on_hub = HUB_NAME.fullmatch(settings.model) and not os.path.exists(settings.model)
@@ -140,15 +137,13 @@ def _tabulate(header: Sequence[str], rows: Sequence[Sequence]) -> str:
 
 
 def _show_value(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}"
     if isinstance(value, str):
         return _code(_hide_folders(value))
     if isinstance(value, tuple):
         return ", ".join(map(_show_value, value))
-    return "none" if value is None else str(value)
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return f"{value:g}"
 
 
 def _show_time(seconds: float) -> str:

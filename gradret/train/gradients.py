@@ -42,13 +42,10 @@ class Objective:
     def backward(
         self, queries: Tensor, documents: Tensor, batch: Batch, processes: Processes = ALONE, scale: float = 1.0
     ) -> float:
-        """Add the gradient of `scale` times the loss to the embeddings' .grad, and return that value.
+        """Add the gradient of `scale` times the loss to the .grad of both, and return that value.
 
-        With several processes: of this one's lists alone; the sum over the processes is that of the batch.
-
-        Args:
-            queries: (B, D) leaf that requires gradients; its dot products with documents are the scores.
-            documents: (N, D), likewise.
+        Scores are dot products of queries (B, D) and documents (N, D). With several processes: of this one's lists
+        alone; the sum over the processes is that of the batch.
         """
         count = len(batch.queries)
         if "gaussian" in self._losses:  # one value for the whole batch: everyone computes all of it
@@ -105,7 +102,6 @@ class BatchGradients:
 
     Attributes:
         encoder: trained, on its device.
-        objective: the loss.
         precision: "float32" or "bfloat16" (autocast).
         chunk: texts encoded at once, see encoder/model.plan_chunks.
         cached: whether chunks are encoded twice instead of keeping their activations.
@@ -122,11 +118,8 @@ class BatchGradients:
     def accumulate(self, batch: Batch, seed: str, scale: float = 1.0) -> float:
         """Add this process's part of the gradient of `scale` times the batch's loss to the parameters, return the loss.
 
-        The loss is the whole batch's; gradients are still to be summed over the processes.
-
-        Args:
-            batch: the same in all processes.
-            seed: names the batch; dropout depends on it.
+        The batch is the same in all processes, and so is the loss; gradients are still to be summed over them. Dropout
+        depends on `seed`.
         """
         encoder = self.encoder
         tokens = tokenize_batch(batch, encoder, self.processes)

@@ -1,6 +1,6 @@
 """The whole life of a training run, from its settings to the saved encoder, alone or in torchrun's processes.
 
-`train` is the story in short: `Inputs` reads what the settings name, `RunDirectory` claims the directory, `Trainer`
+`fit` is the story in short: `Inputs` reads what the settings name, `RunDirectory` claims the directory, `Trainer`
 finds out what fits into memory, restores the last checkpoint and makes the steps. A run ends finished, or with one line
 that says what is saved and how to go on: after SIGINT or SIGTERM, out of memory, with a loss or gradient that is not
 finite, with a full disk, or when another of its processes has ended. Killed at any moment, it loses nothing that was
@@ -69,6 +69,7 @@ def fit(
     device: str | None = None,
     progress: bool = True,
     tensorboard: bool = False,
+    processes: Processes | None = None,
 ) -> FitResult:
     """Train an encoder on ranking lists and save it in `out` as a sentence-transformers directory.
 
@@ -82,27 +83,17 @@ def fit(
         progress: show a bar on a terminal.
         tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
             folder goes on with it.
+        processes: that have joined already, each with its device; None: those that torchrun started.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
         when another of the processes has ended; TypeError for settings or a directory that are none.
     """
     if not isinstance(settings, FitSettings) or not isinstance(out, str | Path):
         raise TypeError(f"expected FitSettings and a directory, got {settings!r:.100} and {out!r:.100}")
-    with join_processes(device) as (processes, device):
-        return train(settings, Path(out), processes, device, resume=resume, progress=progress, tensorboard=tensorboard)
-
-
-def train(
-    settings: FitSettings,
-    out: Path,
-    processes: Processes,
-    device: str | None,
-    *,
-    resume: bool = False,
-    progress: bool = True,
-    tensorboard: bool = False,
-) -> FitResult:
-    """What fit does, in processes that have joined already; see there."""
-    began = time.monotonic()
+    if processes is None:
+        with join_processes(device) as (joined, device):
+            options = {"resume": resume, "progress": progress, "tensorboard": tensorboard}
+            return fit(settings, out, device=device, processes=joined, **options)
+    began, out = time.monotonic(), Path(out)
     tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
     with processes.agree():
         if tensorboard:
@@ -157,7 +148,7 @@ class Inputs:
     Attributes:
         lists, summary: all lists, and which of them are trained on.
         dev: the collection measured while training, or None.
-        miner: finds hard negatives, or None.
+        mining, miner: which hard negatives, and what finds them; or None.
         encoder: as it is trained, with adapters if there are any.
         content: fingerprints of what the settings name.
         steps, batch_lists, precision: as they come out of settings, lists and device.
@@ -167,12 +158,13 @@ class Inputs:
     def __init__(self, settings: FitSettings, processes: Processes, device: str | None, *, resume: bool = False):
         self.settings, self.processes = settings, processes
         if settings.batch_lists % processes.size:
+            even = math.ceil(settings.batch_lists / processes.size) * processes.size
             raise GradretError(
                 f"--batch-lists {settings.batch_lists} is not a multiple of the {processes.size} processes that share "
-                f"it; {_advise_on_sharing(settings.batch_lists, processes.size, resume)}"
+                f"it; {'start a number of them that divides it' if resume else f'try --batch-lists {even}'}"
             )
         parse_measures([settings.dev_measure])
-        mining = parse_mining(settings.mine) if settings.mine else None
+        self.mining = mining = parse_mining(settings.mine) if settings.mine else None
         self.lists = MixedLists([parse_source(s) for s in settings.data], seed=settings.seed)
         self.dev = open_collection(parse_source(settings.dev)) if settings.dev else None
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
@@ -194,16 +186,14 @@ class Inputs:
 
     def describe(self) -> str:
         """The data, for people."""
-        text = str(self.summary)
+        text, mining = str(self.summary), self.mining
         if self.lists.colliding_ids:
             text += (
                 f"; {self.lists.colliding_ids} query ids stand for different queries in different sources: kept apart"
             )
-        spared = 0 if self.miner is None else len(self.summary.kept) - len(self.miner.rows)
-        if self.miner is not None and spared:
-            grade = self.miner.mining.grade
-            text += f"; {spared} lists get no mined passages: their best grade is no higher than {grade:g}"
-        mining = None if self.miner is None else self.miner.mining
+        spared = len(self.summary.kept) - len(self.miner.rows) if self.miner is not None else 0
+        if mining is not None and spared:
+            text += f"; {spared} lists get no mined passages: their best grade is no higher than {mining.grade:g}"
         if self.settings.contrasts and find_lowest_added(self.settings, self.summary, mining) > 0:
             bare = int((self.summary.worst > 0).sum())
             text += f"; {bare} lists have no contrast: all their grades are above 0" if bare else ""
@@ -219,7 +209,7 @@ class Inputs:
         Args:
             found: what "auto" was before: it stays, because dropout depends on it, where it still fits.
             has_optimizer: whether the optimizer has taken its memory already.
-        Raises: GradretError when a batch, or its chunks, do not fit, with a chunk to try.
+        Raises: GradretError with a chunk to try where a batch, or its chunks, do not fit.
         """
         chunk = self.settings.chunk
         if chunk is None and self.batch_lists * self._texts_per_list() <= PROBED_TEXTS * self.processes.size:
@@ -241,7 +231,7 @@ class Inputs:
         return chunk or 0
 
     def _texts_per_list(self) -> float:
-        mined = min(self.miner.mining.k, self.miner.pool.document_count) if self.miner is not None else 0
+        mined = min(self.mining.k, self.miner.pool.document_count) if self.mining and self.miner else 0
         return 1 + self.summary.passages / len(self.summary.kept) + mined
 
     def _measure_texts(self) -> tuple[int, int]:
@@ -252,7 +242,7 @@ class Inputs:
         counts = [len(t) for t in self.encoder.tokenize([*passages, self.summary.longest], "document")]
         counts += [len(t) for t in self.encoder.tokenize([entry.query for entry in sample], "query")]
         longest = max(counts)
-        if self.miner is not None and self.miner.mining.source is not None:  # other documents, perhaps longer ones
+        if self.mining is not None and self.mining.source is not None:  # other documents, perhaps longer ones
             longest = self.encoder.config.document_max_length
         mean = sum(counts) / len(counts)
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
@@ -260,25 +250,24 @@ class Inputs:
 
 def check_loss_suits(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> None:
     """Whether the grades of lists, and of what is mined for them, suit the loss. Raises: GradretError."""
-    if mining is not None and mining.grade < 0 and settings.weighs_from_zero:
+    positive = settings.positive_from
+    if mining is not None:
+        here = f"mine '{settings.mine}'"
+        if mining.grade < 0 and settings.weighs_from_zero:
+            raise GradretError(
+                f"{here}: targets of 2^grade - 1 or sqrt(grade) give the negative grade {mining.grade:g} nothing; "
+                f"use a grade of 0 or above, or {SOFTMAX_ADVICE}"
+            )
+        for bound, what in ((summary.highest, "the best of the lists,"), (positive, "--positive-from")):
+            if bound is not None and mining.grade >= bound:
+                raise GradretError(
+                    f"{here}: mined passages are negatives, and grade {mining.grade:g} is no lower than {what} "
+                    f"{bound:g}; give a lower grade"
+                )
+    if positive is not None and positive > summary.highest:
         raise GradretError(
-            f"mine '{settings.mine}': targets of 2^grade - 1 or sqrt(grade) give the negative grade "
-            f"{mining.grade:g} nothing; use a grade of 0 or above, or {SOFTMAX_ADVICE}"
-        )
-    if mining is not None and mining.grade >= summary.highest:
-        raise GradretError(
-            f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
-            f"the best of the lists, {summary.highest:g}; give a lower grade"
-        )
-    if mining is not None and settings.positive_from is not None and mining.grade >= settings.positive_from:
-        raise GradretError(
-            f"mine '{settings.mine}': mined passages are negatives, and grade {mining.grade:g} is no lower than "
-            f"--positive-from {settings.positive_from:g}; give a lower grade"
-        )
-    if settings.positive_from is not None and settings.positive_from > summary.highest:
-        raise GradretError(
-            f"loss {settings.loss}: no passage has grade {settings.positive_from:g} or above; the highest is "
-            f"{summary.highest:g}; lower --positive-from"
+            f"loss {settings.loss}: no passage has grade {positive:g} or above; the highest is {summary.highest:g}; "
+            "lower --positive-from"
         )
     lowest = min(summary.lowest, find_lowest_added(settings, summary, mining))
     if settings.contrasts and lowest > 0:
@@ -297,14 +286,6 @@ def find_lowest_added(settings: FitSettings, summary: ListsSummary, mining: Mini
     return min(mined, settings.in_batch_grade or 0.0) if others else mined
 
 
-def _advise_on_sharing(batch_lists: int, size: int, resume: bool) -> str:
-    if not resume:
-        return f"try --batch-lists {math.ceil(batch_lists / size) * size}"
-    even = [n for n in range(1, batch_lists + 1) if batch_lists % n == 0]
-    near = [*[n for n in even if n < size][-1:], *[n for n in even if n > size][:1]]  # a run keeps its batches
-    return f"start {' or '.join(map(str, near))} of them" if near != [1] else "start one alone"
-
-
 class Trainer:
     """One process of a run: from the last checkpoint, if there is one, to the saved encoder.
 
@@ -312,9 +293,6 @@ class Trainer:
         directory: the run's, in the first process; None in the others, which write nothing.
         out: how the user named it.
         progress: show a bar on a terminal.
-    Attributes:
-        state: how far the run is.
-        lists: by position, from which batches are drawn; with the mined passages, if there are any.
     Raises: GradretError, see fit.
     """
 
@@ -358,17 +336,15 @@ class Trainer:
         return min(filter(None, self.processes.gather_objects(chunk)), default=0)
 
     def make_gradients(self) -> BatchGradients:
-        """How the gradients of a batch are computed."""
         s, inputs, chunk = self.settings, self.inputs, self.state.chunk
         floor = None
         if s.in_batch:
-            mined = inputs.miner.mining.grade if inputs.miner is not None else 0.0
+            mined = inputs.mining.grade if inputs.mining is not None else 0.0
             floor = min(0.0, inputs.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
         group = chunk or GROUPS.get(self.encoder.device.type, GROUPS["cuda"])
         return BatchGradients(self.encoder, Objective(s, floor), inputs.precision, group, bool(chunk), self.processes)
 
     def loop(self) -> None:
-        """Steps until the end."""
         state, steps = self.state, self.inputs.steps
         with self.stop, show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar:
             try:
@@ -499,12 +475,12 @@ class Trainer:
         name = f"mined-{number}.npy"
         found = self.processes.broadcast(self.directory.read_array(name) if self.directory is not None else None)
         if found is None:
-            if step and miner.mining.by != BM25:
-                if miner.mining.count_rounds(self.inputs.epoch_at(step - 1)) == number:  # not this round's first step
-                    raise self.told_once(
-                        f"{self.out / name}: is missing or damaged, and the encoder that mined it has been trained "
-                        "since: put it back from a copy, or start again in another --out"
-                    )
+            is_late = step > 0 and miner.mining.count_rounds(self.inputs.epoch_at(step - 1)) == number
+            if is_late and miner.mining.by != BM25:
+                raise self.told_once(
+                    f"{self.out / name}: is missing or damaged, and the encoder that mined it has been trained "
+                    "since: put it back from a copy, or start again in another --out"
+                )
             if self.processes.size > 1 and step:  # as before a search on dev
                 self.save_step()
             with self.stop.give_up(self.search_grace_s):
@@ -520,7 +496,6 @@ class Trainer:
         self.mined_round = number
 
     def save(self) -> None:
-        """Write a checkpoint, in the first process."""
         if self.directory is not None:
             self.directory.save_checkpoint(self.encoder, self.optimizer, self.state)
 
@@ -559,7 +534,6 @@ class Trainer:
     # The ways to end before that: one of the processes tells, the others end with it
 
     def resume_command(self) -> str:
-        """What continues this run."""
         return f"{self.processes.launcher} fit --out {shlex.quote(str(self.out))} --resume"
 
     def told_once(self, message: str, kind: type[GradretError] = GradretError) -> GradretError:
@@ -594,9 +568,9 @@ class Trainer:
     def end_alone(self, error: GivenUp | ProcessLost) -> None:
         """Checkpoint and end without a word to the others, who may be anywhere, or gone.
 
-        In the first process that saves the last whole step: nothing of the one that was cut short is in the weights.
-        The others have nothing to save. A process that waits for another one hears no signal before that one has gone,
-        so after a signal to all of them some tell of the signal and some of a lost process.
+        The first process saves the last whole step: nothing of the one that was cut short is in the weights. A process
+        that waits for another one hears no signal before that one has gone, so after a signal to all of them some tell
+        of the signal and some of a lost process.
         """
         here = self.processes
         with self.stop.uninterrupted():

@@ -193,20 +193,11 @@ def _free_in_cgroups() -> Iterator[int]:
     """Bytes that each memory limit over this process leaves: a limit of a group holds for the groups inside it."""
     with suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":  # version 2
-                top, names = CGROUPS, ("memory.max", "memory.current", "inactive_file")
-            elif "memory" in controllers.split(","):
-                top = CGROUPS / "memory"
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            else:
-                continue
-            # Inside a container the path may be the host's, of which only the container's own end is to be seen: `top`.
-            for group in (path := Path(path.lstrip("/")), *path.parents):
+            path = Path(line.split(":", 2)[2].lstrip("/"))  # in a container the host's, of which the end alone is seen
+            for group in (CGROUPS / folder for folder in (path, *path.parents)):
                 with suppress(OSError, ValueError):  # no limit says "max"; the outermost group has no such file
-                    limit, used = (int((top / group / name).read_text()) for name in names[:2])
-                    cache = read_field(top / group / "memory.stat", names[2], unit=1)  # given back when asked for
-                    yield limit - used + cache
+                    limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+                    yield limit - used + read_field(group / "memory.stat", "inactive_file", unit=1)  # given back
 
 
 def adapt(encoder: Encoder, settings: FitSettings) -> None:

@@ -127,10 +127,10 @@ def import_bm25s() -> Any:
 
 
 def index_bm25(collection: Collection) -> Ranker:
-    """A ranker by BM25 as bm25s computes it by default: Lucene's variant, words of two letters on, without English
-    stop words. Its index stands in memory, 8 bytes for each distinct word of each document.
+    """A ranker by BM25 as bm25s computes it by default: Lucene's variant, without English stop words.
 
-    Documents that share no word with the query are not ranked; of equal scores the earlier document comes first.
+    Documents that share no word with the query are not ranked; of equal scores the earlier document comes first. Its
+    index stands in memory, 8 bytes for each distinct word of each document.
     """
     bm25s = import_bm25s()
     tokenizer = bm25s.tokenization.Tokenizer()
@@ -236,12 +236,7 @@ class Pool(Collection):
 
 
 class ListPool(Pool):
-    """The passages of ranking lists.
-
-    Args:
-        lists: by position.
-        rows: positions in `lists` of those whose passages are taken.
-    """
+    """The passages of ranking lists, of those at the positions `rows`."""
 
     def __init__(self, name: str, lists: Sequence[RankingList], rows: Iterable[int], *, drop_self: bool = False):
         self._lists, self._rows = lists, rows
@@ -351,11 +346,8 @@ class Miner:
     Args:
         mining: see Mining.
         lists: the training lists by position.
-        kept: (lists trained on,) positions in `lists`.
+        kept: (lists trained on,) positions in `lists`; by default their passages are the pool.
         rows: those of them that are mined for; None for all.
-    Attributes:
-        rows: as above.
-        pool: the documents, see Pool; by default the passages of the kept lists.
     Raises: GradretError when the source cannot be read, or bm25s is asked for and not installed.
     """
 
@@ -376,18 +368,11 @@ class Miner:
         processes: Processes = ALONE,
         progress: bool = True,
     ) -> np.ndarray:
-        """Positions in the pool of the passages mined for each of the lists, best first.
+        """Positions in the pool of the passages mined for each of the lists, best first: (lists mined for, k) int64.
 
-        The processes share the embedding of the pool; the first searches and tells the others. Of equal scores the
-        earlier document comes first. BM25 ranks only documents that share a word with the query.
-
-        Args:
-            encoder: as it is now; of no use to BM25.
-            precision: "float32" or "bfloat16" (autocast).
-            processes: all of them must call.
-            progress: show bars on a terminal.
-        Returns: (lists mined for, k) int64, -1 where there are fewer; k is at most the number of documents.
-        Raises: GradretError.
+        -1 stands where there are fewer; k is at most the number of documents. The processes share the embedding of the
+        pool; the first searches and tells the others. Of equal scores the earlier document comes first. Raises:
+        GradretError.
         """
         corpus = None
         if self.mining.by == ENCODER:  # these embeddings serve no one else: the encoder is still in training
@@ -445,9 +430,7 @@ class MinedLists(Sequence):
     """Ranking lists with the mined passages behind their own, read when asked for; the wrapped lists stay as they are.
 
     Args:
-        lists: by position.
         rows: (lists mined for,) their positions in `lists`; the others get nothing.
-        pool: that was mined from.
         positions: (lists mined for, k) int64 as Miner.mine gives them.
         grade: of the mined passages.
     """

@@ -65,9 +65,6 @@ class RunDirectory:
         content: fingerprints of what the settings name: "data", "encoder" and, with mining, "pool"; likewise.
         resume: go on with the run found there; without it any run found that has begun is an error.
         precision: what the setting comes to on this machine; likewise.
-    Attributes:
-        directory: its path.
-        name: what the run's files are marked with.
     Raises: GradretError; what fails later leaves the last checkpoint as it is.
     """
 
@@ -149,22 +146,22 @@ class RunDirectory:
         """What gradret.json says, {} before there is one."""
         path = self.directory / RUN_FILE
         found = read_object(path)
-        for name, kind in (("settings", dict), ("content", dict), ("finished", bool)) if found else ():
-            if not isinstance(found.get(name), kind):
+        for name in ("settings", "content", "finished", "precision") if found else ():
+            if name not in found:
                 raise GradretError(f"{path}: has no '{name}'; choose another --out")
-        return {"precision": None} | found if found else {}
+        return found
 
     def _refuse_another(self, settings: dict[str, Any], content: dict[str, str], precision: str | None) -> None:
         """Refuse to go on as another run than the one that is here. Raises: GradretError."""
         before = self._record["settings"]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
         computed = self._record["precision"]
-        if computed != precision and before.get("precision") == AUTO and set(changed) <= {"precision"}:
-            if not self.finished:
-                raise GradretError(
-                    f"{self.directory}: was computed in {computed}, and --precision {settings['precision']} is "
-                    f"{precision} here; continue it with --precision {computed}"
-                )
+        is_auto = before.get("precision") == AUTO and set(changed) <= {"precision"}
+        if computed != precision and is_auto and not self.finished:
+            raise GradretError(
+                f"{self.directory}: was computed in {computed}, and --precision {settings['precision']} is "
+                f"{precision} here; continue it with --precision {computed}"
+            )
         if changed:
             name = changed[0]
             raise GradretError(
@@ -180,7 +177,6 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the encoder has been saved."""
         return bool(self._record.get("finished"))
 
     @property
@@ -199,7 +195,6 @@ class RunDirectory:
         return read_steps(self.directory / name)
 
     def append(self, name: str, record: dict[str, Any]) -> None:
-        """Append one JSON line to METRICS or DEV."""
         try:
             with open(self.directory / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -430,7 +425,6 @@ def named_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def get_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of named_tensors, without gradients."""
     return {name: tensor.detach().contiguous() for name, tensor in named_tensors(module)}
 
 

@@ -94,7 +94,6 @@ def test_auto_takes_what_fits_and_no_caching_where_all_does(free, chunk, tmp_pat
         found.find_chunk()
 
 
-V1 = {"memory.limit_in_bytes": "2000\n", "memory.usage_in_bytes": "400\n", "memory.stat": "total_inactive_file 100\n"}
 V2 = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": "anon 5\ninactive_file 100\n"}
 
 
@@ -105,7 +104,6 @@ V2 = {"memory.max": "1000\n", "memory.current": "400\n", "memory.stat": "anon 5\
         ("0::/user/run.scope\n", "user/run.scope", V2, 700),
         ("0::/user/run.scope\n", "user", V2, 700),  # of the group around it
         ("0::/docker/of-the-host\n", "", V2, 700),
-        ("5:cpu:/\n4:hugetlb,memory:/user\n", "memory/user", V1, 1700),
     ],
 )
 def test_memory_limits_of_all_control_groups_around_a_process_count(
