@@ -96,7 +96,7 @@ BAD_DATA = [
     (["{'query_id'"], "{data}:1: not valid JSON (Expecting property name enclosed in double quotes at column 2)"),
     (
         [list_record("a"), list_record("b", ("high",))],
-        "{data}:2: passage 1: grade 'high' is not a number; write one such as 0, 1, 2 or 3",
+        "{data}:2: passage 1: grade 'high' is not a finite number below 1000; write one such as 0, 1, 2 or 3",
     ),
     (
         [list_record("a", (float("nan"),))],

@@ -16,14 +16,14 @@ from gradret.bench.memory import MIB
 from gradret.console import GradretError, count_of, say
 from gradret.settings import FitSettings
 from gradret.train.loop import fit
-from gradret.train.memory import fresh_environment, is_peak_known, peak_bytes
+from gradret.train.memory import STATUS, fresh_environment, peak_bytes
 
 LONGEST_S = 3600  # a run that takes longer is given up
 
 
 def check_memory(device: torch.device) -> None:
     """Refuse early what could not be measured. Raises: GradretError."""
-    if device.type == "mps" or (device.type == "cpu" and not is_peak_known()):
+    if device.type == "mps" or (device.type == "cpu" and not STATUS.exists()):
         raise GradretError(
             f"--memory: peak memory on {device.type} is not measured on this system: on a CPU it is read from Linux's "
             "/proc, on CUDA from PyTorch's allocator; leave --memory out"

@@ -23,6 +23,7 @@ from gradret.data.lists import (
     Passage,
     decode_json,
     hash64,
+    is_grade,
     open_file,
     parse_id,
     quote,
@@ -173,7 +174,7 @@ def read_qrels(directory: Path, split: str) -> Qrels:
 def _check_judgment(query_id: Any, doc_id: Any, grade: Any) -> tuple[str, str, float]:
     """The same, where it can be one. Raises: TypeError or ValueError."""
     texts = all(isinstance(name, str) and name for name in (query_id, doc_id))
-    if not texts or isinstance(grade, bool) or not abs(grade) < GRADE_LIMIT:
+    if not texts or not is_grade(grade):
         raise ValueError
     return query_id, doc_id, grade
 

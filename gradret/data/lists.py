@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -115,9 +115,7 @@ def _parse_passage(record: object, where: str) -> Passage:
     if not isinstance(record, dict):
         raise GradretError(f"{where}: expected a JSON object with grade and text, got {quote(record)}")
     grade = record.get("grade")
-    if isinstance(grade, bool) or not isinstance(grade, (int, float)):
-        raise GradretError(f"{where}: grade {quote(grade)} is not a number; write one such as 0, 1, 2 or 3")
-    if not (abs(grade) < GRADE_LIMIT):
+    if not is_grade(grade):
         raise GradretError(
             f"{where}: grade {quote(grade)} is not a finite number below 1000; write one such as 0, 1, 2 or 3"
         )
@@ -132,6 +130,11 @@ def _parse_passage(record: object, where: str) -> Passage:
         parse_id(doc_id, f"{where}: doc_id")
     extra = {key: value for key, value in record.items() if key not in PASSAGE_KEYS}
     return Passage(grade, text, title, doc_id, extra)
+
+
+def is_grade(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number below GRADE_LIMIT."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < GRADE_LIMIT
 
 
 def parse_id(value: object, place: str) -> str:
@@ -434,9 +437,7 @@ class ListFile(Sequence[RankingList]):
         for line in read_lines(path, desc=f"indexing {self.path.name}"):
             digest.update(f"{line.text}\n".encode())
             record = decode_json(line.text, line.where)
-            query_id, query = (
-                (record.get("query_id"), record.get("query")) if isinstance(record, dict) else (None, None)
-            )
+            query_id, query = (record.get(key) if isinstance(record, dict) else None for key in ("query_id", "query"))
             offsets.append(line.offset)
             numbers.append(line.number)
             ids.append(hash64(str(query_id)))

@@ -17,7 +17,6 @@ import numpy as np
 from gradret.console import PATIENCE_S, GradretError, count_of, show_bar
 from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection, choose_split
 from gradret.data.lists import (
-    GRADE_LIMIT,
     JUDGED,
     Line,
     ListFile,
@@ -26,6 +25,7 @@ from gradret.data.lists import (
     decode_json,
     grades_agree,
     hash64,
+    is_grade,
     parse_id,
     query_key,
     query_words,
@@ -403,7 +403,7 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
     grades = []
     for position, passage in enumerate(part.passages, 1):
         grade = passage.extra.get(JUDGED)
-        if isinstance(grade, bool) or not isinstance(grade, int | float) or not abs(grade) < GRADE_LIMIT:
+        if not is_grade(grade):
             what = "has no judged grade" if grade is None else f"its judged grade '{grade}' is not a finite number"
             raise GradretError(
                 f"{part.where}: passage {position}: {what}, which labels={source.labels} needs; "

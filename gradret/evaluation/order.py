@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from gradret.console import PATIENCE_S, show_bar
-from gradret.data.lists import JUDGED, MIN_SHINGLES, NEAR_DUPLICATE, Passage, RankingList, make_shingles, split_words
+from gradret.data.lists import (
+    JUDGED,
+    MIN_SHINGLES,
+    NEAR_DUPLICATE,
+    Passage,
+    RankingList,
+    is_grade,
+    make_shingles,
+    split_words,
+)
 from gradret.encoder.model import Encoder
 from gradret.evaluation.search import Embedder, EmbeddingFunction, as_embedder, embed_texts
 
@@ -188,7 +197,7 @@ def score_lists(lists: list[RankingList], encoder: Embedder, batch_size: int) ->
 def read_judged(passage: Passage) -> float:
     """A passage's judged grade; NaN where it has none."""
     judged = passage.extra.get(JUDGED)
-    return float(judged) if isinstance(judged, int | float) and not isinstance(judged, bool) else math.nan
+    return float(judged) if is_grade(judged) else math.nan
 
 
 def mean(values: np.ndarray) -> float | None:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _list_training(
     rows: list[list[object]] = [["steps", steps]]
     if best_step is not None:
         rows.append(["step saved, the best on dev", best_step])
-    rows += [["trained on", _escape(where)], ["time", _show_time(seconds)]]
+    rows += [["trained on", _escape(where)], ["time", timedelta(seconds=math.ceil(seconds))]]
     defaults, spelled = FitSettings(), {f.name: spell_option(f) for f in fields(settings)}
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
@@ -144,12 +145,6 @@ def _show_value(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return f"{value:g}"
-
-
-def _show_time(seconds: float) -> str:
-    whole = math.ceil(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"
 
 
 def _hide_folders(text: str) -> str:

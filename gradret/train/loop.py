@@ -345,7 +345,7 @@ class Trainer:
         return BatchGradients(self.encoder, Objective(s, floor), inputs.precision, group, bool(chunk), self.processes)
 
     def loop(self) -> None:
-        state, steps = self.state, self.inputs.steps
+        state, steps, patience = self.state, self.inputs.steps, self.settings.patience
         with self.stop, show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar:
             try:
                 while True:
@@ -354,7 +354,7 @@ class Trainer:
                         self.end_together()
                     if self.is_dev_due() and state.dev_step != state.step:
                         self.measure_dev()
-                    if state.step == steps or self.is_patience_over():
+                    if state.step == steps or (patience is not None and state.waited >= patience):
                         return
                     self.mine()
                     self.train_step(bar)
@@ -368,10 +368,6 @@ class Trainer:
         """Whether this step's weights are measured on dev: every so many steps, and at the end."""
         step = self.state.step
         return self.inputs.dev is not None and (step % self.settings.dev_every == 0 or step == self.inputs.steps)
-
-    def is_patience_over(self) -> bool:
-        """Whether dev has been measured too often without a new best."""
-        return self.settings.patience is not None and self.state.waited >= self.settings.patience
 
     def train_step(self, bar: Any) -> None:
         """Learning rate, batches, gradients, their sum over the processes, clipping, the optimizer, a line of metrics.

@@ -23,11 +23,6 @@ STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
-def is_peak_known() -> bool:
-    """Whether a process's peak since it was started can be read."""
-    return STATUS.exists()
-
-
 def can_restart_peak() -> bool:
     """Whether the peak can be made to start again."""
     return os.access(CLEAR_REFS, os.W_OK)

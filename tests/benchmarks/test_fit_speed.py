@@ -419,7 +419,7 @@ def test_bad_lists_end_the_command_with_one_line(write_jsonl, tmp_path, tiny_enc
 
 
 def test_memory_on_a_system_that_does_not_show_it(monkeypatch, tmp_path, tiny_encoder, trainer):
-    monkeypatch.setattr(fit_memory, "is_peak_known", lambda: False)
+    monkeypatch.setattr(fit_memory, "STATUS", tmp_path / "none")
     result = invoke("--memory", "2,8", "--model", tiny_encoder, "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 1 and "--memory: peak memory on cpu is not measured on this system" in result.stderr
     with pytest.raises(GradretError, match="peak memory on mps"):

@@ -72,11 +72,11 @@ BAD = [
     (list_record("q", grades=()), "f.jsonl:1: list 'q' has no passages; give it at least one or remove the line"),
     (
         list_record("q", grades=(3, "high")),
-        "f.jsonl:1: passage 2: grade 'high' is not a number; write one such as 0, 1, 2 or 3",
+        "f.jsonl:1: passage 2: grade 'high' is not a finite number below 1000; write one such as 0, 1, 2 or 3",
     ),
     (
         list_record("q", grades=(True,)),
-        "f.jsonl:1: passage 1: grade true is not a number; write one such as 0, 1, 2 or 3",
+        "f.jsonl:1: passage 1: grade true is not a finite number below 1000; write one such as 0, 1, 2 or 3",
     ),
     (
         list_record("q", grades=(float("nan"),)),
