@@ -57,14 +57,6 @@ def iterate_documents(dataset: Any) -> Iterator[Any]:
         yield from chain(first, documents)
 
 
-def open_store(dataset: Any) -> Any:
-    """The documents of a dataset of ir_datasets by id: its docs_store. Raises: GradretError as `reading` does."""
-    with reading(dataset), unpacking():
-        store = dataset.docs_store()
-        store.get_many([])  # which for most datasets makes its files, where they are not yet
-    return store
-
-
 # What is joined where a class of records has no default_text(): of BRIGHT, clinicaltrials, codesearchnet and argsme.
 TEXT_FIELDS = (
     *("title", "text", "condition", "summary", "detailed_description", "eligibility"),
@@ -388,9 +380,11 @@ class IrDatasetsCollection(Collection):
 
     def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         """The named documents as passages of grade 0; those the collection lacks are left out."""
-        if self._store is None:
-            self._store = open_store(self._dataset)
         with reading(self._dataset):
+            if self._store is None:
+                with unpacking():
+                    self._store = self._dataset.docs_store()
+                    self._store.get_many([])  # which for most datasets makes its files, where they are not yet
             found = self._store.get_many(doc_ids)
         return {doc_id: Passage(0, read_text(self._dataset, d), None, doc_id) for doc_id, d in found.items()}
 

@@ -488,7 +488,8 @@ class Trainer:
                 mined = int((found >= 0).sum())
                 few = "" if mined else "; lower skip, or mine from more documents"
                 say(f"step {step}: {mined} passages mined, as grade {miner.mining.grade:g}{few}")
-        self.lists = MinedLists(self.inputs.lists, miner.rows, miner.pool, found, miner.mining.grade)
+        with self.stop.give_up(self.search_grace_s):  # it looks through the documents again
+            self.lists = MinedLists(self.inputs.lists, miner.rows, miner.pool, found, miner.mining.grade)
         self.mined_round = number
 
     def save(self) -> None:

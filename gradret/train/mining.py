@@ -2,14 +2,15 @@
 
 import hashlib
 import os
+import pickle
 import re
 import sys
-from abc import abstractmethod
+import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import compress
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,10 @@ from gradret.data.collections import (
     is_self_retrieving,
     iterate_documents,
     load_dataset,
-    open_store,
     read_records,
     read_text,
-    reading,
 )
-from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, decode_json, hash64, open_file, query_words
+from gradret.data.lists import GRADE_LIMIT, Passage, RankingList, hash64, query_words
 from gradret.data.sources import (
     MixedLists,
     Source,
@@ -172,9 +171,6 @@ def search_bm25(collection: Collection, *, depth: int) -> dict[str, list[tuple[s
     return run
 
 
-PLACE_BITS = 24  # of a place in ranking lists, for the passage's number in its list
-
-
 def content_key(text: str) -> int:
     """What makes two contents one: the same words, whatever their case and the space between them."""
     return hash64(query_words(text))
@@ -183,51 +179,46 @@ def content_key(text: str) -> int:
 class Pool(Collection):
     """Documents to mine from, as a collection without queries whose document ids are positions.
 
-    Of equal contents only the first is there, and none without words. In memory stand 16 bytes per document, no text.
+    Of equal contents only the first is there, and none without words. In memory stand 9 bytes per document, no text.
 
+    Args:
+        read: gives all documents, in the same order at every call.
     Attributes:
         keys: (documents,) uint64, content_key of each.
         fingerprint: hex digest of all ids and contents in their order.
     Raises: GradretError when there is no document.
     """
 
-    def __init__(self, name: str, *, drop_self: bool = False):
+    def __init__(self, name: str, read: Callable[[], Iterator[Passage]], *, drop_self: bool = False):
         self.name, self.drop_self, self.queries, self.qrels = name, drop_self, {}, {}
-        keys, places, ids = array("Q"), array("q"), array("Q")
+        self._read = read
+        keys, has_words, ids = array("Q"), bytearray(), array("Q")
         digest = hashlib.blake2b(digest_size=16)
-        for place, doc_id, content in show_bar(
-            self._scan(), desc="reading documents to mine from", unit="doc", delay=PATIENCE_S
-        ):
+        for passage in show_bar(read(), desc="reading documents to mine from", unit="doc", delay=PATIENCE_S):
+            doc_id, content = passage.doc_id or "", passage.content
             digest.update(f"{doc_id}\0{content}\0".encode())
-            if content.strip():
-                keys.append(content_key(content))
-                places.append(place)
-                if drop_self:
-                    ids.append(hash64(doc_id))
-        if not keys:
-            raise GradretError(f"{name}: holds no document with words to mine from")
+            keys.append(content_key(content))
+            has_words.append(bool(content.strip()))
+            if drop_self:
+                ids.append(hash64(doc_id))
         self.fingerprint = digest.hexdigest()
-        all_keys = np.frombuffer(keys, np.uint64)
-        first = np.sort(np.unique(all_keys, return_index=True)[1])
-        self.keys, self._places = all_keys[first], np.frombuffer(places, np.int64)[first]
-        self.document_count = len(first)
+        all_keys, with_words = np.array(keys, np.uint64), np.flatnonzero(has_words)
+        if not len(with_words):
+            raise GradretError(f"{name}: holds no document with words to mine from")
+        first = with_words[np.sort(np.unique(all_keys[with_words], return_index=True)[1])]
+        self._is_first = np.zeros(len(keys), bool)
+        self._is_first[first] = True
+        self.keys, self.document_count = all_keys[first], len(first)
         # Of a document that is another's double, too: its content is what must be left out.
         self._own_keys = dict(zip(ids, keys, strict=True)) if drop_self else {}
 
-    @abstractmethod
-    def _scan(self) -> Iterator[tuple[int, str, str]]:
-        """Every document once: its place (what `read` needs to find it), its id and its content."""
-
-    @abstractmethod
-    def read(self, position: int) -> Passage:
-        """The document at a position as a new passage of grade 0."""
+    def passages(self) -> Iterator[Passage]:
+        """The documents by position, as passages of grade 0."""
+        return compress(self._read(), self._is_first)
 
     def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
-        for position in range(start, self.document_count):
-            yield Document(str(position), self.read(position).content)
-
-    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        return {i: self.read(int(i)) for i in doc_ids if i.isdecimal() and int(i) < self.document_count}
+        for position, passage in islice(enumerate(self.passages()), start, None):
+            yield Document(str(position), passage.content)
 
     def find_own_keys(self, query_id: str) -> set[int]:
         """With drop_self, the key of the document that has the query's id; else none."""
@@ -235,75 +226,9 @@ class Pool(Collection):
         return set() if found is None else {found}
 
 
-class ListPool(Pool):
-    """The passages of ranking lists, of those at the positions `rows`."""
-
-    def __init__(self, name: str, lists: Sequence[RankingList], rows: Iterable[int], *, drop_self: bool = False):
-        self._lists, self._rows = lists, rows
-        self._last: tuple[int, list[Passage]] = (-1, [])
-        super().__init__(name, drop_self=drop_self)
-
-    def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for row in self._rows:
-            for number, passage in enumerate(self._lists[int(row)].passages):
-                yield int(row) << PLACE_BITS | number, passage.doc_id or "", passage.content
-
-    def read(self, position: int) -> Passage:
-        row, number = divmod(int(self._places[position]), 1 << PLACE_BITS)
-        if self._last[0] != row:  # documents() asks for all passages of a list in turn
-            self._last = row, self._lists[row].passages
-        return replace(self._last[1][number], grade=0)
-
-
-class CorpusPool(Pool):
-    """The corpus.jsonl of a BEIR directory; queries and qrels need not be there."""
-
-    def __init__(self, directory: Path, *, drop_self: bool = False):
-        self._path = directory / "corpus.jsonl"
-        self._file = open_file(self._path)
-        super().__init__(str(directory), drop_self=drop_self)
-
-    def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for record, line in read_records(self._path):
-            yield line.offset, record["_id"], _make_passage(record).content
-
-    def read(self, position: int) -> Passage:
-        self._file.seek(int(self._places[position]))
-        return _make_passage(decode_json(self._file.readline(), str(self._path)))
-
-
-class IrDatasetsPool(Pool):
-    """The documents of any ir_datasets id, with or without queries and qrels; memory grows by their ids."""
-
-    def __init__(self, dataset_id: str, *, drop_self: bool = False):
-        self._dataset = load_dataset(dataset_id)
-        if not self._dataset.has_docs():
-            raise GradretError(f"{dataset_id}: this ir_datasets id has no documents; name one that has")
-        self._store: Any = None
-        self._ids, self._ends = bytearray(), array("q", [0])  # end to end: a list of strings takes six times as much
-        super().__init__(dataset_id, drop_self=drop_self)
-
-    def _scan(self) -> Iterator[tuple[int, str, str]]:
-        for number, document in enumerate(iterate_documents(self._dataset)):
-            self._ids += document.doc_id.encode()
-            self._ends.append(len(self._ids))
-            yield number, document.doc_id, read_text(self._dataset, document)
-
-    def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
-        # In the collection's order, which its store reads much slower one by one.
-        chosen = np.zeros(self._places[-1] + 1, bool)
-        chosen[self._places[start:]] = True
-        for position, document in enumerate(compress(iterate_documents(self._dataset), chosen), start):
-            yield Document(str(position), read_text(self._dataset, document))
-
-    def read(self, position: int) -> Passage:
-        if self._store is None:
-            self._store = open_store(self._dataset)
-        place = int(self._places[position])
-        doc_id = self._ids[self._ends[place] : self._ends[place + 1]].decode()
-        with reading(self._dataset):
-            document = self._store.get(doc_id)
-        return Passage(0, read_text(self._dataset, document), None, doc_id)
+def read_passages(lists: Sequence[RankingList], rows: Iterable[int]) -> Iterator[Passage]:
+    """The passages of the lists at some positions."""
+    return (replace(passage, grade=0) for row in rows for passage in lists[int(row)].passages)
 
 
 def open_pool(text: str) -> Pool:
@@ -318,7 +243,7 @@ def open_pool(text: str) -> Pool:
     path = find_path(source.name)
     if path is not None and path.is_file():
         lists = MixedLists([replace(source, drop_self=None)])
-        return ListPool(text, lists, range(len(lists)), drop_self=bool(source.drop_self))
+        return Pool(text, partial(read_passages, lists, range(len(lists))), drop_self=bool(source.drop_self))
     if source != Source(source.name, drop_self=source.drop_self):
         raise GradretError(
             f"{text}: grades, sample, queries and labels choose among judged documents, but all documents of "
@@ -326,11 +251,20 @@ def open_pool(text: str) -> Pool:
         )
     names = source.name.split("/") if path is None else [path.resolve().name]
     drop_self = is_self_retrieving(*names) if source.drop_self is None else source.drop_self
-    return IrDatasetsPool(source.name, drop_self=drop_self) if path is None else CorpusPool(path, drop_self=drop_self)
+    return Pool(source.name, partial(_read_corpus, source.name, path), drop_self=drop_self)
 
 
-def _make_passage(record: dict) -> Passage:
-    return Passage(0, record["text"], record.get("title") or None, record["_id"])
+def _read_corpus(name: str, directory: Path | None) -> Iterator[Passage]:
+    """The documents of a BEIR directory or of an ir_datasets id, which need have neither queries nor qrels."""
+    if directory is not None:
+        for record, _ in read_records(directory / "corpus.jsonl"):
+            yield Passage(0, record["text"], record.get("title") or None, record["_id"])
+        return
+    dataset = load_dataset(name)
+    if not dataset.has_docs():
+        raise GradretError(f"{name}: this ir_datasets id has no documents; name one that has")
+    for document in iterate_documents(dataset):
+        yield Passage(0, read_text(dataset, document), None, document.doc_id)
 
 
 QUERY_BLOCK = 1024  # lists read, encoded and searched at once
@@ -356,9 +290,10 @@ class Miner:
         self.rows = kept if rows is None else rows
         if mining.by == BM25:
             import_bm25s()  # before the work
-        self.pool: Pool = (
-            ListPool("the training lists", lists, kept) if mining.source is None else open_pool(mining.source)
-        )
+        if mining.source is None:
+            self.pool = Pool("the training lists", partial(read_passages, lists, kept))
+        else:
+            self.pool = open_pool(mining.source)
 
     def mine(
         self,
@@ -429,6 +364,8 @@ class Miner:
 class MinedLists(Sequence):
     """Ranking lists with the mined passages behind their own, read when asked for; the wrapped lists stay as they are.
 
+    The mined passages are copied to a temporary file, in one pass over the pool.
+
     Args:
         rows: (lists mined for,) their positions in `lists`; the others get nothing.
         positions: (lists mined for, k) int64 as Miner.mine gives them.
@@ -436,17 +373,24 @@ class MinedLists(Sequence):
     """
 
     def __init__(self, lists: Sequence[RankingList], rows: np.ndarray, pool: Pool, positions: np.ndarray, grade: float):
-        self._lists, self._pool, self._positions, self._grade = lists, pool, positions, grade
-        self._rows = np.full(len(lists), -1, np.int64)
-        self._rows[rows] = np.arange(len(rows))
+        self._lists, self._positions, self._grade = lists, positions, grade
+        self._row_of = {row: number for number, row in enumerate(rows.tolist())}
+        self._file, self._places = tempfile.TemporaryFile(), dict.fromkeys(positions[positions >= 0].tolist(), 0)
+        for position, passage in enumerate(pool.passages()):
+            if position in self._places:
+                self._places[position] = self._file.tell()
+                pickle.dump(passage, self._file)
 
     def __len__(self) -> int:
         return len(self._lists)
 
     def __getitem__(self, index: int) -> RankingList:
-        ranking_list, row = self._lists[index], self._rows[index]
-        chosen = [int(p) for p in self._positions[row] if p >= 0] if row >= 0 else []
-        mined = [replace(self._pool.read(p), grade=self._grade) for p in chosen]
+        ranking_list, row = self._lists[index], self._row_of.get(index)
+        mined = []
+        for position in self._positions[row].tolist() if row is not None else ():
+            if position >= 0:
+                self._file.seek(self._places[position])
+                mined.append(replace(pickle.load(self._file), grade=self._grade))
         return replace(ranking_list, passages=[*ranking_list.passages, *mined])
 
 

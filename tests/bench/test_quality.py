@@ -300,7 +300,7 @@ def test_everything_is_looked_at_before_the_first_run(runs, tiny_encoder, change
 
 def test_bm25_without_its_package_is_told_first(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "bm25s", None)
-    with pytest.raises(GradretError, match=r"the row BM25 needs the package bm25s: pip install 'gradret\[bm25\]'"):
+    with pytest.raises(GradretError, match=r"BM25 needs the package bm25s: pip install 'gradret\[bm25\]'"):
         do(runs)
 
 

@@ -10,7 +10,6 @@ from ir_datasets.formats import GenericDoc, TrecSubQrel
 
 import gradret.data.collections
 import gradret.generate.queries
-import gradret.train.mining
 from gradret.console import GradretError
 from gradret.data.collections import (
     LOCK_FILE,
@@ -23,7 +22,6 @@ from gradret.data.collections import (
 from gradret.data.sources import MixedLists, Source, check_lists
 from gradret.evaluation.measures import evaluate
 from gradret.generate.queries import read_queries
-from gradret.train.mining import open_pool
 
 
 @pytest.fixture
@@ -96,7 +94,7 @@ def test_what_a_damaged_file_raises_becomes_one_line(home):
         pass
 
 
-@pytest.mark.parametrize("part", ["docs_count", "qrels_iter", "queries_iter", "get_many", "get"])
+@pytest.mark.parametrize("part", ["docs_count", "qrels_iter", "queries_iter", "get_many"])
 def test_whatever_part_is_damaged(home, monkeypatch, part):
     class Whole(Damaged):
         """A dataset all of whose parts can be read but for one."""
@@ -131,14 +129,13 @@ def test_whatever_part_is_damaged(home, monkeypatch, part):
                 raise EOFError("get_many")
             return {}
 
-    for module in (gradret.data.collections, gradret.generate.queries, gradret.train.mining):
+    for module in (gradret.data.collections, gradret.generate.queries):
         monkeypatch.setattr(module, "load_dataset", lambda dataset_id: Whole())
     readers = {
         "docs_count": lambda: IrDatasetsCollection("some/collection"),
         "qrels_iter": lambda: IrDatasetsCollection("some/collection"),
         "queries_iter": lambda: read_queries("some/collection"),
         "get_many": lambda: IrDatasetsCollection("some/collection").read_documents(["a"]),
-        "get": lambda: open_pool("some/collection").read(0),
     }
     with pytest.raises(GradretError, match=f"some/collection: ir_datasets could not provide it \\(EOFError: {part}\\)"):
         readers[part]()

@@ -1,5 +1,6 @@
 import json
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from gradret.encoder.load import load_encoder
 from gradret.evaluation.search import embed_corpus
 from gradret.train import mining as mining_module
 from gradret.train.batches import collate
-from gradret.train.mining import ListPool, MinedLists, Miner, Mining, content_key, index_bm25, open_pool, parse_mining
+from gradret.train.mining import (
+    MinedLists,
+    Miner,
+    Mining,
+    content_key,
+    index_bm25,
+    open_pool,
+    parse_mining,
+    read_passages,
+)
 
 WORDS = ("tide", "bread", "moon", "yeast")
 
@@ -188,17 +198,14 @@ def test_a_real_encoder_ranks_as_its_scores_do(tiny_encoder, write_corpus):
 # The pool
 
 
-def test_a_pool_reads_by_position_what_it_lists_in_order(write_corpus, write_jsonl):
+def test_a_pool_has_every_content_once_in_order(write_corpus):
     corpus = open_pool(write_corpus("tide", {"_id": "b", "title": "Moon", "text": "moon"}, "tide", "yeast"))
     assert [d.doc_id for d in corpus.documents()] == ["0", "1", "2"]
-    assert corpus.read(1) == Passage(0, "moon", "Moon", "b")
+    assert next(islice(corpus.passages(), 1, None)) == Passage(0, "moon", "Moon", "b")
     assert [d.content for d in corpus.documents(1)] == ["Moon moon", "yeast"]
     assert corpus.keys.tolist() == [content_key(t) for t in ("tide", "moon MOON", "yeast")]
-    assert corpus.read_documents(["2", "9", "x"]) == {"2": Passage(0, "yeast", None, "d3")}
-    lists = ListPool("lists", LISTS, [0, 1])
-    assert [lists.read(p).text for p in (2, 0, 1)] == ["bread yeast bread", "tide tide moon", "bread"]
-    lists.read(0).grade = 9
-    assert LISTS[0].passages[0].grade == 3
+    assert [p.text for p in read_passages(LISTS, [1, 0])] == ["bread yeast bread", "tide tide moon", "bread"]
+    assert {p.grade for p in read_passages(LISTS, [0])} == {0} and LISTS[0].passages[0].grade == 3
 
 
 def test_a_pool_of_lists_follows_the_options_of_its_source(write_jsonl):
@@ -214,7 +221,6 @@ def test_a_pool_of_ir_datasets_needs_no_qrels(shared_home):
     contents = [d.content for d in pool.documents()]
     assert len(contents) == pool.document_count == len(set(map(content_key, contents)))
     assert next(pool.documents(4000)).content == contents[4000]
-    assert [pool.read(p).content for p in (4000, 3)] == [contents[4000], contents[3]]
 
 
 def test_the_fingerprint_follows_the_content(write_corpus):
