@@ -93,12 +93,7 @@ def _write(lists: Sequence[RankingList], form: str, out: Path, positive_from: fl
 def _format(
     form: str, ranking_list: RankingList, judged: dict[str, Passage], new: list[str], positive_from: float | None
 ) -> Iterator[tuple[str, str]]:
-    """What a list adds to the files: their names, "" where there is but one, and lines.
-
-    Args:
-        judged: its passages by document id.
-        new: the ids of documents that no list before it has.
-    """
+    """What a list adds to the files: names, "" where there is but one, and lines; `new` are its new document ids."""
     query_id = ranking_list.query_id
     if form == "lists":
         yield "", format_list(ranking_list)

@@ -68,14 +68,10 @@ class RankingList:
 
 
 def parse_list(record: object, where: str) -> RankingList:
-    """A checked RankingList from one decoded JSON object.
+    """A checked RankingList from one decoded JSON object, one of Tevatron's too: its positive passages have grade 1.
 
-    Args:
-        record: the decoded line; one of Tevatron's with texts has positive passages of grade 1 and negative ones of 0.
-        where: "FILE:LINE", opens every message.
-
-    Raises: GradretError when a key is missing or of the wrong type, a list has no passages, or a grade
-        is not a finite number.
+    Raises: GradretError, which `where`, "FILE:LINE", opens, when a key is missing or of the wrong type, a list has no
+    passages, or a grade is not a finite number.
     """
     if not isinstance(record, dict):
         raise GradretError(f"{where}: expected a JSON object, got {quote(record)}")

@@ -455,11 +455,8 @@ class ListsSummary:
 def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
     """Read every list once: all are well formed, and no grade is negative where targets begin at grade 0.
 
-    Args:
-        lists: of one source or several.
-        refuse_negative: whether a negative grade is an error.
-        exclude: lists with these queries (see lists.query_words) are left out, as those without passages are.
-    Raises: GradretError naming the first list at fault, or when no list has a passage.
+    Lists whose queries are among `exclude` (see lists.query_words) are left out, as those without passages are. Raises:
+    GradretError naming the first list at fault, or when no list is left.
     """
     kept, best, worst = array("q"), array("d"), array("d")
     passages, longest, empty, disagreeing, excluded = 0, "", 0, 0, 0

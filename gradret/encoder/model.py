@@ -92,10 +92,7 @@ UNCOUNTED_CONFIG = ("_name_or_path", "architectures", "dtype", "torch_dtype", "t
 class Encoder(nn.Module):
     """A transformer with pooling; calling it gives (n, D) embeddings with gradients.
 
-    Args:
-        transformer: any transformers model that gives last_hidden_state (n, T, D).
-        tokenizer: its tokenizer.
-        config: see EncoderConfig.
+    `transformer` is any of transformers' models that gives last_hidden_state (n, T, D).
     """
 
     __call__: Callable[..., Tensor]  # forward's; nn.Module says Any

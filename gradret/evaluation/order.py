@@ -131,7 +131,7 @@ def measure_order(
     embedder = as_embedder(encoder, "a query")
     query_ids: list[str] = []
     similarities: list[np.ndarray] = []
-    columns = {name: array("d") for name in ("grade", "similarity", "judged", "characters", "words")}
+    table = array("d")  # six columns, by passage
     repeats = RepeatFinder()
     waiting = iter(lists)
     with show_bar(total=total, desc="scoring passages", unit="list", delay=PATIENCE_S) as bar:
@@ -139,39 +139,32 @@ def measure_order(
             for ranking_list, scores in zip(block, score_lists(block, embedder, batch_size), strict=True):
                 for passage, score in zip(ranking_list.passages, scores.tolist(), strict=True):
                     words = split_words(passage.content)
-                    row = passage.grade, score, read_judged(passage), len(passage.content), len(words)
-                    for column, value in zip(columns.values(), row, strict=True):
-                        column.append(value)
+                    sizes = len(passage.content), len(words)
+                    table.extend((len(query_ids), passage.grade, score, read_judged(passage), *sizes))
                     repeats.add(len(query_ids), words)
                 query_ids.append(ranking_list.query_id)
                 similarities.append(scores)
                 bar.update()
-    table = {name: np.array(column) for name, column in columns.items()}
-    numbers = np.repeat(np.arange(len(query_ids)), [len(scores) for scores in similarities])
-    names = table["grade"]
-    if len(np.unique(names)) > MANY_GRADES:
-        names = np.floor(names + 0.5)
+    numbers, grade, similarity, judged, *of_text = np.array(table).reshape(-1, 6).T
+    numbers = numbers.astype(np.int64)
+    names = np.floor(grade + 0.5) if len(np.unique(grade)) > MANY_GRADES else grade
     levels, level_of = np.unique(names, return_inverse=True)
     grades = {}
     for level in levels[::-1].tolist():
         rows = names == level
-        grades[level] = GradeSummary(
-            len(np.unique(numbers[rows])),
-            int(rows.sum()),
-            float(table["characters"][rows].mean()),
-            float(table["words"][rows].mean()),
-            mean(table["similarity"][rows]),
-            mean(table["judged"][rows]),
-        )
+        characters, words_each = (float(column[rows].mean()) for column in of_text)
+        held_by = len(np.unique(numbers[rows]))
+        means = mean(similarity[rows]), mean(judged[rows])
+        grades[level] = GradeSummary(held_by, int(rows.sum()), characters, words_each, *means)
     held = np.unique(np.stack([numbers, level_of]), axis=1)[0]  # a list's number once for each grade it has
     found = repeats.find()
-    places = list(zip((query_ids[number] for number in numbers), table["grade"].tolist(), strict=True))
+    places = list(zip((query_ids[number] for number in numbers), grade.tolist(), strict=True))
     return Order(
         len(query_ids),
         len(numbers),
         int((np.bincount(held) == len(levels)).sum()),
-        count_pairs(numbers, table["grade"], table["similarity"], levels, level_of),
-        count_pairs(numbers, table["grade"], table["judged"], levels, level_of),
+        count_pairs(numbers, grade, similarity, levels, level_of),
+        count_pairs(numbers, grade, judged, levels, level_of),
         grades,
         [Repeat(places[one], places[other], share) for one, other, share in found],
         len({row for one, other, _ in found for row in (one, other)}),

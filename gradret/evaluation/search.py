@@ -154,12 +154,7 @@ def embed_texts(
 
 @dataclass
 class CorpusEmbeddings:
-    """A collection's documents as vectors.
-
-    Attributes:
-        vectors: (documents, D) float32, memory-mapped; their dot product with a query's is its score.
-        doc_ids: (documents,) bytes.
-    """
+    """A collection's documents: vectors (documents, D) float32, memory-mapped, and doc_ids (documents,) bytes."""
 
     vectors: np.ndarray
     doc_ids: np.ndarray
@@ -175,14 +170,12 @@ def embed_corpus(
     progress: bool = True,
     processes: Processes = ALONE,
 ) -> CorpusEmbeddings | None:
-    """Embed every document, block by block, into a file.
+    """Embed every document, block by block, into a file. All processes share the work and call, the first one writes.
 
     Args:
-        cache: folder that keeps the vectors, see find_store, so that they are computed once. An interrupted run goes
-            on at the block it was in, with as many processes as it then has. One that starts beside another waits for
-            it. None: a temporary file, which goes away with the result; neither the documents nor the encoder are
-            digested for it.
-        processes: who share the work; all of them call, the first one writes, and `cache` need not exist elsewhere.
+        cache: folder of the first process that keeps the vectors, see find_store, so that they are computed once. An
+            interrupted run goes on at the block it was in; one that starts beside another waits for it. None: a
+            temporary file, which goes away with the result, and nothing is digested.
     Returns: the embeddings; None in all processes but the first.
     Raises: GradretError when the disk is full or the collection has no documents.
     """
@@ -369,10 +362,8 @@ def top_k(
 
 
 def _leftmost_top(scores: Tensor, k: int) -> Tensor:
-    """Columns (B, k) of the k highest scores in order, the leftmost first among equals.
-
-    topk chooses freely among equals: rows where the k-th score has equals outside are chosen again.
-    """
+    """Columns (B, k) of the k highest scores in order, the leftmost first among equals."""
+    # topk chooses freely among equals: rows where the k-th score has equals outside are chosen again.
     values, columns = scores.topk(k, dim=1)
     crowded = (scores >= values[:, -1:]).sum(1) > k
     for row in crowded.nonzero()[:, 0].tolist():

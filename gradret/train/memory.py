@@ -85,9 +85,7 @@ def measure_capacity(
     """Run some passages forward and backward and look at the peak of memory; None where the system does not show it.
 
     Args:
-        encoder: on the device that is looked at; its gradients are dropped.
         length: tokens of the longest passage.
-        precision: "float32" or "bfloat16" (autocast).
         optimizer_bytes: that will be taken later on.
         local: processes that share the memory of this machine.
     """
@@ -127,10 +125,9 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> None:
-    """Refuse before the work what would run out of memory in it.
+    """Refuse before the work what would run out of memory in it; nothing where the capacity is not known.
 
     Args:
-        capacity: None where it is not known.
         passages: of the longest length, that take as much memory as the texts of a batch.
         chunk: of gradient caching; None keeps the activations of the whole batch.
     Raises: GradretError with a chunk to try.

@@ -353,10 +353,14 @@ class Miner:
             groups.setdefault(int(group[at]), []).append(int(self._kept[at]))
         return {row: rows for rows in groups.values() for row in rows}
 
+    def _read_all(self, row: int) -> list[Passage]:
+        # Of a mix also what its options leave out: a positive that sample= did not draw must not become a negative.
+        return self._lists.read_all(row) if isinstance(self._lists, MixedLists) else self._lists[row].passages
+
     def _find_known(self, row: int, twins: list[int]) -> set[int]:
         """The keys of what must not be mined for a list."""
         ranking_list = self._lists[row]
-        known = {content_key(p.content) for twin in twins for p in read_known(self._lists, twin)}
+        known = {content_key(p.content) for twin in twins for p in self._read_all(twin)}
         known.add(content_key(ranking_list.query))
         return known | self.pool.find_own_keys(ranking_list.query_id)
 
@@ -392,11 +396,3 @@ class MinedLists(Sequence):
                 self._file.seek(self._places[position])
                 mined.append(replace(pickle.load(self._file), grade=self._grade))
         return replace(ranking_list, passages=[*ranking_list.passages, *mined])
-
-
-def read_known(lists: Sequence[RankingList], row: int) -> list[Passage]:
-    """A list's passages; of a mix all that its sources have for the query, whatever their options select.
-
-    A positive that `sample=` did not draw must not come back as a negative.
-    """
-    return lists.read_all(row) if isinstance(lists, MixedLists) else lists[row].passages
