@@ -42,18 +42,18 @@ NAMES = {
         "top_p": "top[ _-]?p",
         "temperature": "temperature",
         "logprobs": "(?:top|response)?[ _-]?log[ _-]?prob(?:s|abilities)",
-        "response_format": "response[ _-]?(?:format|schema)|json[ _]schema|structured[ _]outputs?",
+        "response_format": "response[ _-]?(?:format|schema)|json[ _](?:schema|object|mode)|structured[ _]outputs?",
         "max_tokens": "max[ _-]?(?:output[ _-]?)?tokens",
         "system": r"system (?:role|message|instruction|prompt)s?|developer instruction|roles must alternate|"
-        r"assistant roles|messages\[0\]\.role",
+        r"assistant roles|messages\[0\]\.role|[\"'`]system[\"'`]",
     }.items()
 }
 # From here on a refusal repeats what it was sent, as pydantic's do.
 ECHO = re.compile(r"""["']input\\?["']\s*:|\binput_value=""")
 # What refuses the name max_tokens. All else refuses the number, which under another name would be refused again.
 NOT_TAKEN = re.compile(
-    r"un(?:supported|known|expected|recogni[sz]ed)|\bextra|takes no|\buse\W+max_completion_tokens|"
-    r"(?:\bnot|n't|no longer) (?:be )?(?:support|permitted|allowed|accepted|recogni[sz]ed)",
+    r"un(?:supported|known|expected|recogni[sz]ed)|\bextra|takes no|\buse\W+max_completion_tokens|deprecated|replaced|"
+    r"(?:\b(?:can)?not|n't|no longer) (?:be )?(?:support|permitted|allowed|accepted|recogni[sz]ed|compatible|used)",
     re.IGNORECASE,
 )
 # How a server is reached and known, which the client reads from the environment.

@@ -479,6 +479,22 @@ def test_what_a_refusal_names_is_left_out_however_it_is_worded(serve, wording, c
         ("'messages[0].role' does not support 'system' with this model.", "system"),
         ("Only user and assistant roles are supported!", "system"),
         ("The response was filtered. Please change your prompt.", None),
+        # Azure, TGI, Anthropic, Groq, xAI, Databricks, LM Studio, mlx_lm
+        ("The parameter `max_tokens` is deprecated in favor of max_completion_tokens", "max_tokens"),
+        ("This model is not compatible with 'max_tokens'.", "max_tokens"),
+        ("max_tokens cannot be used with this model", "max_tokens"),
+        ("`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 12 and 5000 `max_new_tokens`", None),
+        ("max_tokens: 9000 > 8192, which is the maximum allowed number of output tokens", None),
+        ("`max_tokens` must be less than or equal to `8192`, the maximum value", None),
+        ("Input validation error: `top_p` must be > 0.0 and < 1.0", "top_p 0.95"),
+        ("Model grok-4 does not support parameter topP.", "top_p 0.95"),
+        ('Bad request: json: unknown field "seed"', "seed"),
+        ("logprobs must be between 1 and 10 but got 20", "logprobs"),
+        ("JSON mode is not enabled for this model", "response_format"),
+        ("'response_format.type' must be 'json_schema' or 'text'", "response_format"),
+        ("Role 'system' is not supported", "system"),
+        ("Invalid value: 'system'. Supported values are: 'user' and 'assistant'.", "system"),
+        ('messages: Unexpected role "system".', "system"),
     ],
 )
 def test_what_a_refusal_names(message, name):
