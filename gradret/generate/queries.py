@@ -16,9 +16,9 @@ from gradret.data.sources import Source, find_path, parse_source, query_selector
 
 STANDARD_INPUT = "-"
 FORMS = {".jsonl": "json", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "plain"}
-# What the columns of a table are called where its first row says it.
-ID_NAMES = ("query_id", "query-id", "queryid", "qid", "id", "_id")
-TEXT_NAMES = ("text", "query", "question")
+# What the columns of a table are called where its first row says it, see _plain_name.
+ID_NAMES = ("queryid", "qid", "id", "topicid")
+TEXT_NAMES = ("text", "query", "question", "querytext")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def _guess_form(first: str) -> str:
         return "json"
     if "\t" in first:
         return "tsv"
-    names = {name.strip('" ').lower() for name in re.split("[,;]", first)}
+    names = {_plain_name(name.strip('" ')) for name in re.split("[,;]", first)}
     is_header = not names.isdisjoint(ID_NAMES) and not names.isdisjoint(TEXT_NAMES)
     return "csv" if is_header or first.startswith("sep=") else "plain"
 
@@ -183,9 +183,14 @@ def _parse_table(rows: Iterator[Row]) -> Iterator[tuple[int, Query]]:
         yield line.number, Query(fields[id_column], fields[text_column].strip())
 
 
+def _plain_name(column: str) -> str:
+    """A column's name as far as it counts: Query ID, query-id and query_id are one."""
+    return re.sub("[ _-]", "", column.strip().lower())
+
+
 def _read_header(line: Line, fields: Sequence[str]) -> tuple[int, int, int] | None:
     """The columns of ids and texts and the number of columns, where a table's first row names them."""
-    names = [field.strip().lower() for field in fields]
+    names = [_plain_name(field) for field in fields]
     ids, texts = ([i for i, name in enumerate(names) if name in known] for known in (ID_NAMES, TEXT_NAMES))
     if not ids and not texts:
         return None

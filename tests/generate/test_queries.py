@@ -68,9 +68,19 @@ def test_a_spreadsheets_export(tmp_path, separator):
         read_queries(str(tmp_path / "q.CSV"))
 
 
+@pytest.mark.parametrize("header", ["Query ID\tQuery Text", "query-id\tquery", "Topic_ID\tquestion", "QueryId\tQUERY"])
+def test_a_header_is_known_however_it_is_spelled(tmp_path, header):
+    for suffix, separator in ((".tsv", "\t"), (".csv", ","), ("", ",")):
+        (tmp_path / f"q{suffix}").write_text(f"{header}\n1\twhy\n".replace("\t", separator))
+        assert read_queries(str(tmp_path / f"q{suffix}")) == [Query("1", "why")]
+    (tmp_path / "q.tsv").write_text("topic_id\ttitle\n1\twhy\n")
+    with pytest.raises(GradretError, match=r"q\.tsv:1: 'topic_id\ttitle' looks like a header"):
+        read_queries(str(tmp_path / "q.tsv"))
+
+
 table_ids = st.text(st.characters(codec="utf-8", exclude_characters="\0\r\n\ufeff"), min_size=1)
 tables = st.dictionaries(
-    table_ids.filter(lambda i: i.strip() and i.strip().lower() not in ID_NAMES),
+    table_ids.filter(lambda i: i.strip() and re.sub("[ _-]", "", i.strip().lower()) not in ID_NAMES),
     st.text(st.characters(codec="utf-8", exclude_characters="\0\r")).map(str.strip),
     min_size=1,
 )
