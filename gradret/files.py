@@ -55,8 +55,10 @@ def read_json(path: Path) -> dict:
     """A JSON file's content; {} when it is not there. Raises: GradretError when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GradretError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise GradretError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read_object(path: Path) -> dict:

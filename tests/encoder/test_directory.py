@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 
 from gradret.cli import main
 from gradret.console import GradretError
-from gradret.encoder.directory import EncoderConfig
+from gradret.encoder.directory import EncoderConfig, read_description, write_description
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder
 
@@ -280,6 +282,43 @@ def test_what_is_not_supported_is_named(directory, name):
     with pytest.raises(GradretError, match=message) as error:
         load_encoder(str(directory))
     assert str(error.value).startswith(str(directory))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 99) | st.text(max_size=3) | st.sampled_from(["query", "cls", "cosine"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+KEYS = st.sampled_from(
+    "prompts default_prompt_name similarity_fn_name max_seq_length processor_kwargs tokenizer_args pooling_mode "
+    "pooling_mode_cls_token include_prompt type path module_input_name x".split()
+)
+FILES = (WHOLE, SETTINGS, POOLING, "2_Normalize/config.json", "modules.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | (st.dictionaries(KEYS, JSON) | st.lists(JSON)).map(lambda said: json.dumps(said).encode()))
+def test_any_bytes_are_settings_or_one_line(tmp_path, name, content):
+    write_description(tmp_path, EncoderConfig(), 32)
+    (tmp_path / "2_Normalize").mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    try:
+        config = read_description(tmp_path).config
+    except GradretError as error:
+        assert re.match(rf"{tmp_path}/[^\n]+$", str(error))
+    else:
+        said = json.loads(content)
+        if name == WHOLE:
+            assert (config.query_prefix or None) == ((said.get("prompts") or {}).get("query") or None)
+            assert config.default_prompt_name == said.get("default_prompt_name")
+
+
+@pytest.mark.parametrize("content", [b"[" * 99_999, b"\xef\xbb\xbf{}", '{"a": "é"}'.encode("latin-1"), b'{"a": 1}\0'])
+def test_bytes_that_are_no_settings_are_one_line(directory, content):
+    (directory / WHOLE).write_bytes(content)
+    with pytest.raises(GradretError, match=rf"^{directory / WHOLE}: not valid JSON \([^\n]+\)$"):
+        read_description(directory)
 
 
 def test_a_length_above_the_positions_reads_as_many_as_there_are(directory):

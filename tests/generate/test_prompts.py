@@ -1,10 +1,11 @@
 import hashlib
 import json
+import re
 import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
@@ -252,6 +253,23 @@ def test_a_bad_scale_is_refused_with_its_place(tmp_path, content, message):
     with pytest.raises(GradretError) as error:
         read_scale(file)
     assert str(error.value) == f"{file}: {message}"
+
+
+FAR = '{"definition": "a", "distance": "far"}'
+SCALE_PIECES = ("{", "}", '"1":', '"-0.0":', '"nan":', ",", '"a"', FAR, "null", "[" * 9999)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | st.lists(st.sampled_from(SCALE_PIECES)).map("".join).map(str.encode))
+def test_any_bytes_are_a_scale_or_one_line(tmp_path, content):
+    file = tmp_path / "scale.json"
+    file.write_bytes(content)
+    try:
+        scale = read_scale(file)
+    except GradretError as error:
+        assert re.match(rf"{file}: [^\n]+$", str(error))
+    else:
+        assert set(scale.grades) == {float(grade) for grade in json.loads(content)}
 
 
 def test_prompts_and_checks_load_nothing_heavy():
