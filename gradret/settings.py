@@ -172,7 +172,9 @@ def find_fault(declared: Field[Any], value: Any) -> str | None:
 
 
 def _is_of(value: Any, kind: type) -> bool:
-    """Whether it is of the type: a whole number is a number, too, yes and no are none."""
+    """Whether it is of the type: a whole number is a number, too, yes and no are none; names are texts."""
+    if kind is tuple:
+        return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
     return isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
 
 

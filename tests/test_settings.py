@@ -58,6 +58,7 @@ def test_losses_that_are_refused(spelling, message):
         ({"chunk": "all"}, "chunk must be a whole number or 'auto', got 'all'"),
         ({"chunk": 0}, "chunk must be 1 or above, got 0"),
         ({"lora": 2, "lora_targets": ["query"]}, "lora_targets must be names, got ['query']"),
+        ({"data": (3,)}, "data must be names, got (3,)"),
         ({"pooling": "max"}, "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
         ({"warmup": float("nan")}, "warmup must be a finite number, got nan"),
         ({"warmup": 1.5}, "warmup must be 0 to 1, got 1.5"),

@@ -192,7 +192,9 @@ class Line(NamedTuple):
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """The file opened for reading bytes. Raises: GradretError when it cannot be."""
+    """The file opened for reading bytes. Raises: GradretError when it cannot be; TypeError for no path."""
+    if not isinstance(path, str | os.PathLike):  # a number would be an open file's
+        raise TypeError(f"path must be a file's name, got {path!r:.100}")
     try:
         return open(path, "rb")
     except FileNotFoundError:
@@ -314,13 +316,20 @@ def decode_json(line: str | bytes, where: str) -> Any:
 def write_lists(path: str | os.PathLike[str], lists: Iterable[RankingList]) -> None:
     """Write ranking lists as JSONL, UTF-8; the file is left as it is until they are all there.
 
-    Raises: GradretError when a list is none that read_lists reads, or the file cannot be written.
+    Raises: GradretError when a list is none that read_lists reads, or the file cannot be written; TypeError when
+        `lists` holds something else.
     """
+    if isinstance(lists, RankingList):
+        raise TypeError("lists must be several, such as [ranking_list], got a single one")
     write_whole(path, (_format_checked(r, f"{path}: list {n}") for n, r in enumerate(lists, 1)))
 
 
 def _format_checked(ranking_list: RankingList, where: str) -> str:
-    """The list's line. Raises: GradretError, as parse_list."""
+    """The list's line. Raises: GradretError, as parse_list; TypeError when it is no list of passages."""
+    if not isinstance(ranking_list, RankingList):
+        raise TypeError(f"lists must hold RankingList, got {ranking_list!r:.100}")
+    if not all(isinstance(passage, Passage) for passage in ranking_list.passages):
+        raise TypeError(f"{where}: passages must be Passage, got {ranking_list.passages!r:.100}")
     text = format_list(ranking_list)
     parse_list(decode_json(text, where), where)
     if not text.isascii() and HALVES.search(text):

@@ -179,7 +179,12 @@ def _find_lengths(description: Description, transformer: nn.Module, tokenizer: A
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The named device, or the first of cuda, mps and cpu that is there. Raises: GradretError."""
+    """The named device, or the first of cuda, mps and cpu that is there.
+
+    Raises: GradretError when there is no such device; TypeError for something else.
+    """
+    if not isinstance(device, str | torch.device | None):
+        raise TypeError(f"device must be a name such as 'cpu', or a torch.device, got {device!r:.100}")
     try:
         found = torch.device(device or default_device())
         torch.empty(0, device=found)

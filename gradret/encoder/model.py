@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from numbers import Integral
@@ -173,7 +173,13 @@ class Encoder(nn.Module):
         return self.embed_tokens(self.tokenize(texts, kind))
 
     def score(self, queries: Tensor | np.ndarray, documents: Tensor | np.ndarray) -> Tensor:
-        """(B, D) and (N, D) embeddings, tensors or arrays, to (B, N) scores under the encoder's similarity."""
+        """(B, D) and (N, D) embeddings, tensors or arrays, to (B, N) scores under the encoder's similarity.
+
+        Raises: TypeError for something else, such as texts.
+        """
+        for name, given in (("queries", queries), ("documents", documents)):
+            if not isinstance(given, Tensor | np.ndarray):
+                raise TypeError(f"{name} must be embeddings, a tensor or an array, got {given!r:.100}")
         queries, documents = torch.as_tensor(queries), torch.as_tensor(documents)
         return self.search_vectors(queries) @ self.search_vectors(documents).T
 
@@ -241,13 +247,13 @@ class Encoder(nn.Module):
 def check_texts(texts: Iterable[str], kind: str) -> list[str]:
     """The texts as a list.
 
-    Raises: TypeError when they are no strings, or a single one; ValueError for an unknown kind, or half of a surrogate
-        pair in a text.
+    Raises: TypeError when they are no strings, a single one or a set; ValueError for an unknown kind, or half of a
+        surrogate pair in a text.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind must be 'query' or 'document', got {kind!r}")
     try:
-        listed = None if isinstance(texts, str | bytes) else list(texts)
+        listed = None if isinstance(texts, str | bytes | Set) else list(texts)  # a set has no order
     except TypeError:  # cannot be gone through
         listed = None
     if listed is None:

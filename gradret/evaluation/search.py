@@ -420,8 +420,10 @@ def write_run(
     """Write a TREC run: `qid Q0 docid rank score tag`, scores with all the digits a float32 has.
 
     Raises: GradretError when an id holds white space, which the format cannot carry, or a score is no finite number,
-        and nothing is written; or when the file cannot be written.
+        and nothing is written; or when the file cannot be written. ValueError when the tag holds white space.
     """
+    if tag.split() != [tag]:
+        raise ValueError(f"tag must be a word without white space, got {tag!r}")
     write_whole(path, _format_run(path, run, tag))
 
 

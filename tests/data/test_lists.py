@@ -138,8 +138,17 @@ def test_a_file_is_left_as_it_is_until_all_lists_are_there(tmp_path):
     ):
         with pytest.raises(GradretError, match=message):
             write_lists(path, [good, bad])
-    with pytest.raises(TypeError, match="cannot be written as JSON"):
-        write_lists(path, [RankingList("q", "why", [Passage({1}, "tea")])])
+    for wrong, message in (
+        ([RankingList("q", "why", [Passage({1}, "tea")])], "cannot be written as JSON"),
+        ([RankingList("q", "why", ["tea"])], r"list 1: passages must be Passage, got \['tea'\]"),
+        ([{"query_id": "q"}], "lists must hold RankingList, got {'query_id': 'q'}"),
+        ("why", "lists must hold RankingList, got 'w'"),
+        (good, "lists must be several"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_lists(path, wrong)
+    with pytest.raises(TypeError, match="path must be a file's name, got 3"):
+        list(read_lists(3))
     assert path.read_text() == before
     write_lists(path, (ranking_list for ranking_list in read_lists(path)))  # a file may be read while it is rewritten
     assert path.read_text() == before

@@ -133,6 +133,7 @@ def test_texts_may_be_whatever_gives_strings(tiny_encoder, texts):
         (b"why", "query", TypeError, r"texts must be several strings, such as \[text\], got b'why'"),
         (np.array("why"), "query", TypeError, "texts must be several strings, .* got array"),
         (None, "query", TypeError, "texts must be several strings, .* got None"),
+        ({"tea"}, "query", TypeError, "texts must be several strings, .* got {'tea'}"),
         (["tea", 3], "query", TypeError, "texts must be strings, got 3 at position 1"),
         (["tea", None], "query", TypeError, "texts must be strings, got None at position 1"),
         ([["tea"]], "query", TypeError, r"texts must be strings, got \['tea'\] at position 0"),

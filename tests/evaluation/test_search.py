@@ -224,6 +224,8 @@ def test_search_ranks_all_and_breaks_ties_as_trec_eval(tiny_encoder, tmp_path, w
     ):
         with pytest.raises(GradretError, match=message):
             write_run(tmp_path / "run", run | bad)
+    with pytest.raises(ValueError, match="tag must be a word without white space, got 'my run'"):
+        write_run(tmp_path / "run", run, "my run")
     first = (tmp_path / "run").read_text().splitlines()[0].split(" ")
     assert (first[:4], first[5]) == (["q", "Q0", "b", "1"], "gradret")
     assert np.float32(first[4]) == np.float32(run["q"][0][1])
