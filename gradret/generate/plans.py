@@ -5,6 +5,7 @@ lower grade is the best one about something else, and the plan says what.
 """
 
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.data.lists import UNSPACED_RUN, split_words, weigh_words
@@ -39,6 +40,7 @@ FIELDS = (
     *("postal services", "dance", "city planning", "advertising", "knitting", "libraries"),
 )
 
+JSON_MARKS = re.compile(r"[{}\[\]]")  # of a reply that went wrong; answers may hold code
 REPEATED = 0.5  # share of content words above which a brief counts as another
 THING = 2, 2 / 3  # words that it can have, or of the query's words this share
 STEM = 5  # characters
@@ -111,7 +113,7 @@ def _find_problem(
     words, asked = split_words(text), split_words(query)
     if len(text) >= longest:
         return "does not end"
-    if not words or is_refusal(text):
+    if not words or is_refusal(text) or (name != "answer" and JSON_MARKS.search(text)):
         return "is no brief"
     if foreign := find_foreign(text):
         return f"slips into another script, '{foreign}'"

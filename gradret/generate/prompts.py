@@ -117,10 +117,14 @@ def read_scale(path: str | os.PathLike) -> Scale:
         raise GradretError(f"{path}: expected 2 to 26 grades with their definitions, got {len(levels)}")
     ordered = sorted(levels.items(), reverse=True)
     distances = [distance for _, (_, distance) in ordered]
+    planned = any(distance is not None for distance in distances)
+    if planned and None in distances:
+        grade = ordered[distances.index(None)][0]
+        raise GradretError(f"{path}: grade '{grade:g}' has no distance; give one to every grade or to none")
     try:
         return Scale(
             tuple((grade, definition) for grade, (definition, _) in ordered),
-            tuple(map(str, distances)) if any(distance is not None for distance in distances) else (),
+            tuple(map(str, distances)) if planned else (),
         )
     except ValueError as error:
         raise GradretError(f"{path}: {error}") from None

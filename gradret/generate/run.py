@@ -276,9 +276,9 @@ class Generation:
 
     def _ask_again(self, draft: Draft, part: object, problem: Unusable) -> bool:
         """Ask for a plan or a passage with another seed; False when it was asked for often enough."""
+        if draft.borrowed and part == self._scale.grades[-1]:
+            return self._write_borrowed(draft, part, problem)
         attempt = draft.attempts.get(part, 1) + 1
-        if draft.borrowed and part == self._scale.grades[-1]:  # there is no brief for another
-            return False
         # At temperature 0 the reply would be the same again, but where another aspect or field is drawn.
         if attempt > self._settings.attempts or (self._settings.temperature == 0 and part not in DRAWN):
             return False
@@ -289,6 +289,16 @@ class Generation:
         else:
             draft.came.pop(part)
             self._ask_passage(draft, part)
+        return True
+
+    def _write_borrowed(self, draft: Draft, grade: float, problem: Unusable) -> bool:
+        """Ask for a passage in the place of a borrowed one; False where the plan has no thing for its brief."""
+        draft.borrowed = None
+        if "plan" in self._prompts.plan_parts and "thing" not in draft.plan:
+            return False
+        del draft.came[grade]
+        self.summary.retries[problem.reason] += 1
+        self._ask_plan(draft, self._scale.briefs[grade][-1])
         return True
 
     def _read_passage(self, draft: Draft, grade: float, reply: Reply) -> str | Unusable:

@@ -29,6 +29,7 @@ FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it 
         ("answer", "by adding a wave", "is no sentence"),
         ("answer", "It rose to 5. and then the rest", "is no sentence"),
         ("far", "!!!", "is no brief"),
+        ("far", "folk music offside}", "is no brief"),
         ("answer", "I'm sorry, but I can't answer that.", "is no brief"),
         ("answer", "How do noise cancelling headphones work? They add a wave.", "copies the query"),
         ("answer", "Long. " * 40, "does not end"),

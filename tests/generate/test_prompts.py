@@ -240,9 +240,13 @@ def test_a_scale_is_read_from_a_file(tmp_path):
         ('{"1": "a", "0": " "}', "the definition of grade '0' is not a non-empty string"),
         ('{"1": {"distance": "far"}, "0": "b"}', "the definition of grade '1' is not a non-empty string"),
         (
-            '{"1": {"definition": "a", "distance": "near"}, "0": "b"}',
+            '{"1": {"definition": "a", "distance": "near"}, "0": {"definition": "b", "distance": "far"}}',
             "distances must go from answer to part to near to far, the best grade's is answer, none comes twice; got "
-            "near, None",
+            "near, far",
+        ),
+        (
+            '{"1": {"definition": "a", "distance": "answer"}, "0": "b"}',
+            "grade '0' has no distance; give one to every grade or to none",
         ),
         ('{"1": "a"}', "expected 2 to 26 grades with their definitions, got 1"),
     ],

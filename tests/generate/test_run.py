@@ -264,6 +264,21 @@ def test_a_far_passage_can_be_borrowed(run, written):
     assert [r.key[2] for r in engine.asked if r.key[0] == "q8"].count("far") == 0
 
 
+def test_another_passage_is_written_for_a_borrowed_one_that_fails(run, written):
+    queries = [Query("q0", f"{WORDS[0]} is thing number 0"), Query("q8", "zebras graze together")]
+    lent = passage_of(queries[0].text, 3)
+
+    def reply(request):
+        copies = request.key[0] == "q8" and request.key[2] == 3
+        return Reply(request, lent, "stop", 40, 100) if copies else write_well(request)
+
+    summary = run(ScriptedEngine(reply, room=1), replace(SETTINGS, borrow=True), queries)
+    assert summary.retries["duplicate"] == 1
+    found = written()["q8"]
+    assert (found.passages[-1].grade, found.passages[-1].text) == (0, text_of(found.meta["plan"]["far"]))
+    assert "borrowed" not in found.meta
+
+
 def test_an_engine_that_fails_leaves_the_query_for_later(run, written, rejects):
     summary = run(ScriptedEngine(lambda r: Reply(r, "", "error", error="HTTP 500 after 7 tries")), queries=QUERIES[:2])
     assert summary.rejected == {"no reply": 2}
