@@ -449,17 +449,16 @@ def export(source, form, out, positive_from, as_json):
 
 
 DTYPES = ("float32", "bfloat16", "float16")
-RETRIEVAL_SHAPE = "2048x16384x384"
 
 
-def parse_shape(text, form="BxN", example="128x1024"):
+def parse_shape(text):
     """Whole numbers joined by x: lists x documents, or queries x documents x dimensions. Raises: ValueError."""
-    numbers = [int(n) for n in text.split("x") if re.fullmatch("[0-9]{1,9}", n)]
-    if len(numbers) != len(form.split("x")) or len(numbers) != text.count("x") + 1:
-        raise ValueError(f"'{text}' is not {form} in whole numbers, such as {example}")
+    if not re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){1,2}", text):
+        raise ValueError(f"'{text}' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384")
+    numbers = tuple(map(int, text.split("x")))
     if min(numbers) < 1 or numbers[1] < 2:
         raise ValueError(f"'{text}' has too little: two documents and one of everything else at least")
-    return tuple(numbers)
+    return numbers
 
 
 def parse_shapes(text):
@@ -470,74 +469,56 @@ def parse_shapes(text):
     return shapes
 
 
-def parse_retrieval_shape(text):
-    """One, or `none`. Raises: ValueError."""
-    return () if text == "none" else parse_shape(text, "BxNxD", RETRIEVAL_SHAPE)
-
-
 @click.command(cls=Command, short_help="Time losses and measure their peak memory.")
 @option(
     "--shapes",
+    default="64x256,512x2048,2048x16384x384",
     type=Parsed("shapes", parse_shapes),
-    metavar="BxN,...",
-    help="Lists x documents per list. [default: 16x64,128x1024,512x4096; on CUDA 512x4096,8192x1024,4096x65536]",
+    metavar="BxN|BxNxD,...",
+    help="Lists x documents per list, or queries x documents x dimensions to score, too.",
 )
-@option(
-    "--retrieval",
-    default=RETRIEVAL_SHAPE,
-    type=Parsed("shape", parse_retrieval_shape),
-    metavar="BxNxD|none",
-    help="Queries x documents x dimensions, to score and compare from embeddings.",
-)
+@option("--all", "every", is_flag=True, help="Time gradret's other losses, and other ways to them, too.")
 @option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of the scores.")
-@option("--order", default="both", type=click.Choice(["1", "2", "both"]), help="The p of W_p^p.")
 @option("--repeats", default=30, type=POSITIVE, help="Samples per row; slow rows take fewer.")
+@option("--chart", is_flag=True, help="Draw loss.png, too.")
 @option("--out", default="gradret-bench", type=click.Path(), help="Where loss.json and loss.png go.")
 @DEVICE
 @QUIET
 @JSON
-def loss(shapes, retrieval, dtype, order, repeats, out, device, as_json):
+def loss(shapes, every, dtype, repeats, chart, out, device, as_json):
     """Time losses side by side, forward and backward, and measure their peak memory.
 
-    The exact Wasserstein losses of orders 1 and 2: gradret's, with grades prepared once and raw, and in plain PyTorch.
-    Beside them the default loss, gradret's Gaussian loss, InfoNCE with one positive per list, and F.cross_entropy
-    alone.
-    From embeddings: scoring fused with the loss against a matrix of all scores.
+    The default loss, with grades prepared once and raw, and InfoNCE with one positive per list. With --all also its
+    transport alone, the exact Wasserstein losses of orders 1 and 2, and the Gaussian one; from embeddings, all of them
+    on a matrix of scores, beside scoring fused with the loss.
 
     Every row is first checked against float64. The rows take turns within one process, so compare within one run only.
-    Stopped before the end, it leaves the shapes that it has done in loss.part.json.
+    Stopped before the end, it leaves the shapes that it has done in loss.json.
 
     \b
     gradret bench loss
-    gradret bench loss --shapes 512x4096 --order 2 --retrieval none
+    gradret bench loss --shapes 512x4096 --all --chart
     """
     require_one("bench loss")
     from gradret.bench import require_matplotlib
 
-    require_matplotlib()
+    if chart:
+        require_matplotlib()
     with show_wait("loading PyTorch"):
         from gradret.bench.loss import draw_speed, format_speed, measure_speed
     from gradret.encoder.load import choose_device
     from gradret.loss.kernels import describe_backend
 
     where = choose_device(device)
-    open_folder(out, "loss.json", "loss.part.json", "loss.png")
+    open_folder(out, "loss.json", *["loss.png"] * chart)
     (say if as_json else click.echo)(f"path: {describe_backend(where)}")
-    part, command = Path(out, "loss.part.json"), {"command": command_line()}
-    result = command | measure_speed(
-        shapes,
-        device=where,
-        dtype=dtype,
-        orders=(1, 2) if order == "both" else (int(order),),
-        repeats=repeats,
-        retrieval=retrieval or None,
-        keep=lambda result: write_json(part, command | result),
-    )
-    write_json(Path(out, "loss.json"), result)
-    part.unlink(missing_ok=True)  # another process may have ended in this folder
-    draw_speed(result, Path(out, "loss.png"))
+    path, command = Path(out, "loss.json"), {"command": command_line()}
+    options = {"device": where, "dtype": dtype, "repeats": repeats, "every": every}
+    result = command | measure_speed(shapes, **options, keep=lambda result: write_json(path, command | result))
+    if chart:
+        draw_speed(result, Path(out, "loss.png"))
     click.echo(json.dumps(result) if as_json else format_speed(result))
-    say(f"written: {out}/loss.json, {out}/loss.png")
+    say(f"written: {out}/loss.json" + f", {out}/loss.png" * chart)
 
 
 class Bench(click.Group):

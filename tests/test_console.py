@@ -82,7 +82,7 @@ def test_others_are_quiet_on_a_terminal(tiny_gguf, tiny_encoder, tmp_path):
     for command in (
         f"gen {tmp_path}/queries.tsv --model {tiny_gguf} --length 30:90 --out {tmp_path}/lists.jsonl",
         f"export sample --format beir --out {tmp_path}/beir",
-        f"bench loss --shapes 4x8 --retrieval none --repeats 3 --out {tmp_path}/bench",
+        f"bench loss --shapes 4x8 --repeats 3 --out {tmp_path}/bench",
         f"bench quality --model {tiny_encoder} --max-steps 1 --seeds 1 --out {tmp_path}/bench",
     ):
         printed, shown = run_in_a_terminal(*command.split(), "--quiet")

@@ -14,11 +14,11 @@ QUERY_WORDS = (4, 12)
 GRADES = (3.0, 2.0, 1.0, 0.0)
 
 
-def make_lists(count: int, seed: int = 0) -> list[RankingList]:
+def make_lists(count: int, seed: int = 0, passage_words: tuple[int, int] = WORDS) -> list[RankingList]:
     """Ranking lists of one passage a grade, pieces of the sample's running text.
 
-    Their word counts are log-uniform in WORDS, a query's in QUERY_WORDS. No two passages are the same, and the same
-    count and seed give the same lists.
+    Their word counts are log-uniform in `passage_words`, a query's in QUERY_WORDS. No two passages are
+    the same, and the same arguments give the same lists.
     """
     words = [w for entry in read_lists(find_path(SAMPLE)) for p in entry.passages for w in p.text.split()]
     draw = random.Random(seed).random
@@ -32,9 +32,9 @@ def make_lists(count: int, seed: int = 0) -> list[RankingList]:
     for number in range(count):
         passages = []
         for grade in GRADES:
-            text = cut(*WORDS)
+            text = cut(*passage_words)
             while text in seen:
-                text = cut(*WORDS)
+                text = cut(*passage_words)
             seen.add(text)
             passages.append(Passage(grade, text))
         lists.append(RankingList(f"made-{number}", cut(*QUERY_WORDS), passages))

@@ -163,8 +163,8 @@ def _in_order(dataset, **options):
     return DefaultBatchSampler(SequentialSampler(dataset), **options)
 
 
-def time_trainer(rival: Rival, chunk: int | None, steps: int, out: Path) -> list[float]:
-    """Milliseconds of each of `steps` steps of the trainer's loop, after one that is not counted.
+def time_trainer(rival: Rival, chunk: int | None, steps: int, out: Path, *, warm_up: int = 1) -> list[float]:
+    """Milliseconds of each of `steps` steps of the trainer's loop, after `warm_up` (0 or 1) that is not counted.
 
     A step lasts from the end of the one before to its own end: reading and collating a batch are in it.
     """
@@ -173,11 +173,15 @@ def time_trainer(rival: Rival, chunk: int | None, steps: int, out: Path) -> list
     ends_s: list[float] = []
 
     class Clock(TrainerCallback):
+        def on_train_begin(self, *arguments, **keywords):
+            if not warm_up:
+                ends_s.append(time.perf_counter())
+
         def on_step_end(self, *arguments, **keywords):
             synchronize(rival.device)
             ends_s.append(time.perf_counter())
 
-    trainer = open_trainer(rival, chunk, steps + 1, out)
+    trainer = open_trainer(rival, chunk, steps + warm_up, out)
     trainer.add_callback(Clock())
     with _columns(rival):
         trainer.train()

@@ -2,9 +2,10 @@
 
     python -m benchmarks.speed.loss [--no-compile]
 
-The rows of `gradret bench loss`, and beside them: the transport with the sorting done once, and by sums for each grade;
-compiled by torch.compile; by POT; SyCL's Gaussian loss as published. Prints a table per shape and writes OUT/loss.json
-and loss.png, of which `python -m benchmarks.tables loss` makes tables of benchmarks/README.md. Needs the extra test.
+The rows of `gradret bench loss --all`, and beside them: the transport with the sorting done once, and by sums for each
+grade; compiled by torch.compile; by POT; SyCL's Gaussian loss as published; F.cross_entropy without a temperature. Prints
+a table per shape and writes OUT/loss.json and loss.png, of which `python -m benchmarks.tables loss` makes tables of
+benchmarks/README.md. Needs the extra test.
 """
 
 from pathlib import Path
@@ -17,7 +18,7 @@ from gradret.bench.loss import draw_speed, format_speed, measure_speed
 from gradret.console import say
 from gradret.files import open_folder, write_json
 
-RETRIEVAL = (2048, 16384, 384)
+SHAPES = ((16, 64), (128, 1024), (512, 4096), (2048, 16384, 384))
 
 
 @click.command(cls=Script)
@@ -26,20 +27,18 @@ RETRIEVAL = (2048, 16384, 384)
 @click.option("--out", default="gradret-bench", show_default=True, type=click.Path(), help="Where the results go.")
 @click.option("--device", help="As of fit.")
 def main(compiled, dtype, out, device):
-    """Time gradret's losses and their rivals on the default shapes of `gradret bench loss`."""
+    """Time gradret's losses and their rivals."""
     require_matplotlib()
-    open_folder(out, "loss.json", "loss.part.json", "loss.png")
-    part, command = Path(out, "loss.part.json"), {"command": command_line("benchmarks.speed.loss")}
-    more = f"benchmarks.speed.rivals:{'list_compiled_rivals' if compiled else 'list_rivals'}"
+    open_folder(out, "loss.json", "loss.png")
+    path, command = Path(out, "loss.json"), {"command": command_line("benchmarks.speed.loss")}
     result = command | measure_speed(
+        SHAPES,
         device=device,
         dtype=dtype,
-        retrieval=RETRIEVAL,
-        more=more,
-        keep=lambda found: write_json(part, command | found),
+        every=True,
+        rivals=f"benchmarks.speed.rivals:{'list_compiled_rivals' if compiled else 'list_rivals'}",
+        keep=lambda found: write_json(path, command | found),
     )
-    write_json(Path(out, "loss.json"), result)
-    part.unlink()
     draw_speed(result, Path(out, "loss.png"))
     click.echo(format_speed(result))
     say(f"written: {out}/loss.json, {out}/loss.png")

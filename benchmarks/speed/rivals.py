@@ -5,24 +5,22 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from gradret.bench.loss import (
+    MIXTURES,
     TEMPERATURE,
     Embeddings,
     Lists,
     Row,
     gain_targets,
-    integrate_quantiles,
     refuse_gaussian,
-    textbook_wasserstein,
     true_gaussian,
-    true_wasserstein,
 )
 
 
@@ -52,6 +50,21 @@ class GradeLevels(NamedTuple):
     levels: Tensor
     v: Tensor
     target_cdf: Tensor
+
+
+def textbook_wasserstein(scores: Tensor, grades: Tensor, *, order: int, temperature: float) -> Tensor:
+    """W_p^p as textbooks give it: prefix sums in the order of grades; order 2 over the merged steps of both."""
+    return sorted_wasserstein(scores, sort_grades(grades, order), order=order, temperature=temperature)
+
+
+def integrate_quantiles(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
+    """The integral over (0, 1) of (F^-1 - G^-1)^2 for each list: prefix sums F and G (B, K) at the places v (B, K)."""
+    steps = torch.cat([F, G], -1).sort(-1).values  # (B, 2K)
+    widths = steps.diff(prepend=torch.zeros_like(steps[:, :1]))
+    top = v.shape[-1] - 1  # rounding can leave the last step above a prefix sum's end
+    places = steps.detach()
+    f, g = (v.gather(-1, torch.searchsorted(cdf.detach(), places).clamp(max=top)) for cdf in (F, G))
+    return (widths * (f - g).square()).sum(-1)
 
 
 def sort_grades(grades: Tensor, order: int) -> SortedGrades:
@@ -117,10 +130,17 @@ def published_gaussian(scores: Tensor, grades: Tensor, *, temperature: float) ->
     return (p.mean(0) - q.mean(0)).square().sum() + cov_p.trace() + cov_q.trace() - 2 * root
 
 
-def list_rivals(workload: Lists | Embeddings, orders: Sequence[int], *, compiled: bool = False) -> list[Row]:
-    """Rows of lists; from embeddings there are none."""
+def list_rivals(workload: Lists | Embeddings, *, compiled: bool = False) -> list[Row]:
+    """Rows of lists; from embeddings, cross_entropy alone, of the scores as they are."""
     if isinstance(workload, Embeddings):
-        return []
+        queries, documents = workload.inputs
+        return [
+            Row(
+                "cross_entropy",
+                (queries, documents),
+                lambda: nnf.cross_entropy(queries @ documents.T, workload.positive),
+            )
+        ]
     scores, grades, found = workload.scores, workload.grades, []
     bytes_of = find_levels(grades, torch.uint8)
     # Eager on a CPU, scattering is fastest; elsewhere and compiled, a sum for each level is.
@@ -130,9 +150,10 @@ def list_rivals(workload: Lists | Embeddings, orders: Sequence[int], *, compiled
 
     def add(name: str, loss, prepared, order: int, **options) -> None:
         bound = partial(loss, scores, prepared, order=order, temperature=TEMPERATURE)
-        found.append(Row(name, order, (scores,), bound, true_wasserstein, **options))
+        found.append(Row(name, (scores,), bound, MIXTURES[f"W{order}"], **options))
 
-    for order in orders:
+    for order in (1, 2):
+        add(f"PyTorch W{order}", textbook_wasserstein, grades, order)
         add(f"PyTorch W{order}, presorted", sorted_wasserstein, sort_grades(grades, order), order)
         add(f"PyTorch W{order}, by level", level_wasserstein, levels, order)
         if compiled:
@@ -144,13 +165,14 @@ def list_rivals(workload: Lists | Embeddings, orders: Sequence[int], *, compiled
         if importlib.util.find_spec("ot"):
             add(f"POT W{order}", pot_wasserstein, grades, order, external=True)
         else:
-            found.append(Row(f"POT W{order}", order, skipped="POT is not installed; install it: pip install POT"))
+            found.append(Row(f"POT W{order}", skipped="POT is not installed; install it: pip install POT"))
     gaussian = partial(published_gaussian, scores, grades, temperature=TEMPERATURE)
     truth = None if refuse_gaussian("", workload.shape[0], workload) else true_gaussian
     skipped = refuse_gaussian("eigenvalues", workload.shape[1], workload)
-    return [*found, Row("SyCL Gaussian", None, workload.inputs, gaussian, truth, skipped, external=True)]
+    plain = Row("cross_entropy", workload.inputs, partial(nnf.cross_entropy, scores, workload.positive))
+    return [*found, Row("SyCL Gaussian", workload.inputs, gaussian, truth, skipped, external=True), plain]
 
 
-def list_compiled_rivals(workload: Lists | Embeddings, orders: Sequence[int]) -> list[Row]:
+def list_compiled_rivals(workload: Lists | Embeddings) -> list[Row]:
     """list_rivals, with what torch.compile makes of them."""
-    return list_rivals(workload, orders, compiled=True)
+    return list_rivals(workload, compiled=True)

@@ -1,8 +1,8 @@
 """Speed and peak memory of losses side by side: each is checked against float64, then all are timed in turns.
 
 B is the number of lists or queries, N of documents, D of dimensions. From top to bottom: the measurement
-(measure_speed), the tensors and rows of a shape (Lists, Embeddings), their truth in float64, the table and the chart.
-benchmarks/speed/loss.py adds rows of other libraries.
+(measure_speed), the tensors of a shape (Lists, Embeddings), its rows (make_rows), their truth in float64, the table and
+the chart. benchmarks/speed/loss.py adds other ways to the same losses.
 """
 
 import math
@@ -21,22 +21,18 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from gradret.bench import format_table, memory
-from gradret.console import PATIENCE_S, GradretError, say, show_bar
+from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.encoder.load import choose_device
 from gradret.files import versions
-from gradret.loss.functions import gaussian_loss, mix_losses, wasserstein_loss
-from gradret.loss.grades import prepare_grades
+from gradret.loss.functions import gaussian_loss, mix_losses
+from gradret.loss.grades import PreparedGrades, prepare_grades
 from gradret.loss.kernels import backend, describe_backend
 from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
-from gradret.settings import DEFAULT_LOSS, FitSettings
+from gradret.settings import DEFAULT_GROUND, DEFAULT_LOSS, DEFAULT_ORDER, DEFAULT_TARGETS, parse_loss
 
-DEFAULT_SHAPES = {
-    "cpu": ((16, 64), (128, 1024), (512, 4096)),
-    "cuda": ((512, 4096), (8192, 1024), (4096, 65536)),
-}
+SHAPES = ((64, 256), (512, 2048), (2048, 16384, 384))  # lists or queries, documents, dimensions
 TEMPERATURE = 0.05
-AXIS = {"targets": "gain", "ground": "grade"}  # of the rows W1 and W2
-BASELINE = "cross_entropy"  # of the scores as they are: InfoNCE without its division by the temperature
+BASELINE = "InfoNCE"
 # A list's graded documents, others are 0: a few, as in judged collections; the highest grade is always there.
 LIST_GRADES = (3.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0)
 TRUTH_ELEMENTS = 1 << 20  # the truth is computed in blocks of about so many scores
@@ -55,26 +51,49 @@ SAMPLE_S = 1e-3  # a sample is the mean of as many calls as fill this
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """A loss that the kernels compute, as `fit` spells it."""
+
+    loss: str
+    order: int
+    targets: str
+    ground: str
+
+    @property
+    def axis(self) -> dict[str, str]:
+        """What the grades are prepared with."""
+        return {"targets": self.targets, "ground": self.ground}
+
+
+MIXTURES = {
+    "default loss": Mixture(DEFAULT_LOSS, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_GROUND),
+    "transport of it": Mixture("wasserstein", DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_GROUND),
+    "W1": Mixture("wasserstein", 1, "gain", "grade"),
+    "W2": Mixture("wasserstein", 2, "gain", "grade"),
+}
+
+
+@dataclass(frozen=True)
 class Row:
     """A line of the benchmark.
 
     Attributes:
-        name: unique in its workload.
-        order: the p of W_p^p, None for other losses.
+        name: unique on its shape.
         inputs: what the loss is differentiated in.
         loss: computes the scalar loss, None when the row is skipped.
-        truth: true_wasserstein or another function like it, which the loss must equal; None where there is none.
+        truth: what the loss must equal: a Mixture, or a function as true_infonce; None where there is none.
         skipped: why it is not measured.
         external: whether another library computes it: where that fails or is wrong, the row is skipped alone.
+        more: whether it is measured on request alone.
     """
 
     name: str
-    order: int | None = None
     inputs: tuple[Tensor, ...] = ()
     loss: Callable[[], Tensor] | None = None
-    truth: Callable | None = None
+    truth: "Mixture | Callable | None" = None
     skipped: str | None = None
     external: bool = False
+    more: bool = True
 
 
 class Truth(NamedTuple):
@@ -89,38 +108,34 @@ class Truth(NamedTuple):
 
 
 def measure_speed(
-    shapes: Sequence[Sequence[int]] | None = None,
+    shapes: Sequence[Sequence[int]] = SHAPES,
     *,
     device: torch.device | str | None = None,
     dtype: str = "float32",
-    orders: Sequence[int] = (1, 2),
     repeats: int = 30,
-    retrieval: Sequence[int] | None = None,
-    more: str | None = None,
+    every: bool = False,
+    rivals: str | None = None,
     keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Time every row on every shape, forward and backward, and measure its peak memory.
 
     Args:
-        shapes: (B, N) each, lists and documents per list; None for the device's DEFAULT_SHAPES.
+        shapes: (B, N) each, lists and documents per list, or (B, N, D), queries, documents and dimensions.
         device: where the tensors are.
         dtype: of scores and embeddings: "float32", "bfloat16" or "float16".
-        orders: of W_p^p, from 1 and 2.
         repeats: samples of a row at most; slow rows take fewer, but three.
-        retrieval: (B, N, D), queries, documents and dimensions of embeddings; None leaves that part out.
-        more: "module:function" that gives further rows, see make_rows.
+        every: whether rows beside the default loss and InfoNCE are measured.
+        rivals: "module:function" that gives further rows, see make_rows.
         keep: called with what there is after each shape.
 
     Returns: a JSON-serialisable document. A row of "rows" holds its shape and name, the times of forward alone and of
-        both in ms as medians with 20 and 80 percentiles, both_ms relative to cross_entropy's on that shape, peak
-        memory in MiB above the inputs, its errors against float64, and, where it was not measured, the reason as
-        "skipped".
+        both in ms as medians with 20 and 80 percentiles, both_ms relative to InfoNCE's on that shape, peak memory in
+        MiB above the inputs, its errors against float64, and, where it was not measured, the reason as "skipped".
     Raises: GradretError when a loss or gradient is not what float64 says; nothing on its shape is timed then.
     """
     began = time.monotonic()
     torch.set_num_threads(torch.get_num_threads())  # from here on fixed, whatever runs beside
     device = choose_device(None if device is None else str(device))
-    chosen = shapes or DEFAULT_SHAPES["cuda" if device.type == "cuda" else "cpu"]
     if device.type == "cuda":
         device = torch.empty(0, device=device).device  # with its number
         torch.cuda.set_device(device)  # the timer's waiting and memory counts are the current device's
@@ -135,8 +150,8 @@ def measure_speed(
         "peak_resolution_mib": memory.peak_resolution(device),
         "rows": [],
     }
-    for shape in [*chosen, *([retrieval] if retrieval else [])]:
-        result["rows"] += measure_shape(shape, device=device, dtype=dtype, orders=orders, repeats=repeats, more=more)
+    for shape in shapes:
+        result["rows"] += measure_shape(shape, device, dtype, repeats, every, rivals)
         result["seconds"] = round(time.monotonic() - began, 1)
         keep(result)
     return result
@@ -144,48 +159,45 @@ def measure_speed(
 
 def measure_shape(
     shape: Sequence[int],
-    *,
     device: torch.device,
-    dtype: str,
-    orders: Sequence[int],
-    repeats: int,
-    more: str | None = None,
+    dtype: str = "float32",
+    repeats: int = 30,
+    every: bool = False,
+    rivals: str | None = None,
 ) -> list[dict]:
-    """The rows of one shape, (B, N) or (B, N, D); see measure_speed."""
+    """The rows of one shape; see measure_speed."""
     where = name_shape(shape)
-    say(f"{where}: checking against float64")
     workload = make_workload(shape, dtype, str(device))
-    truths: dict[tuple, Truth] = {}
+    truths: dict = {None: None}
     entries, measured = [], []
-    for row in make_rows(workload, orders, more):
-        entry = {"shape": list(shape), "dtype": dtype, "row": row.name, "order": row.order, "skipped": row.skipped}
-        later = ("forward_ms", "both_ms", "repeats", "times_cross_entropy", "peak_mib", "peak_reason")
+    rows = make_rows(workload, every, rivals)
+    for row in show_bar(rows, desc=f"{where}: checking", unit="row", delay=PATIENCE_S, leave=False):
+        entry = {"shape": list(shape), "dtype": dtype, "row": row.name, "skipped": row.skipped}
+        later = ("forward_ms", "both_ms", "repeats", "times_infonce", "peak_mib", "peak_reason")
         entry |= dict.fromkeys((*later, "gradient_finite", "loss_error", "gradient_errors"))
         entries.append(entry)
         if row.skipped is None:
-            key = row.truth, row.order
-            if row.truth is not None and key not in truths:
-                truths[key] = find_truth(workload, *key)
-            step_s = _prepare(row, where, truths.get(key), entry)
+            if row.truth not in truths:
+                truths[row.truth] = find_truth(workload, row.truth)
+            step_s = _prepare(row, where, truths[row.truth], entry)
             if entry["skipped"] is None:
                 measured.append((row, entry, step_s))
     truths.clear()  # on the largest shapes they are gigabytes, which rows may need
-    say(f"{where}: timing {len(measured)} rows in turns")
     rows = [row for row, _, _ in measured]
-    times = time_in_turns(rows, [step_s for _, _, step_s in measured], repeats)
-    say(f"{where}: measuring peak memory")
+    times = time_in_turns(rows, [step_s for _, _, step_s in measured], repeats, where)
     if device.type == "cuda":
         peaks = ((memory.measure_cuda_peak(partial(run_once, row)), None) for row in rows)
     elif device.type == "cpu":
-        arguments = {"shape": shape, "dtype": dtype, "orders": orders, "more": more}
+        arguments = {"shape": shape, "dtype": dtype, "rivals": rivals}
         peaks = memory.measure_cpu_peaks("gradret.bench.loss:make_call", [row.name for row in rows], arguments)
     else:
         peaks = ((None, f"PyTorch counts no peak on {device.type}") for _ in rows)
-    for (_, entry, _), taken, (peak, reason) in zip(measured, times, peaks, strict=True):
+    bar = show_bar(peaks, total=len(rows), desc=f"{where}: memory", unit="row", delay=PATIENCE_S, leave=False)
+    for (_, entry, _), taken, (peak, reason) in zip(measured, times, bar, strict=True):
         entry |= taken | {"peak_mib": peak, "peak_reason": reason}
-    baseline = entries[-1]["both_ms"]  # make_rows puts it last
+    baseline = next((entry["both_ms"] for entry in entries if entry["row"] == BASELINE), None)
     for _, entry, _ in measured if baseline else ():
-        entry["times_cross_entropy"] = entry["both_ms"]["median"] / baseline["median"]
+        entry["times_infonce"] = entry["both_ms"]["median"] / baseline["median"]
     return entries
 
 
@@ -207,7 +219,7 @@ def check_row(row: Row, truth: Truth | None) -> dict:
     loss_limit, gradient_limit = limits[str(row.inputs[0].dtype).removeprefix("torch.")]
     found = loss.item()
     loss_error = abs(found - truth.loss) / abs(truth.loss)
-    if not loss_error <= (OTHER_TOLERANCE if row.order is None else loss_limit):
+    if not loss_error <= (loss_limit if isinstance(row.truth, Mixture) else OTHER_TOLERANCE):
         raise GradretError(f"the loss is {found:.8g}, float64 says {truth.loss:.8g}")
     errors = []
     for gradient, true in zip(gradients, truth.gradients, strict=True) if truth.gradients else ():
@@ -247,7 +259,7 @@ def run_once(row: Row) -> None:
     torch.autograd.grad(row.loss(), row.inputs)
 
 
-def time_in_turns(rows: Sequence[Row], steps_s: Sequence[float], repeats: int) -> list[dict]:
+def time_in_turns(rows: Sequence[Row], steps_s: Sequence[float], repeats: int, where: str = "") -> list[dict]:
     """Times of each row, whose step takes about steps_s: "forward_ms", "both_ms", and the number of "repeats".
 
     Rounds visit the rows one after the other, so that what slows the machine for a while slows all of them. Slow rows
@@ -257,7 +269,8 @@ def time_in_turns(rows: Sequence[Row], steps_s: Sequence[float], repeats: int) -
     fewest = min(FEWEST_REPEATS, repeats)
     every = [max(1, min(repeats // fewest, round(repeats * step_s / ROW_S))) for step_s in steps_s]
     samples: list[list[tuple[float, ...]]] = [[] for _ in rows]
-    for turn in show_bar(range(repeats if rows else 0), desc="timing", unit="round", delay=PATIENCE_S):
+    turns = range(repeats if rows else 0)
+    for turn in show_bar(turns, desc=f"{where}: timing", unit="round", delay=PATIENCE_S, leave=False):
         for pair, apart, found in zip(timers, every, samples, strict=True):
             if turn % apart == 0:
                 # Its warm-up also clears what the row before left in caches and in waiting threads.
@@ -309,31 +322,15 @@ class Lists:
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
         self.inputs = (self.scores,)
 
-    def make_rows(self, orders: Sequence[int]) -> list[Row]:
-        """gradret's exact losses with grades prepared once and raw, a plain one; gradret's others; PyTorch's."""
-        scores, grades, found = self.scores, self.grades, []
-        prepared = prepare_grades(grades, **AXIS)
-        for order in orders:
-            options = {"order": order, "temperature": TEMPERATURE}
-            for name, loss in (
-                (f"gradret W{order}", partial(wasserstein_loss, scores, prepared, **options)),
-                (f"gradret W{order}, raw grades", partial(wasserstein_loss, scores, grades, **options, **AXIS)),
-                (f"PyTorch W{order}", partial(textbook_wasserstein, scores, grades, **options)),
-            ):
-                found.append(Row(name, order, self.inputs, loss, true_wasserstein))
-        fit = {name: getattr(FitSettings(), name) for name in ("order", "targets", "ground")}
-        mixed = partial(mix_losses, DEFAULT_LOSS, scores, grades, temperature=TEMPERATURE, **fit)
-        infonce = partial(infonce_of_positive, scores, self.positive, TEMPERATURE)
-        plain = partial(nnf.cross_entropy, scores, self.positive)
-        gaussian = partial(gaussian_loss, scores, grades, temperature=TEMPERATURE, targets="softmax")
-        skipped = refuse_gaussian("singular values", self.shape[0], self)
-        return [
-            *found,
-            Row("gradret default loss", None, self.inputs, mixed, true_default),
-            Row("gradret Gaussian", None, self.inputs, gaussian, true_gaussian, skipped),
-            Row("InfoNCE", None, self.inputs, infonce, true_infonce),
-            Row(BASELINE, None, self.inputs, plain, true_cross_entropy),
-        ]
+    def bind(self, mixture: Mixture, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
+        """The loss of these scores, with grades as they are or prepared once."""
+        options = {"order": mixture.order, "temperature": TEMPERATURE} | (mixture.axis if raw else {})
+        grades = self.grades if raw else prepare_grades(self.grades, **mixture.axis)
+        return partial(mix_losses, mixture.loss, self.scores, grades, **options)
+
+    def infonce(self) -> Tensor:
+        """With one positive per list, as PyTorch computes it."""
+        return infonce_of_positive(self.scores / TEMPERATURE, self.positive)
 
 
 def refuse_gaussian(what: str, size: int, lists: Lists) -> str | None:
@@ -376,32 +373,24 @@ class Embeddings:
         rows, columns, grades = self.graded
         return torch.zeros(self.shape[:2], device=self.device).index_put_((rows, columns), grades)
 
-    def make_rows(self, orders: Sequence[int]) -> list[Row]:
-        """The fused loss, the same loss on the B x N matrix of scores, and cross_entropy on it."""
-        pairs, prepared = prepare_pairs(*self.graded, self.shape[:2], **AXIS), prepare_grades(self.grades, **AXIS)
-        found = []
-        for order in orders:
-            for name, loss in (
-                (f"fused scoring W{order}", partial(self._fused, pairs)),
-                (f"fused scoring W{order}, raw grades", partial(self._fused, self.graded, **AXIS)),
-                (f"score matrix W{order}", partial(self._by_matrix, prepared)),
-                (f"score matrix W{order}, raw grades", partial(self._by_matrix, **AXIS)),
-            ):
-                found.append(Row(name, order, self.inputs, partial(loss, order=order), true_wasserstein))
-        return [*found, Row(f"score matrix {BASELINE}", None, self.inputs, self._cross_entropy, true_cross_entropy)]
+    def bind(self, mixture: Mixture, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
+        """The loss with scoring fused, or on a matrix of all scores; with grades as they are or prepared once."""
+        options = {"order": mixture.order, "temperature": TEMPERATURE} | (mixture.axis if raw else {})
+        if matrix:
+            prepared = None if raw else prepare_grades(self.grades, **mixture.axis)
+            return partial(self._by_matrix, mixture.loss, prepared, **options)
+        graded = self.graded if raw else prepare_pairs(*self.graded, self.shape[:2], **mixture.axis)
+        return partial(wasserstein_retrieval_loss, *self.inputs, graded, loss=mixture.loss, **options)
 
-    def _fused(self, grades, **options) -> Tensor:
-        return wasserstein_retrieval_loss(*self.inputs, grades, temperature=TEMPERATURE, **options)
-
-    def _by_matrix(self, grades=None, **options) -> Tensor:
-        """Without grades, their matrix is made in the call."""
+    def _by_matrix(self, loss: str, prepared: PreparedGrades | None, **options) -> Tensor:
+        """Without prepared grades, their matrix is made in the call."""
         queries, documents = self.inputs
-        grades = self.grades if grades is None else grades
-        return wasserstein_loss(queries @ documents.T, grades, temperature=TEMPERATURE, **options)
+        return mix_losses(loss, queries @ documents.T, prepared or self.grades, **options)
 
-    def _cross_entropy(self) -> Tensor:
+    def infonce(self) -> Tensor:
+        """With one positive per query, on a matrix of all scores; the division is that of the queries."""
         queries, documents = self.inputs
-        return nnf.cross_entropy(queries @ documents.T, self.positive)
+        return infonce_of_positive((queries / TEMPERATURE) @ documents.T, self.positive)
 
 
 def make_workload(shape: Sequence[int], dtype: str, device: str) -> Lists | Embeddings:
@@ -409,35 +398,41 @@ def make_workload(shape: Sequence[int], dtype: str, device: str) -> Lists | Embe
     return (Lists if len(shape) == 2 else Embeddings)(shape, dtype, device)
 
 
-def make_rows(workload: Lists | Embeddings, orders: Sequence[int], more: str | None = None) -> list[Row]:
-    """The workload's rows and before its last, the baseline, those of `more`: "module:function" of the first two.
+def make_rows(workload: Lists | Embeddings, every: bool = False, rivals: str | None = None) -> list[Row]:
+    """The default loss with grades prepared once and raw, and InfoNCE; with `every` gradret's other losses.
 
-    It is given by name so that another process can make the same rows.
+    And those of `rivals`: "module:function" of the workload. It is given by name so that another process can make the
+    same rows.
     """
-    further = pkgutil.resolve_name(more)(workload, orders) if more else []
-    *rows, baseline = workload.make_rows(orders)
-    return [*rows, *further, baseline]
+    inputs, lists = workload.inputs, isinstance(workload, Lists)
+    found = [Row(BASELINE, inputs, workload.infonce, true_infonce, more=False)]
+    for name, mixture in MIXTURES.items():
+        first = name == "default loss"
+        if not (first or every):
+            continue
+        for way in (False,) if lists else (False, True):
+            for raw in (False, True):
+                label = f"gradret {name}{', score matrix' * way}{', raw grades' * raw}"
+                more = not first or way
+                if every or not more:
+                    bound = workload.bind(mixture, raw=raw, matrix=way)
+                    found.append(Row(label, inputs, bound, mixture, more=more))
+    if every and lists:
+        gaussian = partial(gaussian_loss, workload.scores, workload.grades, temperature=TEMPERATURE, targets="softmax")
+        skipped = refuse_gaussian("singular values", workload.shape[0], workload)
+        found.append(Row("gradret Gaussian", inputs, gaussian, true_gaussian, skipped))
+    return [*found, *(pkgutil.resolve_name(rivals)(workload) if rivals else [])]
 
 
-def make_call(name: str, shape: Sequence[int], dtype: str, orders: Sequence[int], more: str | None) -> Callable:
+def make_call(name: str, shape: Sequence[int], dtype: str, rivals: str | None) -> Callable:
     """One forward and backward of the row of this name, on the CPU, for memory.measure_cpu_peaks."""
-    rows = make_rows(make_workload(shape, dtype, "cpu"), orders, more)
+    rows = make_rows(make_workload(shape, dtype, "cpu"), True, rivals)
     return partial(run_once, next(row for row in rows if row.name == name))
 
 
-def textbook_wasserstein(scores: Tensor, grades: Tensor, *, order: int, temperature: float) -> Tensor:
-    """W_p^p as textbooks give it: prefix sums in the order of grades; order 2 over the merged steps of both."""
-    v, by_grade = grades.sort(-1)
-    p = torch.softmax(scores.float() / temperature, -1).gather(-1, by_grade)
-    q = gain_targets(v)
-    if order == 1:
-        return (v.diff() * (p - q).cumsum(-1).abs()[:, :-1]).sum(-1).mean()
-    return integrate_quantiles(p.cumsum(-1), q.cumsum(-1), v).mean()
-
-
-def infonce_of_positive(scores: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """InfoNCE with one positive per row: F.cross_entropy of scores (B, N) and the positives' columns (B,)."""
-    return nnf.cross_entropy(scores / temperature, positive)
+def infonce_of_positive(logits: Tensor, positive: Tensor) -> Tensor:
+    """F.cross_entropy of scores over the temperature (B, N) and the positives' columns (B,)."""
+    return nnf.cross_entropy(logits, positive)
 
 
 def gain_targets(grades: Tensor) -> Tensor:
@@ -446,64 +441,50 @@ def gain_targets(grades: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
-def integrate_quantiles(F: Tensor, G: Tensor, v: Tensor) -> Tensor:
-    """The integral over (0, 1) of (F^-1 - G^-1)^2 for each list: prefix sums F and G (B, K) at the places v (B, K)."""
-    steps = torch.cat([F, G], -1).sort(-1).values  # (B, 2K)
-    widths = steps.diff(prepend=torch.zeros_like(steps[:, :1]))
-    top = v.shape[-1] - 1  # rounding can leave the last step above a prefix sum's end
-    places = steps.detach()
-    f, g = (v.gather(-1, torch.searchsorted(cdf.detach(), places).clamp(max=top)) for cdf in (F, G))
-    return (widths * (f - g).square()).sum(-1)
+# --- truth in float64. Each true_ function takes a block's scores (b, N), grades (b, N) and positives' columns (b,). It
+# gives each list's loss (b,) and where its gradient is defined, None not to compare gradients.
 
 
-# --- truth in float64. Each true_ function of a row takes a block's scores (b, N), grades (b, N), positives' columns
-# (b,) and the order. It gives each list's loss (b,) and where its gradient is defined, None not to compare gradients.
-
-
-def find_truth(workload: Lists | Embeddings, truth: Callable, order: int | None) -> Truth:
-    """The mean of a truth over all lists, block by block; of a Wasserstein loss also its gradients in the inputs."""
+def find_truth(workload: Lists | Embeddings, truth: Mixture | Callable) -> Truth:
+    """The mean of a truth over all lists, block by block; of a mixture also its gradients in the inputs."""
     device = "cpu" if workload.device.type == "mps" else workload.device  # which has no float64
     inputs = [x.detach().to(device, torch.float64).requires_grad_() for x in workload.inputs]
     grades, positive = workload.grades.to(device), workload.positive.to(device)
+    mixed = isinstance(truth, Mixture)
+    compute = partial(true_mixture, truth) if mixed else truth
     B, N = workload.shape[:2]
     size = B if truth is true_gaussian else max(1, TRUTH_ELEMENTS // N)  # the Gaussians are fitted over the batch
     total, found = 0.0, []
     for block in (slice(begin, begin + size) for begin in range(0, B, size)):
-        with torch.set_grad_enabled(order is not None):
+        with torch.set_grad_enabled(mixed):
             scores = inputs[0][block] if len(inputs) == 1 else inputs[0][block] @ inputs[1].T
-            values, defined = truth(scores, grades[block], positive[block], order)
+            values, defined = compute(scores, grades[block], positive[block])
         total += values.sum().item()
-        if order is not None:
+        if mixed:
             (values.sum() / B).backward()
             found.append(defined)
     return Truth(total / B, tuple(x.grad for x in inputs), torch.cat(found)) if found else Truth(total / B)
 
 
-def true_wasserstein(scores: Tensor, grades: Tensor, _: Tensor, order: int) -> tuple[Tensor, Tensor]:
-    """W_p^p with gain targets, by true_transport."""
-    return true_transport(torch.softmax(scores / TEMPERATURE, -1), gain_targets(grades.double()), grades, order)
+def true_mixture(mixture: Mixture, scores: Tensor, grades: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    """Transport, by true_transport, and contrast, each times its weight; targets and ground are gain, grade or sqrt."""
+    weights, logits, y = parse_loss(mixture.loss), scores / TEMPERATURE, grades.double()
+    places = {"grade": y, "sqrt": y.sqrt()}[mixture.ground]
+    q = gain_targets(y) if mixture.targets == "gain" else y.sqrt() / y.sqrt().sum(-1, keepdim=True)
+    value, defined = true_transport(torch.softmax(logits, -1), q, places, mixture.order)
+    value = weights["wasserstein"] * value
+    if "contrast" in weights:
+        others = logits.masked_fill(q > 0, -torch.inf).logsumexp(-1, keepdim=True)
+        value = value + weights["contrast"] * (q * (torch.logaddexp(logits, others) - logits)).sum(-1)
+    return value, defined
 
 
-def true_cross_entropy(scores: Tensor, _: Tensor, positive: Tensor, __: None) -> tuple[Tensor, None]:
-    """The positive's cross-entropy, without a temperature."""
-    return nnf.cross_entropy(scores, positive, reduction="none"), None
-
-
-def true_infonce(scores: Tensor, _: Tensor, positive: Tensor, __: None) -> tuple[Tensor, None]:
+def true_infonce(scores: Tensor, _: Tensor, positive: Tensor) -> tuple[Tensor, None]:
     """The positive's cross-entropy at the temperature."""
     return nnf.cross_entropy(scores / TEMPERATURE, positive, reduction="none"), None
 
 
-def true_default(scores: Tensor, grades: Tensor, _: Tensor, __: None) -> tuple[Tensor, None]:
-    """The default loss: .15 W_2^2 on the roots of grades + .85 contrast, with root targets."""
-    logits, roots = scores / TEMPERATURE, grades.double().sqrt()
-    q = roots / roots.sum(-1, keepdim=True)
-    others = logits.masked_fill(q > 0, -torch.inf).logsumexp(-1, keepdim=True)
-    contrast = (q * (torch.logaddexp(logits, others) - logits)).sum(-1)
-    return 0.15 * true_transport(torch.softmax(logits, -1), q, roots, 2)[0] + 0.85 * contrast, None
-
-
-def true_gaussian(scores: Tensor, grades: Tensor, _: Tensor, __: None) -> tuple[Tensor, None]:
+def true_gaussian(scores: Tensor, grades: Tensor, _: Tensor) -> tuple[Tensor, None]:
     """The batch's squared 2-Wasserstein distance of two Gaussians, for every list; the root's trace as nuclear norm.
 
     Of p = softmax(scores / TEMPERATURE) and q = softmax(grades), as Gaussians fitted over the batch.
@@ -546,7 +527,7 @@ def true_transport(p: Tensor, q: Tensor, places: Tensor, order: int) -> tuple[Te
 
 
 def format_speed(result: dict) -> str:
-    """One table per shape: forward and backward together, relative to cross_entropy, peak memory, and the larger error.
+    """One table per shape: forward and backward together, relative to InfoNCE, peak memory, and the larger error.
 
     Errors are relative and against float64, of the loss and of its gradients. Below each table stands what was skipped
     and why.
@@ -558,7 +539,7 @@ def format_speed(result: dict) -> str:
             if row["skipped"]:
                 notes.append(f"not measured: {row['row']}: {row['skipped']}")
                 continue
-            both, ratio = row["both_ms"], row["times_cross_entropy"]
+            both, ratio = row["both_ms"], row["times_infonce"]
             errors = [] if row["loss_error"] is None else [row["loss_error"], *row["gradient_errors"]]
             cells.append(
                 [
@@ -570,7 +551,7 @@ def format_speed(result: dict) -> str:
                 ]
             )
         notes += [f"peak MiB: {reason}" for reason in dict.fromkeys(row["peak_reason"] for row in rows) if reason]
-        header = ["", "forward + backward ms [20-80 %]", "x cross_entropy", "peak MiB", "error"]
+        header = ["", "forward + backward ms [20-80 %]", "x InfoNCE", "peak MiB", "error"]
         title = f"{shape} {result['dtype']}, {result['threads']} threads"
         blocks.append("\n".join([title, format_table(header, cells), *notes]))
     return "\n\n".join(blocks)
@@ -593,7 +574,7 @@ def draw_speed(result: dict, path: Path) -> None:
         places = range(len(rows))
         medians = [row["both_ms"]["median"] for row in rows]
         spread = [[abs(row["both_ms"][p] - row["both_ms"]["median"]) for row in rows] for p in ("p20", "p80")]
-        colors = ["C0" if row["row"].startswith(("gradret", "fused")) else "C7" for row in rows]
+        colors = ["C0" if row["row"].startswith("gradret") else "C7" for row in rows]
         bars = axes.barh(places, medians, 0.8, xerr=spread, color=colors, ecolor="0.3", capsize=2)
         axes.bar_label(bars, [_show_digits(median) for median in medians], padding=6, fontsize=7)
         axes.set_yticks(places, [row["row"] for row in rows], fontsize=8)

@@ -130,7 +130,8 @@ def infonce_loss(
         positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
     else:
         positive = grades >= positive_from
-    return mix_lists({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
+    options = (DEFAULT_ORDER, temperature, positive.double(), DEFAULT_GROUND, mask, "mean")
+    return mix_lists({"contrast": 1}, scores, grades, *options)
 
 
 def kl_loss(
@@ -208,8 +209,8 @@ def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None
     weights, terms = parse_loss(loss), []
     fused = {name: weights.pop(name) for name in FUSED if name in weights}
     if fused:
-        names = ("order", "temperature", "targets", "ground")
-        terms.append(mix_lists(fused, scores, grades, mask=mask, **{n: options[n] for n in names if n in options}))
+        taken = {name: options[name] for name in LOSSES["wasserstein"] if name in options}
+        terms.append(mix_lists(fused, scores, grades, **wasserstein_loss.__kwdefaults__ | taken | {"mask": mask}))
     for name, weight in weights.items():
         taken = {key: value for key, value in options.items() if key in LOSSES[name]}
         terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradret.loss import reference
 from gradret.loss.grades import PreparedGrades, Tables, check_grades, check_scores, make_tables, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
-from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE
+from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
 
 FUSED = ("wasserstein", "kl", "contrast")
 _SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -29,12 +29,12 @@ def mix_lists(
     weights: Mapping[str, float],
     scores: Tensor,
     grades: Tensor | PreparedGrades,
-    order: int = DEFAULT_ORDER,
-    temperature: float = DEFAULT_TEMPERATURE,
-    targets: str | Tensor = DEFAULT_TARGETS,
-    ground: str = DEFAULT_GROUND,
-    mask: Tensor | None = None,
-    reduction: str = "mean",
+    order: int,
+    temperature: float,
+    targets: str | Tensor,
+    ground: str,
+    mask: Tensor | None,
+    reduction: str,
 ) -> Tensor:
     """The sum of losses of FUSED, each times its weight; the rest as gradret.wasserstein_loss."""
     check_options(order, reduction)

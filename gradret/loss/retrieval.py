@@ -227,7 +227,8 @@ def _compute_lists(
     short = of_pairs.new_full((rows * width,), -torch.inf)  # stands for no document
     short = short.index_copy(0, group.slots, of_pairs.index_select(0, group.members)).view(rows, width)
     short = torch.cat([short[:, :-1], others.index_select(0, group.rows)[:, None]], 1)  # (R, K + 1)
-    return mix_lists(weights, short, group.grades, order=order, temperature=temperature, reduction="none")
+    options = (order, temperature, DEFAULT_TARGETS, DEFAULT_GROUND, None, "none")  # targets and ground are prepared
+    return mix_lists(weights, short, group.grades, *options)
 
 
 class Folded(NamedTuple):

@@ -62,7 +62,7 @@ def test_mixtures_equal_float64_on_the_cpu(columns, kind, dtype, weights):
     results = []
     for s, g in ((scores.double().cpu(), prepare_grades(grades.cpu(), mask=mask.cpu())), (scores, prepared)):
         s.requires_grad_()
-        loss = mix_lists(dict(zip(FUSED, weights, strict=True)), s, g, 2, 0.5, reduction="none")
+        loss = mix_lists(dict(zip(FUSED, weights, strict=True)), s, g, 2, 0.5, "sqrt", "sqrt", None, "none")
         results.append((loss.detach().cpu(), torch.autograd.grad(loss.sum(), s)[0].cpu()))
     (truth, slope), (loss, gradient) = results
     torch.testing.assert_close(loss, truth.float(), rtol=1e-4, atol=1e-6)

@@ -134,8 +134,8 @@ def mixture_truth(scores, grades, mask, weights, order, temperature, share=None)
 
 def mixture_and_gradient(weights, scores, grades, order, temperature):
     scores = scores.detach().requires_grad_()
-    options = {"order": order, "temperature": temperature, "reduction": "none"}
-    loss = ops.mix_lists(dict(zip(ops.FUSED, weights, strict=True)), scores, grades, **options)
+    options = (order, temperature, "sqrt", "sqrt", None, "none")
+    loss = ops.mix_lists(dict(zip(ops.FUSED, weights, strict=True)), scores, grades, *options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
