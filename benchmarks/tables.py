@@ -3,7 +3,7 @@
     python -m benchmarks.tables quality [--measure R@100]    the main tables
     python -m benchmarks.tables ablations                    what each setting does
     python -m benchmarks.tables apart                        SciFact's claims that no list is near to
-    python -m benchmarks.tables loss|fit|gen [FILE.json]     speed of losses, of training, of writing lists
+    python -m benchmarks.tables loss|fit|step|gen [FILE.json]  speed of losses, of training, of writing lists
     python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
 
 The first three read results/quality/rows.jsonl (or --rows), look results/lists/*/look.json, the others
@@ -31,7 +31,9 @@ COLUMNS = {  # experiment, its column -> shown
     ("in-domain", MEAN): "held-out lists",
 }
 LISTS = (
-    *("cross_entropy", "InfoNCE", "gradret W1", "gradret W1, raw grades", "PyTorch W1", "PyTorch W1, by level"),
+    *("cross_entropy", "InfoNCE", "gradret default loss", "gradret default loss, raw grades"),
+    *("gradret transport of it", "gradret transport of it, raw grades"),
+    *("gradret W1", "gradret W1, raw grades", "PyTorch W1", "PyTorch W1, by level"),
     *("torch.compile W1", "POT W1", "gradret W2", "gradret W2, raw grades", "PyTorch W2", "PyTorch W2, by level"),
     *("torch.compile W2", "POT W2", "SyCL Gaussian", "gradret Gaussian"),
 )
@@ -176,6 +178,23 @@ def write_fit(result: dict) -> list[str]:
     return lines
 
 
+def write_step(result: dict) -> list[str]:
+    """Passages a second of whole steps by lists of a batch, and the parts of those with gradient caching."""
+    found = {(row["row"], row["lists"]): row for row in result["rows"]}
+    sizes = list(dict.fromkeys(lists for _, lists in found))
+    shown = [f"{size:,} lists" for size in sizes]
+    rows: dict[str, list[str]] = {}
+    for how in ("", CACHED):
+        for name in ("sentence-transformers", "gradret"):
+            cells = [found.get((name + how, size)) for size in sizes]
+            rows[name + how] = [f"{row['passages_per_s']:.0f}" if row else DASH for row in cells]
+        rows[f"gradret / sentence-transformers{how}"] = [f"{row['ratio']:.2f}" if row else DASH for row in cells]
+    lines = write_table(f"passages/s of a step, {result['passages_a_list']} passages a list", shown, rows)
+    parts = {size: found["gradret" + CACHED, size]["parts_ms"] for size in sizes}
+    rows = {part: [f"{parts[size][part]:,.0f}" for size in sizes] for part in parts[sizes[0]]}
+    return [*lines, "", *write_table("ms of a step, gradient caching", shown, rows)]
+
+
 def write_gen(result: dict) -> list[str]:
     """Tokens a second by system under each condition, and their ratio."""
     rows: dict[str, list[str]] = {}
@@ -200,7 +219,7 @@ def write_look(results: dict[str, dict]) -> list[str]:
     return write_table("pairs in the order of their grades", [*results], rows)
 
 
-SPEED = {"loss": write_loss, "fit": write_fit, "gen": write_gen}
+SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
 
 
 @click.command(cls=Script)

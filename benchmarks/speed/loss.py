@@ -3,9 +3,9 @@
     python -m benchmarks.speed.loss [--no-compile]
 
 The rows of `gradret bench loss --all`, and beside them: the transport with the sorting done once, and by sums for each
-grade; compiled by torch.compile; by POT; SyCL's Gaussian loss as published; F.cross_entropy without a temperature. Prints
-a table per shape and writes OUT/loss.json and loss.png, of which `python -m benchmarks.tables loss` makes tables of
-benchmarks/README.md. Needs the extra test.
+grade; compiled by torch.compile; by POT; SyCL's Gaussian loss as published; F.cross_entropy without a temperature.
+Prints a table per shape and writes OUT/loss.json and loss.png, of which `python -m benchmarks.tables loss` makes tables
+of benchmarks/README.md. Needs the extra test.
 """
 
 from pathlib import Path

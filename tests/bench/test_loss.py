@@ -19,16 +19,12 @@ from gradret.cli import main
 from gradret.console import GradretError
 
 CPU = torch.device("cpu")
-ROWS = [
-    *(row.format(order) for order in ("W1", "W2") for row in ("gradret {}", "gradret {}, raw grades", "PyTorch {}")),
-    *("gradret default loss", "gradret Gaussian", "InfoNCE", "cross_entropy"),
+FIRST = ["InfoNCE", "gradret default loss", "gradret default loss, raw grades"]
+NAMES = ["default loss", "transport of it", "W1", "W2"]
+ROWS = ["InfoNCE", *(f"gradret {name}{raw}" for name in NAMES for raw in ("", ", raw grades")), "gradret Gaussian"]
+RETRIEVAL_ROWS = ["InfoNCE"] + [
+    f"gradret {name}{way}{raw}" for name in NAMES for way in ("", ", score matrix") for raw in ("", ", raw grades")
 ]
-RETRIEVAL_ROWS = [
-    f"{way} {order}{grades}"
-    for order in ("W1", "W2")
-    for way in ("fused scoring", "score matrix")
-    for grades in ("", ", raw grades")
-] + ["score matrix cross_entropy"]
 
 
 needs_clear_refs = pytest.mark.skipif(not memory.can_restart_peak(), reason="needs Linux's /proc/self/clear_refs")
@@ -65,7 +61,7 @@ def pot_lists(scores, grades, order, temperature):
 def test_the_truth_equals_pot(lists, order, monkeypatch):
     scores, grades = lists
     monkeypatch.setattr(speed, "TEMPERATURE", 0.3)
-    values, defined = speed.true_wasserstein(scores, grades, None, order)
+    values, defined = speed.true_mixture(speed.MIXTURES[f"W{order}"], scores, grades, None)
     expected = torch.stack(pot_lists(scores, grades, order, 0.3))
     torch.testing.assert_close(values, expected, rtol=0, atol=1e-12)
     assert defined.sum() >= 5
@@ -75,22 +71,12 @@ def test_the_truth_equals_pot(lists, order, monkeypatch):
 
 def test_the_truth_says_where_its_gradient_jumps(monkeypatch):
     monkeypatch.setattr(speed, "TEMPERATURE", 1.0)
+    w1 = speed.MIXTURES["W1"]
     # p = (.5, .5) at grades 1 and 0; gain targets put all mass on grade 1: F = .5, G = 0. Grades 2, 1: G = 1/4.
     scores = torch.zeros(2, 2, dtype=torch.float64)
-    assert speed.true_wasserstein(scores, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), None, 1)[1].all()
+    assert speed.true_mixture(w1, scores, torch.tensor([[1.0, 0.0], [1.0, 0.0]]), None)[1].all()
     scores = torch.tensor([[3.0, 1.0]], dtype=torch.float64).log()  # p = (3/4, 1/4) = q
-    assert not speed.true_wasserstein(scores, torch.tensor([[2.0, 1.0]]), None, 1)[1].any()
-
-
-@pytest.mark.filterwarnings("ignore:The use of `x.T`")
-@pytest.mark.parametrize("order", [1, 2])
-def test_the_plain_loss_equals_pot(lists, order):
-    scores, grades = lists
-    expected = sum(pot_lists(scores, grades, order, 0.3)) / len(scores)
-    value = speed.textbook_wasserstein(scores, grades, order=order, temperature=0.3)
-    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    found, gradient = (torch.autograd.grad(loss, scores)[0] for loss in (value, expected))
-    torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
+    assert not speed.true_mixture(w1, scores, torch.tensor([[2.0, 1.0]]), None)[1].any()
 
 
 def test_the_default_losss_truth_by_hand(monkeypatch):
@@ -99,7 +85,7 @@ def test_the_default_losss_truth_by_hand(monkeypatch):
     # W_2^2: cdf of p by place .25, .75, 1, of q 0, 1/3, 1: quantiles differ by 1 on .25 and by 1 on .75 - 1/3.
     # Contrast: -log(.5 / .75) / 3 - 2 log(.25 / .5) / 3.
     scores = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
-    found, _ = speed.true_default(scores, torch.tensor([[1.0, 4.0, 0.0]]), None, None)
+    found, _ = speed.true_mixture(speed.MIXTURES["default loss"], scores, torch.tensor([[1.0, 4.0, 0.0]]), None)
     transport, contrast = 0.25 + (0.75 - 1 / 3), math.log(1.5) / 3 + 2 * math.log(2) / 3
     assert found.item() == pytest.approx(0.15 * transport + 0.85 * contrast)
 
@@ -132,7 +118,7 @@ def test_embeddings_are_as_in_retrieval():
 
 def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gradret", "bench", "loss"])
-    arguments = ("--shapes", "4x16,2x12", "--retrieval", "6x24x8", "--repeats", 4, "--device", "cpu")
+    arguments = ("--shapes", "4x16,2x12,6x24x8", "--all", "--chart", "--repeats", 4, "--device", "cpu")
     result = invoke(*arguments, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -156,41 +142,45 @@ def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch):
 
 def check_row_record(row):
     assert row["skipped"] is None and row["dtype"] == "float32"
-    assert row["order"] == next((order for order in (1, 2) if f"W{order}" in row["row"]), None)
     assert 3 <= row["repeats"] <= 4
     for time in ("forward_ms", "both_ms"):
         assert 0 < row[time]["p20"] <= row[time]["median"] <= row[time]["p80"]
-    assert (row["times_cross_entropy"] == 1) == row["row"].endswith("cross_entropy")
+    assert (row["times_infonce"] == 1) == (row["row"] == "InfoNCE")
     assert (row["peak_mib"] is None) == (row["peak_reason"] is not None)
     assert 0 <= row["loss_error"] < 1e-4
-    assert len(row["gradient_errors"]) == (0 if row["order"] is None else len(row["shape"]) - 1)
+    assert len(row["gradient_errors"]) == (
+        0 if row["row"] in ("InfoNCE", "gradret Gaussian") else len(row["shape"]) - 1
+    )
     assert all(0 <= error < 1e-3 for error in row["gradient_errors"])
 
 
 def test_json_is_one_document(tmp_path):
-    arguments = ("--shapes", "3x8", "--retrieval", "none", "--repeats", 3, "--order", 2, "--json")
+    arguments = ("--shapes", "3x8", "--repeats", 3, "--json")
     result = invoke(*arguments, "--dtype", "bfloat16", "--device", "cpu", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     assert result.stderr.startswith("path: ")
     assert document == json.loads((tmp_path / "loss.json").read_text())
-    assert [row["row"] for row in document["rows"]] == [row for row in ROWS if "W1" not in row]
+    assert [row["row"] for row in document["rows"]] == FIRST
+    assert not (tmp_path / "loss.png").exists()
     assert {row["dtype"] for row in document["rows"]} == {"bfloat16"}
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--shapes", "16x", "'16x' is not BxN in whole numbers, such as 128x1024"),
-        ("--shapes", "16x64,8", "'8' is not BxN in whole numbers, such as 128x1024"),
-        ("--shapes", "16x64x2", "'16x64x2' is not BxN in whole numbers, such as 128x1024"),
-        ("--shapes", "16x-64", "'16x-64' is not BxN in whole numbers, such as 128x1024"),
+        ("--shapes", "16x", "'16x' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384"),
+        ("--shapes", "16x64,8", "'8' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384"),
+        (
+            "--shapes",
+            "16x64x2x2",
+            "'16x64x2x2' is not BxN or BxNxD in whole numbers, such as",
+        ),
+        ("--shapes", "16x-64", "'16x-64' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384"),
         ("--shapes", "0x64", "'0x64' has too little: two documents and one of everything else at least"),
         ("--shapes", "16x1", "'16x1' has too little: two documents and one of everything else at least"),
         ("--shapes", "2x8,2x8", "'2x8,2x8': the same shape stands there twice"),
-        ("--retrieval", "16x64", "'16x64' is not BxNxD in whole numbers, such as 2048x16384x384"),
         ("--dtype", "float8", "'float8' is not one of 'float32', 'bfloat16', 'float16'"),
-        ("--order", "3", "'3' is not one of '1', '2', 'both'"),
         ("--repeats", "0", "0 is not in the range x>=1"),
     ],
 )
@@ -226,10 +216,9 @@ def double_gradient(loss):
 @pytest.mark.parametrize(
     ("name", "row", "shape"),
     [
-        ("wasserstein_loss", "gradret W1", (4, 16)),
-        ("wasserstein_loss", "score matrix W1", (4, 16, 8)),
-        ("wasserstein_retrieval_loss", "fused scoring W1", (4, 16, 8)),
-        ("textbook_wasserstein", "PyTorch W1", (4, 16)),
+        ("mix_losses", "gradret default loss", (4, 16)),
+        ("mix_losses", "gradret default loss, score matrix", (4, 16, 8)),
+        ("wasserstein_retrieval_loss", "gradret default loss", (4, 16, 8)),
     ],
 )
 @pytest.mark.parametrize(("change", "message"), [(double, "the loss is"), (double_gradient, "the gradient is 1 of")])
@@ -244,7 +233,6 @@ def test_a_wrong_loss_is_refused_before_timing(monkeypatch, name, row, shape, ch
     ("name", "row"),
     [
         ("gaussian_loss", "gradret Gaussian"),
-        ("mix_losses", "gradret default loss"),
         ("infonce_of_positive", "InfoNCE"),
     ],
 )
@@ -257,17 +245,17 @@ def test_the_other_losses_are_checked_too(monkeypatch, name, row):
 def test_what_was_measured_before_an_end_is_kept(monkeypatch, no_peaks, tmp_path):
     measure = speed.measure_shape
 
-    def break_off(shape, **options):
+    def break_off(shape, *options):
         if shape == (2, 12):
             raise GradretError("broken off")
-        return measure(shape, **options)
+        return measure(shape, *options)
 
     monkeypatch.setattr(speed, "measure_shape", break_off)
-    arguments = ("--shapes", "4x16,2x12", "--retrieval", "none", "--repeats", 3, "--device", "cpu")
+    arguments = ("--shapes", "4x16,2x12", "--repeats", 3, "--device", "cpu")
     result = invoke(*arguments, "--out", tmp_path)
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "Error: broken off")
-    assert [path.name for path in tmp_path.iterdir()] == ["loss.part.json"]
-    document = json.loads((tmp_path / "loss.part.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["loss.json"]
+    document = json.loads((tmp_path / "loss.json").read_text())
     assert {tuple(row["shape"]) for row in document["rows"]} == {(4, 16)}
 
 
@@ -277,21 +265,21 @@ def no_peaks(monkeypatch):
     monkeypatch.setattr(memory, "measure_cpu_peaks", lambda make, names, arguments: ((None, "left out") for _ in names))
 
 
-def measure_small(shape, *, orders=(1, 2), dtype="float32"):
-    return speed.measure_shape(shape, device=CPU, dtype=dtype, orders=orders, repeats=3)
+def measure_small(shape, *, dtype="float32"):
+    return speed.measure_shape(shape, CPU, dtype, 3, True)
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch):
     monkeypatch.setattr(speed, "LARGEST_MATRIX", {"cpu": 3})
     monkeypatch.setattr(memory, "can_restart_peak", lambda: False)
-    rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
+    rows = {row["row"]: row for row in measure_small((4, 16))}
     assert rows["gradret Gaussian"]["skipped"] == (
         "singular values of a 4 x 4 float64 matrix take too long on cpu; measured up to 3"
     )
     measured = [row for row in rows.values() if not row["skipped"]]
-    assert len(measured) == 6
+    assert len(measured) == len(ROWS) - 1
     assert {(row["peak_mib"], row["peak_reason"]) for row in measured} == {(None, memory.NO_WAY)}
-    rows = {row["row"]: row for row in measure_small((1, 8), orders=(1,))}
+    rows = {row["row"]: row for row in measure_small((1, 8))}
     assert rows["gradret Gaussian"]["skipped"] == "a covariance needs two lists"
 
 
@@ -302,39 +290,35 @@ def test_a_row_that_is_too_slow_or_too_large_says_so(monkeypatch, no_peaks):
 
     with monkeypatch.context() as patch:
         patch.setattr(speed, "gaussian_loss", overflow)
-        rows = {row["row"]: row for row in measure_small((4, 16), orders=(1,))}
+        rows = {row["row"]: row for row in measure_small((4, 16))}
     assert rows["gradret Gaussian"]["skipped"] == "out of device memory"
-    assert rows["gradret Gaussian"]["both_ms"] is None and rows["PyTorch W1"]["both_ms"] is not None
+    assert rows["gradret Gaussian"]["both_ms"] is None and rows["gradret W1"]["both_ms"] is not None
     slow = SimpleNamespace(blocked_autorange=lambda **_: SimpleNamespace(mean=20.04))
     monkeypatch.setattr(speed, "_make_timer", lambda call: slow)
-    rows = measure_small((4, 16), orders=(1,))
+    rows = measure_small((4, 16))
     assert {row["skipped"] for row in rows} == {"a step takes 20.04 s, longer than 20 s"}
-    assert all(row["both_ms"] is row["times_cross_entropy"] is None for row in rows)
+    assert all(row["both_ms"] is row["times_infonce"] is None for row in rows)
 
 
-def make_more(workload, orders) -> list[Row]:
+def make_more(workload) -> list[Row]:
     """Rows of another library: one that is right, one that is wrong, one that fails."""
 
     def fail():
         raise RuntimeError("backend raised:\n\n no compiler found\nmore")
 
-    def right():
-        return speed.textbook_wasserstein(workload.scores, workload.grades, order=1, temperature=speed.TEMPERATURE)
-
-    options = {"inputs": (workload.scores,), "order": 1, "truth": speed.true_wasserstein, "external": True}
+    truth = speed.MIXTURES["W1"]
+    right = workload.bind(truth, raw=True)
     losses = {"right": right, "wrong": lambda: 2 * right(), "failing": fail}
-    return [Row(name, loss=loss, **options) for name, loss in losses.items()]
+    return [Row(name, workload.inputs, loss, truth, external=True) for name, loss in losses.items()]
 
 
 @pytest.mark.nightly
 @needs_clear_refs
 def test_further_rows_are_measured_and_skipped_alone(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-    rows = speed.measure_shape(
-        (4, 16), device=CPU, dtype="float32", orders=(1,), repeats=3, more=f"{__name__}:make_more"
-    )
+    rows = speed.measure_shape((4, 16), CPU, repeats=3, rivals=f"{__name__}:make_more")
     found = {row["row"]: row for row in rows}
-    assert list(found)[-4:] == ["right", "wrong", "failing", "cross_entropy"]
+    assert list(found) == [*FIRST, "right", "wrong", "failing"]
     assert found["right"]["both_ms"] and found["right"]["peak_reason"] is None
     assert found["wrong"]["skipped"].startswith("the loss is ")
     assert found["failing"]["skipped"] == "failed: backend raised: no compiler found"
@@ -348,15 +332,15 @@ def test_half_types_pass_the_check(dtype, no_peaks):
         assert all(row["both_ms"] for row in rows)
 
 
-def measure_peaks(names, shape, orders):
-    arguments = {"shape": shape, "dtype": "float32", "orders": orders, "more": None}
+def measure_peaks(names, shape):
+    arguments = {"shape": shape, "dtype": "float32", "rivals": "benchmarks.speed.rivals:list_rivals"}
     return memory.measure_cpu_peaks("gradret.bench.loss:make_call", names, arguments)
 
 
 @needs_clear_refs
 def test_cpu_peaks_hold_what_must_exist_at_once():
     names = ["cross_entropy", "PyTorch W2", "no such row"]
-    found = list(measure_peaks(names, (256, 4096), (2,)))
+    found = list(measure_peaks(names, (256, 4096)))
     # cross_entropy, 4 MiB a matrix: in the end log-probabilities and two gradients; no more than five.
     assert 8 <= found[0][0] <= 20
     # Both prefix sums' merged steps, sorted, are (256, 8192) in float32 and their order in int64: 8 and 16 MiB.
@@ -382,7 +366,7 @@ def test_rows_take_turns_and_slow_ones_fewer(monkeypatch):
 
     def make(name):
         score = torch.zeros(2, requires_grad=True)
-        return Row(name, inputs=(score,), loss=lambda: visits.append(name) or score.sum())
+        return Row(name, (score,), loss=lambda: visits.append(name) or score.sum())
 
     monkeypatch.setattr(speed, "_make_timer", Counter)
     rows = [make("quick"), make("slow"), make("slowest")]
@@ -414,7 +398,7 @@ def make_result(**changes):
         "shape": [512, 4096],
         "row": "gradret W2",
         "both_ms": {"median": 0.0123, "p20": 0.0119, "p80": 1.5},
-        "times_cross_entropy": 0.567,
+        "times_infonce": 0.567,
         "peak_mib": 8.04,
         "peak_reason": None,
         "loss_error": 2e-7,
@@ -428,9 +412,9 @@ def make_result(**changes):
 def test_table_by_hand(tmp_path):
     assert format_speed(make_result()).splitlines() == [
         "512x4096 float32, 2 threads",
-        "            forward + backward ms [20-80 %]  x cross_entropy  peak MiB  error",
-        "----------  -------------------------------  ---------------  --------  -----",
-        "gradret W2             0.0123 [0.0119-1.50]             0.57       8.0  3e-06",
+        "            forward + backward ms [20-80 %]  x InfoNCE  peak MiB  error",
+        "----------  -------------------------------  ---------  --------  -----",
+        "gradret W2             0.0123 [0.0119-1.50]       0.57       8.0  3e-06",
         "not measured: POT W2: out of device memory",
     ]
     draw_speed(make_result(), tmp_path / "loss.png")
@@ -439,7 +423,7 @@ def test_table_by_hand(tmp_path):
 
 def test_what_is_below_the_resolution_or_unknown_is_not_shown_as_a_number():
     assert "<0.25" in format_speed(make_result(peak_mib=0.1)).splitlines()[3]
-    changes = {"peak_mib": None, "peak_reason": "no way", "times_cross_entropy": None, "loss_error": None}
+    changes = {"peak_mib": None, "peak_reason": "no way", "times_infonce": None, "loss_error": None}
     unknown = format_speed(make_result(**changes)).splitlines()
     assert unknown[3].split() == ["gradret", "W2", "0.0123", "[0.0119-1.50]", "?"]
     assert "peak MiB: no way" in unknown
@@ -447,7 +431,7 @@ def test_what_is_below_the_resolution_or_unknown_is_not_shown_as_a_number():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_rows():
-    document = speed.measure_speed([(64, 256)], device=torch.device("cuda"), repeats=3, retrieval=(32, 128, 16))
+    document = speed.measure_speed([(64, 256), (32, 128, 16)], device=torch.device("cuda"), repeats=3, every=True)
     measured = [row for row in document["rows"] if not row["skipped"]]
     assert len(measured) == len(ROWS) + len(RETRIEVAL_ROWS)
     assert all(row["both_ms"]["median"] > 0 and row["peak_mib"] > 0 for row in measured)
@@ -456,7 +440,7 @@ def test_cuda_rows():
 @pytest.mark.slow
 @needs_clear_refs
 def test_fused_scoring_needs_a_tenth_of_the_memory():
-    names = ["fused scoring W1", "score matrix W1, raw grades", "score matrix cross_entropy"]
-    peaks = [peak for peak, _ in measure_peaks(names, (2048, 16384, 384), (1,))]
+    names = ["gradret default loss", "gradret default loss, score matrix, raw grades", "cross_entropy"]
+    peaks = [peak for peak, _ in measure_peaks(names, (2048, 16384, 384))]
     assert peaks[0] < peaks[1] / 10
     assert peaks[0] < peaks[2] / 10
