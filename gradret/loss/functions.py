@@ -210,7 +210,8 @@ def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None
     fused = {name: weights.pop(name) for name in FUSED if name in weights}
     if fused:
         taken = {name: options[name] for name in LOSSES["wasserstein"] if name in options}
-        terms.append(mix_lists(fused, scores, grades, **wasserstein_loss.__kwdefaults__ | taken | {"mask": mask}))
+        defaults = wasserstein_loss.__kwdefaults__ or {}
+        terms.append(mix_lists(fused, scores, grades, **defaults | taken | {"mask": mask}))
     for name, weight in weights.items():
         taken = {key: value for key, value in options.items() if key in LOSSES[name]}
         terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))
