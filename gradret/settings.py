@@ -455,7 +455,7 @@ class GenSettings:
         if not 1 <= self.min_chars <= self.max_chars:
             raise ValueError(f"length must be MIN:MAX with 1 <= MIN <= MAX, got {self.min_chars}:{self.max_chars}")
         if self.borrow and self.variety:
-            raise ValueError("--borrow takes passages of another genre and length than --variety draws; leave one of them out")
+            raise ValueError("--borrow takes passages of another genre and length; leave it or --variety out")
         check_settings(self)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from gradret.console import GradretError, is_first_process, say
 from gradret.data.lists import (
     GRADE_LIMIT,
+    TEXT_CHARACTERS,
     DocumentNames,
     Line,
     ListFile,
@@ -27,6 +28,7 @@ from gradret.data.lists import (
     open_file,
     parse_id,
     quote,
+    read_line,
     read_lines,
 )
 from gradret.files import hold_lock
@@ -308,7 +310,7 @@ class BeirCollection(Collection):
         judged = {doc_id for grades in self.qrels.values() for doc_id in grades}
         self._offsets: dict[str, int] = {}
         hashes = array("Q")  # 8 bytes per document, to find an id used twice
-        for record, line in read_records(self._corpus, desc=f"reading {self._corpus}"):
+        for record, line in read_records(self._corpus, desc=f"reading {self._corpus}", characters=TEXT_CHARACTERS):
             hashes.append(hash64(record["_id"]))
             if record["_id"] in judged:
                 self._offsets[record["_id"]] = line.offset
@@ -321,7 +323,7 @@ class BeirCollection(Collection):
     def _refuse_duplicate_ids(self, hashes: Set[int]) -> None:
         """Name the first document id used twice, which has one of these hashes, with its lines."""
         first: dict[str, int] = {}
-        for record, line in read_records(self._corpus):
+        for record, line in read_records(self._corpus, characters=TEXT_CHARACTERS):
             if hash64(record["_id"]) in hashes and first.setdefault(record["_id"], line.number) != line.number:
                 raise GradretError(
                     f"{line.where}: document id '{record['_id']}' was already used in line {first[record['_id']]}; "
@@ -332,14 +334,17 @@ class BeirCollection(Collection):
         for record, _ in islice(read_records(self._corpus, characters=characters), start, None):
             yield Document(record["_id"], f"{record.get('title') or ''} {record['text']}".strip())
 
-    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """The named documents as passages of grade 0; those the collection lacks are left out."""
+    def read_documents(self, doc_ids: Iterable[str], characters: int | None = None) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out.
+
+        Args:
+            characters: see lists.read_lines.
+        """
         found = {}
         with open_file(self._corpus) as file:
             for doc_id in doc_ids:
                 if doc_id in self._offsets:
-                    file.seek(self._offsets[doc_id])
-                    record = decode_json(file.readline(), str(self._corpus))
+                    record = decode_json(read_line(file, self._offsets[doc_id], characters), str(self._corpus))
                     found[doc_id] = Passage(0, record["text"], record.get("title") or None, doc_id)
         return found
 
@@ -378,8 +383,12 @@ class IrDatasetsCollection(Collection):
         for document in islice(iterate_documents(self._dataset), start, None):
             yield Document(document.doc_id, read_text(self._dataset, document))
 
-    def read_documents(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """The named documents as passages of grade 0; those the collection lacks are left out."""
+    def read_documents(self, doc_ids: Iterable[str], characters: int | None = None) -> dict[str, Passage]:
+        """The named documents as passages of grade 0; those the collection lacks are left out.
+
+        Args:
+            characters: unused, as ir_datasets reads whole documents.
+        """
         with reading(self._dataset):
             if self._store is None:
                 with unpacking():

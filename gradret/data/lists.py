@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeGuard
@@ -260,11 +260,15 @@ def shorten_lines(file: BinaryIO, characters: int) -> Iterator[bytes]:
         yield bytes(line + b"".join(part for part, _ in middle) + rest)
 
 
-def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
+TEXT_CHARACTERS = 1 << 17  # at each end of a text that is to be encoded: many times what any encoder reads
+
+
+def number_lines(lines: Iterable[bytes], place: str, tell: Callable[[], int] | None = None) -> Iterator[Line]:
     """Lines of bytes, as an open file gives them, decoded; those that hold only white space are left out.
 
     Args:
         place: where they come from, for messages.
+        tell: says where the next line begins; None where lines are as long as in the file.
     Raises: GradretError as decode_text.
     """
     offset = 0
@@ -273,7 +277,7 @@ def number_lines(lines: Iterable[bytes], place: str) -> Iterator[Line]:
         text = decode_text(line, where, first=number == 1)
         if text.strip():
             yield Line(where, number, offset, text)
-        offset += len(line)
+        offset = tell() if tell else offset + len(line)
 
 
 def read_lines(path: str | os.PathLike[str], *, desc: str = "", characters: int | None = None) -> Iterator[Line]:
@@ -281,19 +285,25 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "", characters: int 
 
     Args:
         desc: of a progress bar that shows up where reading takes long; "" for none.
-        characters: see shorten_lines; None for lines as they are, of which alone the offsets hold.
+        characters: see shorten_lines; None for lines as they are.
     Raises: GradretError when the file cannot be read or is not UTF-8.
     """
     with open_file(path) as file:
         bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
         with show_bar(shown=bool(desc), desc=desc, delay=PATIENCE_S, **bar_options) as bar:
             try:
-                lines = file if characters is None else shorten_lines(file, characters)
-                for line in number_lines(lines, str(path)):
+                shortened = None if characters is None else shorten_lines(file, characters)
+                for line in number_lines(shortened or file, str(path), file.tell if shortened else None):
                     yield line
                     bar.update(line.offset - bar.n)
             except OSError as error:
                 raise GradretError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_line(file: BinaryIO, offset: int, characters: int | None = None) -> bytes:
+    """The line that begins at an offset; characters: see read_lines."""
+    file.seek(offset)
+    return file.readline() if characters is None else next(shorten_lines(file, characters))
 
 
 def decode_json(line: str | bytes, where: str) -> Any:
@@ -426,20 +436,22 @@ class ListFile(Sequence[RankingList]):
     One pass over the file decodes every line, so that a torn line or a query id used twice shows at once;
     the passages are checked as each list is read.
 
+    Args:
+        characters: see read_lines.
     Attributes:
         ids, keys: (lists,) uint64, hash64 of the query id, and query_key.
         fingerprint: hex digest of the lines.
     Raises: GradretError.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str], characters: int | None = None):
+        self.path, self._characters = Path(path), characters
         self._file = open_file(path)
         if not self._file.seekable():
             raise GradretError(f"{path}: is a pipe; lists are read by position: save them in a file first")
         offsets, numbers, ids, keys = array("q"), array("q"), array("Q"), array("Q")
         digest = hashlib.blake2b(digest_size=16)
-        for line in read_lines(path, desc=f"indexing {self.path.name}"):
+        for line in read_lines(path, desc=f"indexing {self.path.name}", characters=characters):
             digest.update(f"{line.text}\n".encode())
             record = decode_json(line.text, line.where)
             query_id, query = (record.get(key) if isinstance(record, dict) else None for key in ("query_id", "query"))
@@ -470,8 +482,8 @@ class ListFile(Sequence[RankingList]):
 
     def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
         where = f"{self.path}:{self._numbers[index]}"
-        self._file.seek(int(self._offsets[index]))
-        return parse_list(decode_json(self._file.readline(), where), where)
+        line = read_line(self._file, int(self._offsets[index]), self._characters)
+        return parse_list(decode_json(line, where), where)
 
 
 # The words of a text, and shingles: runs of words, by which texts that repeat each other are found.

@@ -18,6 +18,7 @@ from gradret.console import PATIENCE_S, GradretError, count_of, show_bar
 from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection, choose_split
 from gradret.data.lists import (
     JUDGED,
+    TEXT_CHARACTERS,
     Line,
     ListFile,
     Passage,
@@ -245,20 +246,24 @@ def _read_ids(line: Line) -> set[str]:
     return {parse_id(query_id, f"{line.where}: query id")}
 
 
-def open_lists(source: Source) -> "ListFile | JudgedLists":
-    """A source's ranking lists by position, before its options; see MixedLists. Raises: GradretError."""
+def open_lists(source: Source, characters: int | None = None) -> "ListFile | JudgedLists":
+    """A source's ranking lists by position, before its options; see MixedLists. Raises: GradretError.
+
+    Args:
+        characters: see lists.read_lines.
+    """
     if source.drop_self is not None:
         raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
     path = find_path(source.name)
     if path is not None and path.is_file() and source.query_file is None:
-        return ListFile(path)
+        return ListFile(path, characters)
     if source.labels != "intended":
         raise GradretError(
             f"{source.name}: labels={source.labels} is for the ranking-list files of gradret gen --judge; leave it out"
         )
     collection = open_collection(Source(source.name, query_file=source.query_file))
     assert not isinstance(collection, ListCollection)  # which open_collection refuses together with query_file
-    return JudgedLists(collection)
+    return JudgedLists(collection, characters)
 
 
 class JudgedLists(Sequence[RankingList]):
@@ -268,8 +273,8 @@ class JudgedLists(Sequence[RankingList]):
         absent: (lists,) int32, of the lists read so far, how many judged documents the collection lacks.
     """
 
-    def __init__(self, collection: BeirCollection | IrDatasetsCollection):
-        self._collection = collection
+    def __init__(self, collection: BeirCollection | IrDatasetsCollection, characters: int | None = None):
+        self._collection, self._characters = collection, characters
         self._query_ids = list(collection.queries)
         self.absent = np.zeros(len(self._query_ids), np.int32)
         self.ids = np.array([hash64(q) for q in self._query_ids], np.uint64)
@@ -283,7 +288,7 @@ class JudgedLists(Sequence[RankingList]):
     def __getitem__(self, index: int) -> RankingList:  # type: ignore[override]  # no slices
         query_id = self._query_ids[index]
         grades = self._collection.qrels[query_id]
-        documents = self._collection.read_documents(grades)
+        documents = self._collection.read_documents(grades, self._characters)
         passages = []
         for doc_id, grade in grades.items():
             if doc_id in documents:
@@ -300,6 +305,8 @@ SOFTMAX_ADVICE = "use --targets softmax and a --loss without contrast, such as w
 class MixedLists(Sequence[RankingList]):
     """The ranking lists of one or more sources by position, one for each query, read when asked for.
 
+    They are there to be encoded: the middle of a text of more than 2 x TEXT_CHARACTERS may be missing.
+
     Queries with the same id and the same words are one; an id that stands for other words elsewhere is
     another query. A passage that comes twice counts once, with the grade of the source named first.
 
@@ -315,7 +322,7 @@ class MixedLists(Sequence[RankingList]):
 
     def __init__(self, sources: Sequence[Source], *, seed: int = 0):
         self._sources, self._seed = list(sources), seed
-        self._parts = [open_lists(source) for source in sources]
+        self._parts = [open_lists(source, TEXT_CHARACTERS) for source in sources]
         self._select = [query_selector(s.queries) if s.queries is not None else None for s in sources]
         self.fingerprint = "+".join(part.fingerprint for part in self._parts)
         self._rows = self._merge_rows()  # (lists, sources) int32, -1 where a source lacks the query

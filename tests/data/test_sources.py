@@ -3,6 +3,7 @@ import io
 import json
 import re
 import shutil
+import tracemalloc
 
 import pytest
 from conftest import list_record
@@ -564,3 +565,34 @@ def test_labels_need_judged_lists(write_jsonl, beir_directory, labels):
             GradretError, match=f"^{name}: labels={labels} is for the ranking-list files of gradret gen"
         ):
             open_lists(parse_source(f"{name}?labels={labels}"))
+
+
+@pytest.mark.parametrize("kind", ["lists", "beir"])
+def test_long_texts_of_lists_are_read_in_little_memory(tmp_path, kind):
+    """They are for an encoder, which reads their beginning; export has all of them."""
+    long = "tides " * 2_000_000
+    texts = {"3": "the moon", "2": long, "1": "\u2014 bread", "0": "rye"}
+    if kind == "lists":
+        source = tmp_path / "lists.jsonl"
+        passages = [{"grade": int(grade), "text": text} for grade, text in texts.items()]
+        lines = [{"query_id": str(i), "query": f"why {i}", "passages": passages[i % 2 :]} for i in range(3)]
+        source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    else:
+        source = tmp_path
+        (source / "qrels").mkdir()
+        (source / "queries.jsonl").write_text('{"_id": "0", "text": "why 0"}\n')
+        corpus = ({"_id": grade, "text": text} for grade, text in texts.items())
+        (source / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in corpus))
+        judged = "".join(f"0\t{grade}\t{grade}\n" for grade in texts)
+        (source / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    parsed = parse_source(str(source))
+    assert long in {p.text for p in open_lists(parsed)[0].passages}
+    tracemalloc.start()
+    try:
+        found = list(MixedLists([parsed]))
+        assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    finally:
+        tracemalloc.stop()
+    assert [p.text for p in found[-1].passages[-2:]] == ["\u2014 bread", "rye"]
+    (kept,) = (p.text for p in found[0].passages if p.grade == 2)
+    assert len(kept) < 5_000_000 and long.startswith(kept[:131_072]) and long.endswith(kept[-131_072:])
