@@ -26,10 +26,8 @@ for other in ("JAX", "CUPY", "TENSORFLOW"):  # POT loads them where they are, an
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("GRADRET_SHARED_DATA", REPOSITORY.parent / "shared" / "data"))
-# Favourite words of make_tiny_gguf's model, so that its briefs have some in common with the query, as they must.
-TINY_QUERY = (
-    "additio commone barred claim absorbs describ cancels atlases belarus became boundar clubs above command {}"
-)
+# Favourite words of make_tiny_gguf's model, cut off as in its vocabulary: its briefs share some with the query.
+TINY_QUERY = "consequ called broader cooler ating became blue adjust counted becomes above emissio denser curious {}"
 # Without distances: random weights write no brief about a thing, but any brief is one for a definition.
 DEFINED_SCALE = REPOSITORY / "tests" / "scale.json"
 SAMPLE_FILE = REPOSITORY / "gradret" / "data" / "sample.jsonl"

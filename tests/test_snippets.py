@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, SAMPLE_FILE, TINY_QUERY
+from conftest import DEFINED_SCALE, REPOSITORY, SAMPLE_FILE, TINY_QUERY
 from test_large_encoders import make_tiny_decoder
 
 from gradret import load_encoder, read_lists, write_lists
@@ -28,8 +28,9 @@ PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 EVEN, ODD = (list(read_lists(SAMPLE_FILE))[start::2] for start in (1, 0))  # by their numbers, which begin at 1
 LANGUAGES = ("bash", "python", "sh", "json", "bibtex", "")
 SMALL = {  # what is put behind a command, for time
-    "gradret gen": "--length 30:150 --max-tokens 600",
-    "gradret gen --endpoint": "--length 1:4000 --max-tokens 600",  # that server holds to no length
+    "gradret gen": f"--length 30:150 --max-tokens 600 --scale {DEFINED_SCALE}",
+    # That server holds to no length.
+    "gradret gen --endpoint": f"--length 1:4000 --max-tokens 600 --scale {DEFINED_SCALE}",
     "gradret fit": "--max-steps 2 --query-max-length 16 --document-max-length 16",
     "gradret bench quality": "--max-steps 1 --query-max-length 16 --document-max-length 16",
 }
