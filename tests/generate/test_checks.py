@@ -44,13 +44,21 @@ def replace_words(text: str, every: int) -> str:
     return " ".join("zebra" if i % every == every - 1 else word for i, word in enumerate(text.split()))
 
 
-@pytest.mark.parametrize("settings", [{}, {"language": "en"}, {"variety": True}])
-def test_real_lists_pass(settings):
-    checks = make_checks(**settings)
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    # The model wrote one passage in German, as nobody had asked for a language.
+    [({}, []), ({"language": "en"}, [("language", "it is in 'de', expected 'en'")]), ({"variety": True}, [])],
+)
+def test_real_lists_pass(settings, refused):
+    checks, found = make_checks(**settings), []
     for ranking_list in LISTS:
         texts = [passage.text for passage in ranking_list.passages]
         for count in range(1, 5):
-            check(texts[:count], ranking_list.query, checks)
+            try:
+                check(texts[:count], ranking_list.query, checks)
+            except Unusable as unusable:
+                found.append((unusable.reason, unusable.detail))
+    assert found == refused
 
 
 @pytest.mark.parametrize(("length", "message"), [(99, "99 characters"), (1001, "1001 characters")])

@@ -123,7 +123,7 @@ def test_a_whole_line_that_only_lacks_its_newline_is_kept(out, capsys):
     ("line", "message"),
     [
         ('{"query_id": "b", "query"', "lists.jsonl:2: not valid JSON"),
-        (json.dumps(list_record("b", ("x",))), "lists.jsonl:2: passage 1: grade 'x' is not a number"),
+        (json.dumps(list_record("b", ("x",))), "lists.jsonl:2: passage 1: grade 'x' is not a finite number"),
         (json.dumps(list_record("a")), "lists.jsonl:2: query id 'a' was already used in line 1; remove one of the two"),
     ],
 )
