@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gradret.console import GradretError
-from gradret.data.collections import BEIR_HEADER, QRELS_FORMS, read_qrels, read_records
+from gradret.data.collections import BEIR_HEADER, QRELS_FORMS, TROVE_FILE, read_qrels, read_records
 from gradret.data.export import export_lists
 from gradret.data.sources import (
     MixedLists,
@@ -255,12 +255,19 @@ def test_any_bytes_select_queries_or_are_one_line(tmp_path, content):
             assert select(line.rstrip("\r")) == select(line.strip()) == bool(line.strip())
 
 
-@pytest.mark.parametrize("suffix", QRELS_FORMS)
+TROVE_PIECES = b'{"qid": "q1", "docid": ["d1"], "score": [1]}', b"\n", b"\xff", b"\0", b'"', b"[]", b",", b"{", b"NaN"
+
+
+@pytest.mark.parametrize("suffix", [*QRELS_FORMS, TROVE_FILE])
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary() | st.text('q1\t "\r\n\0\xa0\ufeff0').map(str.encode))
+@given(
+    st.binary()
+    | st.text('q1\t "\r\n\0\xa0\ufeff0').map(str.encode)
+    | st.lists(st.sampled_from(TROVE_PIECES)).map(b"".join)
+)
 def test_any_bytes_are_judgments_or_one_line(tmp_path, suffix, content):
     (tmp_path / "qrels").mkdir(exist_ok=True)
-    path = tmp_path / "qrels" / f"test{suffix}"
+    path = tmp_path / TROVE_FILE if suffix == TROVE_FILE else tmp_path / "qrels" / f"test{suffix}"
     path.write_bytes((b"query-id\tcorpus-id\tscore\n" if suffix == ".tsv" else b"") + content)
     try:
         qrels = read_qrels(tmp_path, "test")
