@@ -434,7 +434,7 @@ class GenSettings:
     borrow: bool = setting(False, WRITTEN, "The lowest grade gets the best passage of another query's list.")
     strict: bool = setting(False, WRITTEN, "Reject a query that lacks a passage of any grade.")
     language: str | None = setting(
-        None, WRITTEN, "ISO 639-1 code that passages must be in.", unset="the query's, unchecked"
+        None, WRITTEN, "ISO 639-1 code that passages must be in.", unset="each list's best passage's"
     )
     min_chars: int = rare(200, WRITTEN, "Of a passage.", range=COUNT)  # together: --length
     max_chars: int = rare(800, WRITTEN, "Of a passage.", range=COUNT)

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 
 from gradret.console import GradretError
 from gradret.data.lists import (
@@ -166,6 +167,9 @@ GLUED = re.compile(
     f"(?<![\\s\"'“‘«(\\[、。，！？：；「『（《{UNSPACED}])[{UNSPACED}]+|[{UNSPACED}]+(?=[^\\W_{UNSPACED}])"
 )
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
+# Where none was asked for, least probability that a passage is in the language of the list's best one: two sentences of
+# kin have .001 at least, an English passage and a German one 1e-14.
+SAME_LANGUAGE = 1e-6
 
 MARKUP = re.compile(r"^\s*(#|[-*•] |\|)|\*\*|```|^Subject:", re.MULTILINE)  # which no prose has
 FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of
@@ -204,10 +208,10 @@ class Checks:
     def __init__(self, settings: GenSettings, instructions: str):
         self._settings = settings
         self._instructions = make_shingles(split_words(instructions), ECHO_WORDS)
-        self._identifier = _load_identifier(settings.language) if settings.language else None
+        _require_language(settings.language)
 
-    def check(self, query: str, text: str, others: Iterable[str]) -> None:
-        """Refuse a passage that is no good by itself, or beside those of the list that are.
+    def check(self, query: str, text: str, others: Sequence[str]) -> None:
+        """Refuse a passage that is no good by itself, or beside those of the list that are, the best first.
 
         Raises: Unusable with the reason.
         """
@@ -228,16 +232,26 @@ class Checks:
             raise Unusable("prompt echo", f"it repeats the instructions: '{' '.join(min(echo))}'")
         if holds_query(words, split_words(query)):
             raise Unusable("query copied", "it holds the whole query")
-        if self._identifier:
-            shares = dict(self._identifier.rank(text))
-            if shares[self._settings.language] < LANGUAGE_SHARE:
-                found = max(shares, key=shares.get)
-                raise Unusable("language", f"it is in '{found}', expected '{self._settings.language}'")
+        self._check_language(text, others)
         if foreign := find_foreign(text):
             raise Unusable("language", f"it slips into another script: '{foreign}'")
         for other in others:
             if share := _near_duplicate(split_words(other), words):
                 raise Unusable("duplicate", f"it shares {share:.0%} of its text with another passage of the list")
+
+    def _check_language(self, text: str, others: Sequence[str]) -> None:
+        expected = self._settings.language
+        if not (expected or others):
+            return
+        shares = _tell_languages(text)
+        if expected:
+            foreign = shares[expected] < LANGUAGE_SHARE
+        else:
+            best = _tell_languages(others[0])
+            expected = max(best, key=best.__getitem__)
+            foreign = sum(min(shares[code], best[code]) for code in best) < SAME_LANGUAGE
+        if foreign:
+            raise Unusable("language", f"it is in '{max(shares, key=shares.__getitem__)}', expected '{expected}'")
 
 
 def is_refusal(text: str) -> bool:
@@ -276,15 +290,26 @@ def _near_duplicate(one: list[str], other: list[str]) -> float:
     return share if share >= NEAR_DUPLICATE else 0.0
 
 
-def _load_identifier(language: str):
+def _require_language(language: str | None) -> None:
+    """Raises: GradretError where py3langid is missing, or does not know the language."""
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        import py3langid  # noqa: F401
     except ImportError:
-        raise GradretError(
-            "a language is checked with py3langid, which is not installed: pip install 'gradret[gen]'"
-        ) from None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    codes = sorted(label for label in identifier.labels if len(label) == 2)
+        raise GradretError("py3langid, which tells languages, is not installed: pip install 'gradret[gen]'") from None
+    if language is None:
+        return
+    codes = sorted(label for label in _load_identifier().labels if len(label) == 2)
     if language not in codes:
         raise GradretError(f"language '{language}' cannot be checked; expected one of {', '.join(codes)}")
-    return identifier
+
+
+@cache
+def _load_identifier():  # takes a second
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
+def _tell_languages(text: str) -> dict[str, float]:
+    """The probability of each language, by its code."""
+    return {code: float(share) for code, share in _load_identifier().rank(text)}

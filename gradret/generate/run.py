@@ -331,7 +331,7 @@ class Generation:
             try:
                 if isinstance(passage, Unusable):
                     raise passage
-                self._checks.check(draft.query.text, passage, draft.texts.values())
+                self._checks.check(draft.query.text, passage, [*draft.texts.values()])
                 draft.texts[grade] = passage
             except Unusable as problem:
                 if self._ask_again(draft, grade, problem):

@@ -46,8 +46,7 @@ def replace_words(text: str, every: int) -> str:
 
 @pytest.mark.parametrize(
     ("settings", "refused"),
-    # The model wrote one passage in German, as nobody had asked for a language.
-    [({}, []), ({"language": "en"}, [("language", "it is in 'de', expected 'en'")]), ({"variety": True}, [])],
+    [({}, []), ({"language": "en"}, []), ({"variety": True}, [])],
 )
 def test_real_lists_pass(settings, refused):
     checks, found = make_checks(**settings), []
@@ -194,11 +193,22 @@ def test_a_passage_is_not_a_short_query_and_little_more():
 def test_the_language_is_as_asked():
     assert problem([TEXTS[0]], checks=make_checks(language="de")) == ("language", "it is in 'en', expected 'de'")
     assert problem([GERMAN], checks=make_checks(language="en")) == ("language", "it is in 'de', expected 'en'")
-    check([GERMAN])  # the query's language is not checked
     danish = (
         "Surdejen lugter af acetone, fordi den er sulten. Giv den oftere frisk mel og lunkent vand, så går lugten væk."
     )
     check([danish], checks=make_checks(language="no"))  # too near to tell
+
+
+def test_where_no_language_is_asked_for_it_is_the_best_passages():
+    check([GERMAN])  # the query's language is not checked
+    assert problem([TEXTS[0], GERMAN]) == ("language", "it is in 'de', expected 'en'")
+    assert problem([GERMAN, TEXTS[0]]) == ("language", "it is in 'en', expected 'de'")
+    kin = [
+        "Zagreb je glavni grad Republike Hrvatske i najveći grad po broju stanovnika, a leži na obalama rijeke Save.",
+        "Beograd je glavni grad Republike Srbije. Nalazi se na ušću Save u Dunav, gde se sastaju dva lepa kraja.",
+    ]
+    check(kin)
+    check(kin[::-1])
 
 
 def test_a_language_that_nobody_recognises_is_refused():
@@ -208,9 +218,9 @@ def test_a_language_that_nobody_recognises_is_refused():
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    monkeypatch.setitem(sys.modules, "py3langid", None)
     with pytest.raises(GradretError, match=r"pip install 'gradret\[gen\]'"):
-        make_checks(language="fr")
+        Checks(GenSettings(), "")
 
 
 def test_random_words_pass():

@@ -356,7 +356,7 @@ def test_the_order_is_not_measured_without_an_encoder(few, tiny_gguf, tmp_path, 
             ["--endpoint", "http://x/v1"],
             "gen --endpoint needs the openai package: pip install 'gradret[gen]'",
         ),
-        ("py3langid", ["--model", "{gguf}", "--language", "de"], "a language is checked with py3langid, which is not"),
+        ("py3langid", ["--model", "{gguf}"], "py3langid, which tells languages, is not installed: pip install"),
     ],
 )
 def test_what_is_not_installed_is_named(queries, tiny_gguf, tmp_path, missing, arguments, message):
