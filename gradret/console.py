@@ -64,6 +64,23 @@ def require_one(what: str, instead: str = "") -> None:
         raise GradretError(f"{what} runs in one process; start it without torchrun{instead}")
 
 
+@contextmanager
+def needing(what: str, package: str, extra: str, *modules: str) -> Iterator[None]:
+    """Imports of a package that an extra of gradret brings.
+
+    Args:
+        what: needs it, as the user calls it.
+        modules: those imported where they are not called as the package is.
+    Raises: GradretError that says how to install it, but nothing of what the package itself may lack.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in (modules or (package,)):
+            raise
+        raise GradretError(f"{what} needs the package {package}: pip install 'gradret[{extra}]'") from None
+
+
 SECOND_THOUGHT_S = 2.0
 PATIENCE_S = 2  # work that is done sooner needs no progress bar
 

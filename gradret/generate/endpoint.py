@@ -13,17 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import parse_qsl, urlsplit
 
-from gradret.console import GradretError, say
+from gradret.console import GradretError, needing, say
 from gradret.generate.engine import Reply, Request
 from gradret.generate.replies import quote_reply
 
-try:
+with needing("gen --endpoint", "openai", "gen", "openai", "httpx2"):
     import httpx2
     import openai
-except ModuleNotFoundError as error:
-    if error.name not in ("httpx2", "openai"):
-        raise
-    raise GradretError("gen --endpoint needs the openai package: pip install 'gradret[gen]'") from None
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 NO_KEY = "none"  # local servers want none, but the client insists on one

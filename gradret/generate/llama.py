@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.console import GradretError, Interrupted, StopRequest, say, show_wait
+from gradret.console import GradretError, Interrupted, StopRequest, needing, say, show_wait
 from gradret.encoder.directory import HUB_TIMEOUT_S, tell_reason
 from gradret.generate.engine import Reply, Request
 
@@ -21,16 +21,10 @@ from gradret.generate.engine import Reply, Request
 # machine that can cost llama.cpp most of its speed (benchmarks/README.md), and it slows down all the rest.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-try:
+with needing("gen without --endpoint", "llama-cpp-python", "gen", "llama_cpp", "jinja2"):
     import jinja2
     from llama_cpp import llama_cpp as api
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
-except ModuleNotFoundError as error:
-    if error.name not in ("llama_cpp", "jinja2"):
-        raise
-    raise GradretError(
-        "gen without --endpoint needs the package llama-cpp-python: pip install 'gradret[gen]'"
-    ) from None
 
 SPLIT = re.compile(r"-[0-9]{5}-of-([0-9]{5})(?=\.gguf$)")  # a model in several files
 OTHER_MODELS = "pass --model FILE.gguf, or --endpoint URL"

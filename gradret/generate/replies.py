@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from gradret.console import GradretError
+from gradret.console import GradretError, needing
 from gradret.data.lists import (
     MIN_SHINGLES,
     NEAR_DUPLICATE,
@@ -292,10 +292,8 @@ def _near_duplicate(one: list[str], other: list[str]) -> float:
 
 def _require_language(language: str | None) -> None:
     """Raises: GradretError where py3langid is missing, or does not know the language."""
-    try:
+    with needing("gen", "py3langid", "gen"):
         import py3langid  # noqa: F401
-    except ImportError:
-        raise GradretError("py3langid, which tells languages, is not installed: pip install 'gradret[gen]'") from None
     if language is None:
         return
     codes = sorted(label for label in _load_identifier().labels if len(label) == 2)

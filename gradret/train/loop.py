@@ -35,7 +35,7 @@ from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
 from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
-from gradret.train.run import BOARD, DEV, METRICS, RunDirectory, RunState, check_board, share_restored, step_name
+from gradret.train.run import BOARD, DEV, METRICS, RunDirectory, RunState, import_board, share_restored, step_name
 
 # So long a signal to end waits for the end of a step: those who send one wait half a minute, torchrun and others.
 STEP_GRACE_S = 8.0
@@ -97,7 +97,7 @@ def fit(
     tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
     with processes.agree():
         if tensorboard:
-            check_board()
+            import_board()
         inputs = Inputs(settings, processes, device, resume=resume)
     found = processes.gather_objects((inputs.content, inputs.precision))
     directory = None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from gradret.console import GradretError
+from gradret.console import GradretError, needing
 from gradret.data.lists import hash64
 from gradret.encoder.model import Encoder, autocast
 from gradret.settings import FitSettings
@@ -223,10 +223,8 @@ def merge_adapters(encoder: Encoder) -> None:
 
 
 def _add_adapters(transformer: nn.Module, settings: FitSettings) -> nn.Module:
-    try:
+    with needing("--lora", "peft", "lora"):
         from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise GradretError("--lora needs the package peft: pip install 'gradret[lora]'") from None
     paths = _find_targets(transformer, settings.lora_targets, settings.model)
     config = LoraConfig(
         r=settings.lora,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import PATIENCE_S, GradretError, needing, show_bar
 from gradret.data.collections import (
     Collection,
     Document,
@@ -116,12 +116,8 @@ def import_bm25s() -> Any:
     # Where JAX is installed, bm25s loads it and runs it once, and JAX would take most of a GPU's memory at once. This
     # is its own switch against that.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    try:
+    with needing("BM25", "bm25s", "bm25"):
         import bm25s
-    except ModuleNotFoundError as error:
-        if error.name != "bm25s":
-            raise
-        raise GradretError("BM25 needs the package bm25s: pip install 'gradret[bm25]'") from None
     return bm25s
 
 

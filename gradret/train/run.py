@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gradret.console import GradretError
+from gradret.console import GradretError, needing
 from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
@@ -205,10 +205,8 @@ class RunDirectory:
 
     def open_board(self) -> None:
         """From now on draw TensorBoard's curves, too, those of the steps that are there first."""
-        from torch.utils.tensorboard import SummaryWriter
-
         shutil.rmtree(self.directory / BOARD, ignore_errors=True)  # steps after the last checkpoint are done again
-        self._board = SummaryWriter(str(self.directory / BOARD))
+        self._board = import_board()(str(self.directory / BOARD))
         for name in CURVES:
             for record in self.read_lines(name):
                 self._draw(name, record)
@@ -354,14 +352,11 @@ class RunDirectory:
         )
 
 
-def check_board() -> None:
-    """Whether TensorBoard's writer is installed. Raises: GradretError that says how to."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "tensorboard":
-            raise
-        raise GradretError("--tensorboard needs the package tensorboard: pip install 'gradret[tensorboard]'") from None
+def import_board() -> Any:
+    """TensorBoard's writer. Raises: GradretError when it is not installed."""
+    with needing("--tensorboard", "tensorboard", "tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter
 
 
 def step_name(step: int) -> str:

@@ -354,9 +354,9 @@ def test_the_order_is_not_measured_without_an_encoder(few, tiny_gguf, tmp_path, 
         (
             "openai",
             ["--endpoint", "http://x/v1"],
-            "gen --endpoint needs the openai package: pip install 'gradret[gen]'",
+            "gen --endpoint needs the package openai: pip install 'gradret[gen]'",
         ),
-        ("py3langid", ["--model", "{gguf}"], "py3langid, which tells languages, is not installed: pip install"),
+        ("py3langid", ["--model", "{gguf}"], "gen needs the package py3langid: pip install 'gradret[gen]'"),
     ],
 )
 def test_what_is_not_installed_is_named(queries, tiny_gguf, tmp_path, missing, arguments, message):
