@@ -51,6 +51,15 @@ def _find_processor() -> str:
         return platform.processor() or platform.machine()
 
 
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns what the system refuses in here into one line that names the path. Raises: GradretError."""
+    try:
+        yield
+    except OSError as error:
+        raise GradretError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 def read_json(path: Path) -> dict:
     """A JSON file's content; {} when it is not there. Raises: GradretError when it is not JSON."""
     try:
@@ -80,15 +89,12 @@ def write_whole(path: str | os.PathLike, lines: Iterable[str]) -> None:
     Raises: GradretError when it cannot be written; whatever the lines raise.
     """
     folder = Path(path).parent
-    try:
-        with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as whole:
-            for line in lines:
-                whole.write(line.encode())
-            whole.seek(0)
-            with open(path, "wb") as file:
-                shutil.copyfileobj(whole, file)
-    except OSError as error:
-        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
+    with writing(path), tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as whole:
+        for line in lines:
+            whole.write(line.encode())
+        whole.seek(0)
+        with open(path, "wb") as file:
+            shutil.copyfileobj(whole, file)
 
 
 def replace_json(path: Path, content: object) -> None:
@@ -132,21 +138,17 @@ def check_writable(path: str | os.PathLike) -> None:
 
     The file is not made: others that start in the same folder could take it for theirs.
     """
-    try:
+    with writing(path):
         try:
             os.close(os.open(path, os.O_WRONLY))
         except FileNotFoundError:
             with tempfile.TemporaryFile(dir=Path(path).parent):
                 pass
-    except OSError as error:
-        raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def open_folder(out: str, *names: str) -> None:
     """Make the folder, and refuse before the work what could not be written after it. Raises: GradretError."""
-    try:
+    with writing(out):
         os.makedirs(out, exist_ok=True)
-    except OSError as error:
-        raise GradretError(f"{out}: cannot be written ({error.strerror})") from error
     for name in names:
         check_writable(Path(out, name))

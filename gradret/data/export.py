@@ -14,6 +14,7 @@ from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.data.collections import BEIR_HEADER
 from gradret.data.lists import DocumentNames, Passage, RankingList, format_list
 from gradret.data.sources import Source, open_lists, parse_source
+from gradret.files import writing
 
 FORMS = ("beir", "tevatron", "trove", "trec", "lists")
 ONE_FILE = ("tevatron", "lists")
@@ -51,7 +52,7 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
         raise GradretError(f"{form} keeps every grade; only tevatron's passages are positive from some grade on")
     out = Path(out)
     lists = _open(source)
-    try:
+    with writing(out):
         if out.exists() and (form in ONE_FILE or not out.is_dir() or any(out.iterdir())):
             raise GradretError(f"{out}: is already there, and nothing is overwritten; name another place")
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,6 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
             os.replace(work / "out", out)
         finally:
             shutil.rmtree(work)
-    except OSError as error:
-        raise GradretError(f"{out}: cannot be written ({error.strerror})") from error
     return counts
 
 

@@ -11,7 +11,7 @@ from filelock import lock_descriptor
 
 from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.lists import RankingList, decode_json, format_list, parse_list, query_key
-from gradret.files import open_folder, read_object, replace_json
+from gradret.files import open_folder, read_object, replace_json, writing
 from gradret.generate.queries import Query
 
 RECENT = 256
@@ -115,10 +115,8 @@ class Journal:
 
     def _open(self, path: Path) -> None:
         open_folder(str(path.parent))
-        try:
+        with writing(path):
             fd = self._fds[path] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        except OSError as error:
-            raise GradretError(f"{path}: cannot be written ({error.strerror})") from None
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise GradretError(f"{path}: is not a regular file; lists are appended to one that later runs read")
         try:
@@ -147,10 +145,8 @@ class Journal:
                 raise GradretError(f"{self.out}: {self._describe_difference(used[0], record)}; {advice}")
         content = {"settings": [*used, record]}
         if content != stored:
-            try:
+            with writing(self.record_path):
                 replace_json(self.record_path, content)
-            except OSError as error:
-                raise GradretError(f"{self.record_path}: cannot be written ({error.strerror})") from None
 
     def _describe_difference(self, stored: dict | None, record: dict) -> str:
         if stored is None:

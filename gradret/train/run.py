@@ -31,7 +31,7 @@ from gradret.console import GradretError, needing
 from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
-from gradret.files import read_object, replace_json, sync_file, versions
+from gradret.files import read_object, replace_json, sync_file, versions, writing
 from gradret.settings import AUTO, FitSettings
 
 RUN_FILE, LOCK_FILE, BOARD = "gradret.json", "gradret.lock", "tensorboard"
@@ -91,15 +91,16 @@ class RunDirectory:
 
     def _hold(self) -> None:
         """Make the directory and lock it: two runs would overwrite each other's checkpoints."""
-        try:
+        with writing(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise GradretError(f"{self.directory}: another process is training here; wait for it or stop it") from None
-        except NotImplementedError:  # a network file system without locks
-            pass
-        except OSError as error:
-            raise self._no_access(error) from error
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise GradretError(
+                    f"{self.directory}: another process is training here; wait for it or stop it"
+                ) from None
+            except NotImplementedError:  # a network file system without locks
+                pass
 
     def close(self) -> None:
         """Let go of the directory."""
@@ -134,10 +135,8 @@ class RunDirectory:
         self._record = {"versions": versions(), "finished": False} | found
         self._record |= {"settings": settings, "content": content, "precision": precision}
         if found != self._record and not self.finished:
-            try:
+            with writing(self.directory):
                 replace_json(self.directory / RUN_FILE, self._record)
-            except OSError as error:
-                raise self._no_access(error) from error
         for folder in self._find_checkpoints():
             if self.finished or folder.suffix == ".part":
                 shutil.rmtree(folder)
@@ -339,9 +338,6 @@ class RunDirectory:
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
         self._remove_mined()
-
-    def _no_access(self, error: OSError) -> GradretError:
-        return GradretError(f"{self.directory}: cannot be written ({error.strerror})")
 
     def _write_error(self, error: Exception) -> GradretError:
         last = self.last_checkpoint
