@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gradret.data.lists import RankingList, query_words
 from gradret.distributed import ALONE, Processes
@@ -20,14 +21,8 @@ def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
     Epochs are seeded permutations laid end to end, and step s takes places s * size onwards: every list comes
     once an epoch, every step is full, and a step's lists depend on the seed and the step alone.
     """
-    positions = []
-    place = step * size
-    while len(positions) < size:
-        epoch, start = divmod(place, count)
-        part = _epoch_order(count, seed, epoch)[start : start + size - len(positions)].tolist()
-        positions += part
-        place += len(part)
-    return positions
+    places = range(step * size, (step + 1) * size)
+    return [int(_epoch_order(count, seed, place // count)[place % count]) for place in places]
 
 
 @lru_cache(maxsize=2)  # a step touches one epoch, or two where they meet
@@ -91,13 +86,9 @@ def collate(lists: Sequence[RankingList], *, in_batch: bool = True) -> Batch:
         for own in alike if len(alike) > 1 else ():
             for column, grade in chain.from_iterable(graded):
                 own.setdefault(column, grade)
-    shape = len(rows), max(len(own) for own in rows)
-    columns, grades = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
-    mask = torch.zeros(shape, dtype=torch.bool)
-    for row, own in enumerate(rows):
-        columns[row, : len(own)] = torch.tensor(list(own))
-        grades[row, : len(own)] = torch.tensor(list(own.values()), dtype=torch.float32)
-        mask[row, : len(own)] = True
+    columns = pad_sequence([torch.tensor(list(own)) for own in rows], batch_first=True)
+    grades = pad_sequence([torch.tensor(list(own.values()), dtype=torch.float32) for own in rows], batch_first=True)
+    mask = pad_sequence([torch.ones(len(own), dtype=torch.bool) for own in rows], batch_first=True)
     return Batch([r.query_id for r in lists], [r.query for r in lists], documents, columns, grades, mask)
 
 
