@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from gradret.data.lists import UNSPACED_RUN, split_words, weigh_words
-from gradret.generate.replies import SENTENCE_END, Unusable, find_foreign, holds_query, is_refusal
+from gradret.generate.replies import SENTENCE_END, find_foreign, holds_query, is_refusal
 
 # How far a grade's passage lies from the query, the nearest first, and the briefs it is made from.
 BRIEFS = {
@@ -90,26 +90,17 @@ def pick(choices: Sequence, draw: random.Random):
     return choices[int(draw.random() * len(choices))]
 
 
-def check_brief(
+def find_fault(
     query: str, name: str, text: str, others: Mapping[str, str], *, longest: int, shown: Iterable[str] = ()
-) -> None:
-    """Refuse a brief that its grade cannot be written from.
+) -> str | None:
+    """Why a grade cannot be written from a brief, as what a sentence says of it; None if it can.
 
     Args:
         name: of BRIEFS' briefs, or any other.
         others: the good briefs of the same request, and the `thing`.
         longest: characters that a brief can have; one of as many was cut off.
         shown: what the prompt's examples say.
-
-    Raises: Unusable.
     """
-    if problem := _find_problem(query, name, text, others, longest, shown):
-        raise Unusable("bad plan", f"the brief '{name}' {problem}: '{text[: TOPIC_CHARS[1]]}'")
-
-
-def _find_problem(
-    query: str, name: str, text: str, others: Mapping[str, str], longest: int, shown: Iterable[str]
-) -> str | None:
     words, asked = split_words(text), split_words(query)
     if len(text) >= longest:
         return "does not end"

@@ -16,10 +16,10 @@ from gradret.console import GradretError, Interrupted, StopRequest, count_of, sa
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.plans import DRAWN, check_brief, content_words, pick, split_sentences, trim, weave
+from gradret.generate.plans import DRAWN, content_words, find_fault, pick, split_sentences, trim, weave
 from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
-from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object
+from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object, quote_reply
 from gradret.settings import GenSettings
 
 # Why a query got no list, besides the reasons of replies.Unusable.
@@ -228,18 +228,18 @@ class Generation:
             found = parse_object(text, names)
         except Unusable as unusable:
             found, problem = {}, unusable
-        before = {*draft.plan}
+        new = set()
         for name, brief in found.items():
-            try:
-                if name not in draft.plan:
-                    # Of the other request's briefs some may have come, or not.
-                    others = {other: draft.plan[other] for other in (*names, "thing") if other in draft.plan}
-                    longest, shown = self._prompts.longest(name), self._prompts.shown
-                    check_brief(draft.query.text, name, brief, others, longest=longest, shown=shown)
-                    draft.plan[name] = brief
-            except Unusable as unusable:
-                problem = problem or unusable
-        new = {*draft.plan} - before
+            if name in draft.plan:
+                continue
+            # Of the other request's briefs some may have come, or not.
+            others = {other: draft.plan[other] for other in (*names, "thing") if other in draft.plan}
+            longest, shown = self._prompts.longest(name), self._prompts.shown
+            if fault := find_fault(draft.query.text, name, brief, others, longest=longest, shown=shown):
+                problem = problem or Unusable("bad plan", f"the brief '{name}' {fault}: {quote_reply(brief)}")
+            else:
+                draft.plan[name] = brief
+                new.add(name)
         if "thing" in new:
             self._ask_drawn(draft)
         for grade, briefs in self._scale.briefs.items():

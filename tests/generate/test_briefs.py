@@ -7,16 +7,15 @@ from hypothesis import strategies as st
 from gradret.generate.plans import (
     ASPECTS,
     FIELDS,
-    check_brief,
     content_words,
     draw_far,
     draw_near,
+    find_fault,
     split_sentences,
     trim,
     weave,
 )
 from gradret.generate.prompts import PLANNED, PLANNED_NEAR
-from gradret.generate.replies import Unusable
 
 QUERY = "how do noise cancelling headphones work"
 FOUR = ["One is first.", "Two comes after it.", "Three is more.", "Four ends it all."]
@@ -61,12 +60,7 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
     others = {"answer": "They add a wave.", "broader": "the history of headphones", "thing": "headphones"}
     others.pop(name, None)
     longest = 220 if name == "answer" else 70
-    if complaint is None:
-        check_brief(QUERY, name, text, others, longest=longest)
-        return
-    with pytest.raises(Unusable, match=complaint) as problem:
-        check_brief(QUERY, name, text, others, longest=longest)
-    assert problem.value.reason == "bad plan"
+    assert find_fault(QUERY, name, text, others, longest=longest) == complaint
 
 
 @pytest.mark.parametrize(
@@ -89,25 +83,22 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
     ],
 )
 def test_the_thing_is_less_than_the_query(query, thing, complaint):
-    if complaint is None:
-        check_brief(query, "thing", thing, {}, longest=40, shown=[thing])  # an example may be about the same
-    else:
-        with pytest.raises(Unusable, match=complaint):
-            check_brief(query, "thing", thing, {}, longest=40)
+    # An example may be about the same.
+    assert find_fault(query, "thing", thing, {}, longest=40, shown=[thing]) == complaint
 
 
 @pytest.mark.parametrize(("query", "plan"), PLANNED)
 def test_the_examples_are_good_plans(query, plan):
     found = {}
     for name, text in plan.items():
-        check_brief(query, name, text, found, longest=220)
+        assert find_fault(query, name, text, found, longest=220) is None
         found[name] = text
 
 
 @pytest.mark.parametrize(("asked", "query"), PLANNED_NEAR)
 def test_the_examples_of_other_aspects_are_good(asked, query):
     assert asked["aspect"] in ASPECTS
-    check_brief(f"how {asked['thing']} works", "near", query, {"thing": asked["thing"]}, longest=70)
+    assert find_fault(f"how {asked['thing']} works", "near", query, {"thing": asked["thing"]}, longest=70) is None
 
 
 @pytest.mark.parametrize(
@@ -121,14 +112,13 @@ def test_the_examples_of_other_aspects_are_good(asked, query):
     ],
 )
 def test_a_thing_may_be_a_short_word(thing, near):
-    check_brief(f"{thing} work", "near", near, {"thing": thing}, longest=70)
+    assert find_fault(f"{thing} work", "near", near, {"thing": thing}, longest=70) is None
 
 
 def test_no_brief_repeats_an_example():
     shown = [PLANNED[0][1]["answer"], "street noise and house prices"]
     for name, text in zip(("answer", "far"), shown, strict=True):
-        with pytest.raises(Unusable, match="repeats an example"):
-            check_brief("tulips", name, text, {}, longest=220, shown=shown)
+        assert find_fault("tulips", name, text, {}, longest=220, shown=shown) == "repeats an example"
 
 
 def test_content_is_stems_without_what_says_nothing():
