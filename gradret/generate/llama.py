@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from gradret.console import GradretError, Interrupted, StopRequest, needing, say, show_wait
-from gradret.encoder.directory import HUB_TIMEOUT_S, tell_reason
+from gradret.encoder.directory import HUB_TIMEOUT_S, asking_hub, tell_reason
 from gradret.generate.engine import Reply, Request
 
 # GNU's OpenMP reads this once, when it is loaded with llama_cpp. Otherwise its threads spin at every barrier: on a busy
@@ -69,24 +69,14 @@ def locate_gguf(name: str) -> Path:
     if Path(name).exists() or name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise GradretError(f"{name}: no such file; give a GGUF file, or a hub repository as OWNER/NAME[:FILE.gguf]")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with suppress(LocalEntryNotFoundError):
-        try:
+    with asking_hub(name, "file", OTHER_MODELS):
+        with suppress(LocalEntryNotFoundError):
             cached = Path(snapshot_download(repository, local_files_only=True))
-        except HFValidationError:
-            raise GradretError(f"{repository}: no such file, and not a hub repository's name (OWNER/NAME)") from None
-        if parts := choose_files([str(path.relative_to(cached)) for path in cached.rglob("*.gguf")], file):
-            return cached / parts[0]
-    try:
+            if parts := choose_files([str(path.relative_to(cached)) for path in cached.rglob("*.gguf")], file):
+                return cached / parts[0]
         there = HfApi().model_info(repository, timeout=HUB_TIMEOUT_S, files_metadata=True).siblings
-    except RepositoryNotFoundError:
-        raise GradretError(f"{name}: no such file, and the hub has no such model") from None
-    except Exception as error:  # the hub's client raises whatever its HTTP library does
-        raise GradretError(
-            f"{name}: no such file, not in the local cache, and the hub cannot be reached ({tell_reason(error)}); "
-            f"{OTHER_MODELS}"
-        ) from error
     sizes = {f.rfilename: f.size or 0 for f in there}
     parts = choose_files(list(sizes), file)
     if not parts:

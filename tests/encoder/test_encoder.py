@@ -256,7 +256,8 @@ def test_names_that_lead_nowhere():
     with pytest.raises(GradretError, match=r"^\./nowhere: no such directory$"):
         load_encoder("./nowhere")
     with pytest.raises(
-        GradretError, match="^nobody/nothing: not whole in the local cache, and the hub cannot be reached"
+        GradretError,
+        match="^nobody/nothing: no such directory, not whole in the local cache, and the hub cannot be reached",
     ):
         load_encoder("nobody/nothing")
     with pytest.raises(GradretError, match="^a b: no such directory, and not a hub repository's name"):

@@ -264,7 +264,7 @@ def test_without_a_model_the_default_one_writes(few, tiny_gguf, tmp_path, monkey
     repository, _, file = DEFAULT_LLM.partition(":")
     (line,) = result.stderr.splitlines()
     assert line.startswith(
-        f"Error: {DEFAULT_LLM}: no such file, not in the local cache, and the hub cannot be reached ("
+        f"Error: {DEFAULT_LLM}: no such file, not whole in the local cache, and the hub cannot be reached ("
     )
     assert line.endswith("); pass --model FILE.gguf, or --endpoint URL")
     (tmp_path / "snapshot").mkdir()

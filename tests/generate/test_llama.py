@@ -442,7 +442,7 @@ def test_a_fetch_that_fails_or_is_stopped(fetch):
 def test_messages(hub_cache, tmp_path):
     with pytest.raises(
         GradretError,
-        match=r"^other/model: no such file, not in the local cache, and the hub cannot .*\); pass --model FILE.gguf",
+        match=r"^other/model: no such file, not whole in the local cache, and the hub .*\); pass --model FILE.gguf",
     ):
         locate_gguf("other/model")
     for name in ("model.gguf", str(tmp_path), "a/b/c"):
