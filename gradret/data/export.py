@@ -51,7 +51,10 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
     if positive_from is not None and form != "tevatron":
         raise GradretError(f"{form} keeps every grade; only tevatron's passages are positive from some grade on")
     out = Path(out)
-    lists = _open(source)
+    parsed = parse_source(source)
+    if parsed != Source(parsed.name, query_file=parsed.query_file):
+        raise GradretError(f"{source}: lists are written as they are; leave out the options after '?' but query_file")
+    lists = open_lists(parsed)
     with writing(out):
         if out.exists() and (form in ONE_FILE or not out.is_dir() or any(out.iterdir())):
             raise GradretError(f"{out}: is already there, and nothing is overwritten; name another place")
@@ -63,13 +66,6 @@ def export_lists(source: str, form: str, out: Path, *, positive_from: float | No
         finally:
             shutil.rmtree(work)
     return counts
-
-
-def _open(source: str) -> Sequence[RankingList]:
-    parsed = parse_source(source)
-    if parsed != Source(parsed.name, query_file=parsed.query_file):
-        raise GradretError(f"{source}: lists are written as they are; leave out the options after '?' but query_file")
-    return open_lists(parsed)
 
 
 def _write(lists: Sequence[RankingList], form: str, out: Path, positive_from: float | None) -> dict:

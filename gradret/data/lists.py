@@ -366,11 +366,7 @@ def grades_agree(intended: Sequence[float], judged: Sequence[float]) -> bool:
 
 def hash64(*parts: str) -> int:
     """A 64-bit key of some strings, the same on every machine."""
-    digest = hashlib.blake2b(parts[0].encode(), digest_size=8)
-    for part in parts[1:]:
-        digest.update(b"\0")
-        digest.update(part.encode())
-    return int.from_bytes(digest.digest(), "little")
+    return int.from_bytes(hashlib.blake2b("\0".join(parts).encode(), digest_size=8).digest(), "little")
 
 
 def join_words(text: str) -> str:

@@ -125,18 +125,11 @@ def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
     return tuple(pairs)
 
 
-def parse_count(text: str) -> int:
-    """A whole number of 0 or above. Raises: ValueError where the text is none, or does not fit an int64."""
-    if not (text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS):
+def parse_count(text: str, low: int = 0) -> int:
+    """A whole number from `low` on. Raises: ValueError where the text is none, or does not fit an int64."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= COUNT_DIGITS and int(text) >= low):
         raise ValueError
     return int(text)
-
-
-def parse_positive(text: str) -> int:
-    """A whole number above 0. Raises: ValueError."""
-    if count := parse_count(text):
-        return count
-    raise ValueError
 
 
 def parse_number(text: str, low: float, high: float) -> float:
@@ -155,7 +148,7 @@ def parse_name(text: str) -> str:
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {  # of a source
     "grades": (parse_grade_map, "a grade map"),
-    "sample": (parse_positive, "a whole number above 0"),
+    "sample": (partial(parse_count, low=1), "a whole number above 0"),
     "shuffle": (partial(parse_number, low=0, high=1), "a number from 0 to 1"),  # noise for benchmarks, not in USAGE
     "queries": (parse_name, "even, odd or a file"),
     "query_file": (parse_name, "a file"),

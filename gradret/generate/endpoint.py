@@ -379,23 +379,15 @@ class Endpoint:
 
     @property
     def free(self) -> int:
-        """How many more requests can run now."""
         return self._concurrency - len(self._running)
 
     def describe(self) -> str:
-        """The engine in words."""
         return f"{self._model} at {self._url}, {self._concurrency} requests at once"
 
     def submit(self, request: Request) -> None:
-        """Start a request; it counts against `free` until its reply is handed out."""
         self._running.add(self._start(self._answer(request)))
 
     def collect(self) -> list[Reply]:
-        """Wait until at least one request is done, and return all that are. [] only when none runs.
-
-        Raises: GradretError when the server refuses the key, the model or the path, or stays away; never before all
-            that came is handed out.
-        """
         replies: list[Reply] = []
         while not replies:
             if not any(future.done() for future in self._running):  # nothing that came is lost to the end of a run

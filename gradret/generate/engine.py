@@ -82,12 +82,13 @@ class Engine(Protocol):
         """The engine in words, for the user."""
 
     def submit(self, request: Request) -> None:
-        """Start a request. Raises: GradretError when the engine serves none of its kind."""
+        """Start a request; it counts against `free` until its reply is handed out."""
 
     def collect(self) -> Sequence[Reply]:
         """Wait until at least one request is done, and return all that are. Empty only when none runs.
 
-        Raises: GradretError when going on makes no sense: the server refuses the key, or has gone away.
+        Raises: GradretError when going on makes no sense: the server refuses the key, or has gone away; never before
+            all that came is handed out.
         """
 
     def close(self) -> None:

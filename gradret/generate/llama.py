@@ -533,11 +533,9 @@ class LlamaEngine:
 
     @property
     def free(self) -> int:
-        """How many more requests can run now."""
         return sum(slot.request is None for slot in self._slots)
 
     def describe(self) -> str:
-        """The engine in words."""
         return f"{self.identity}, {len(self._slots)} sequences of {self.context_tokens} tokens"
 
     def submit(self, request: Request) -> None:
@@ -563,7 +561,6 @@ class LlamaEngine:
         api.llama_memory_seq_cp(self._memory, head.sequence, slot.sequence, -1, -1)
 
     def collect(self) -> list[Reply]:
-        """Decode until a reply is done; those that are. [] only when none runs. Raises: GradretError."""
         while not self._done and any(slot.request for slot in self._slots):
             self._step()
         done, self._done = self._done, []
@@ -628,9 +625,7 @@ class LlamaEngine:
 
 
 def _head_key(request: Request) -> str:
-    return (
-        "\0".join(f"{m['role']}\0{m['content']}" for m in request.messages[:-1]) + f"\0{request.messages[-1]['role']}"
-    )
+    return repr(request.messages[:-1])  # messages are no keys themselves
 
 
 def count_cores() -> int:

@@ -113,8 +113,6 @@ def read_scale(path: str | os.PathLike) -> Scale:
         if not isinstance(definition, str) or not definition.strip():
             raise GradretError(f"{path}: the definition of grade '{key}' is not a non-empty string")
         levels[int(grade) if grade.is_integer() else grade] = " ".join(definition.split()), distance
-    if not 2 <= len(levels) <= len(string.ascii_uppercase):
-        raise GradretError(f"{path}: expected 2 to 26 grades with their definitions, got {len(levels)}")
     ordered = sorted(levels.items(), reverse=True)
     distances = [distance for _, (_, distance) in ordered]
     planned = any(distance is not None for distance in distances)
@@ -287,6 +285,7 @@ class Prompts:
             if name not in (*BRIEF_LINES, *DRAWN)
         }
         briefs = "\n".join(f'"{name}": {lines[name]};' for name in self.plan_parts.get("plan", ()))
+        definitions = zip(scale.labels, (definition for _, definition in scale.levels), strict=True)
         systems = {
             "plan": PLAN.format(language=language or "the language of the query", briefs=briefs),
             "near": NEAR.format(language=language or "the language of the thing"),
@@ -297,7 +296,8 @@ class Prompts:
                 style=STYLE if settings.variety else "",
             ),
             "judge": JUDGE.format(
-                definitions=_define(scale), labels=", ".join(scale.labels[:-1]) + f" or {scale.labels[-1]}"
+                definitions="\n".join(f"{label} = {definition}" for label, definition in definitions),
+                labels=", ".join(scale.labels[:-1]) + f" or {scale.labels[-1]}",
             ),
         }
         self.instructions = "\n\n".join(systems[part] for part in ("plan", *DRAWN, "write"))
@@ -402,11 +402,6 @@ class Prompts:
 def draw_seed(query: Query, seed: int, model: str, attempt: int, part: object) -> int:
     """The seed of a reply's sampling stream: the same whatever else is generated, and in whatever order."""
     return hash64(query.query_id, query.text, str(seed), PROMPT_VERSION, model, str(attempt), str(part))
-
-
-def _define(scale: Scale) -> str:
-    named = zip(scale.labels, scale.levels, strict=True)
-    return "\n".join(f"{label} = {definition}" for label, (_, definition) in named)
 
 
 def _quote(content: object) -> str:

@@ -271,11 +271,8 @@ def holds_query(words: list[str], query: list[str]) -> bool:
     """Whether a text copies the whole query: opens with it, or has it somewhere and it is long."""
     weight = weigh_words(query)
     opens = weight >= OPENING_WORDS and words[: len(query)] == query
-    return opens or (_contains(words, query) and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
-
-
-def _contains(words: list[str], part: list[str]) -> bool:
-    return bool(part) and f" {' '.join(part)} " in f" {' '.join(words)} "
+    inside = weight > 0 and f" {' '.join(query)} " in f" {' '.join(words)} "
+    return opens or (inside and (weight >= COPIED_WORDS or 2 * len(query) >= len(words)))
 
 
 def _near_duplicate(one: list[str], other: list[str]) -> float:

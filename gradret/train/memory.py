@@ -139,14 +139,10 @@ def check_chunk(capacity: Capacity | None, passages: int, chunk: int | None) -> 
     if need <= free:
         return
     what = f"--chunk {chunk}" if chunk else "a batch without --chunk"
+    advice = f"; try --chunk {capacity.chunk}"
     if not capacity.chunk:
-        raise GradretError(
-            f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free, and not one passage fits; "
-            "lower --document-max-length, or try --gradient-checkpointing"
-        )
-    raise GradretError(
-        f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free; try --chunk {capacity.chunk}"
-    )
+        advice = ", and not one passage fits; lower --document-max-length, or try --gradient-checkpointing"
+    raise GradretError(f"{what} needs about {need:.0f} MiB of memory, {free:.0f} MiB are free{advice}")
 
 
 def _measure_cuda_peak(run: Callable[[], None]) -> int:

@@ -35,7 +35,6 @@ from gradret.data.sources import (
     parse_name,
     parse_number,
     parse_options,
-    parse_positive,
     parse_source,
 )
 from gradret.distributed import ALONE, Processes
@@ -79,7 +78,7 @@ def _parse_grade(text: str) -> float:
 
 
 OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "k": (parse_positive, "a whole number above 0"),
+    "k": (partial(parse_count, low=1), "a whole number above 0"),
     "grade": (_parse_grade, f"a finite number below {GRADE_LIMIT}"),
     "from": (parse_name, "a file, a BEIR directory or an ir_datasets id"),
     "by": ({ENCODER: ENCODER, BM25: BM25}.__getitem__, f"one of {ENCODER}, {BM25}"),

@@ -248,7 +248,7 @@ def test_a_scale_is_read_from_a_file(tmp_path):
             '{"1": {"definition": "a", "distance": "answer"}, "0": "b"}',
             "grade '0' has no distance; give one to every grade or to none",
         ),
-        ('{"1": "a"}', "expected 2 to 26 grades with their definitions, got 1"),
+        ('{"1": "a"}', "a scale has 2 to 26 grades, got 1"),
     ],
 )
 def test_a_bad_scale_is_refused_with_its_place(tmp_path, content, message):
