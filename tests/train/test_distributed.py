@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from forked import ENVIRONMENT, ForkedPython, run_group
 from share_batch import SHARED
 
 from gradret import distributed
@@ -20,8 +21,6 @@ from gradret.distributed import ALONE, Processes, join_processes
 from gradret.train import loop
 
 SCRIPT = Path(__file__).with_name("share_batch.py")
-# One thread a process: two that share a core wait for each other. No GPU: two cannot share one.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def torchrun(processes: int) -> list[str]:
@@ -30,12 +29,7 @@ def torchrun(processes: int) -> list[str]:
 
 def share_batch(model: Path, out: Path, processes: int) -> dict[str, torch.Tensor]:
     out.mkdir()
-    launcher = torchrun(processes) if processes > 1 else [sys.executable]
-    paths = [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")]  # conftest.py lies one folder up
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), str(model), str(out)], capture_output=True, text=True, env=environment, check=False
-    )
+    done = run_group(processes, [SCRIPT, model, out])
     assert done.returncode == 0, done.stderr
     return torch.load(out / "found.pt")
 
@@ -185,20 +179,19 @@ def test_the_command_joins_the_processes_once(tiny_encoder, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_process_that_never_comes_is_not_waited_for_long(rank):
-    code = (
+def test_a_process_that_never_comes_is_not_waited_for_long(rank, tmp_path):
+    script = tmp_path / "impatient.py"
+    script.write_text(
         "from datetime import timedelta; from gradret import distributed; from gradret.cli import main\n"
         "distributed.JOIN_TIMEOUT = timedelta(seconds=2)\n"
         "main(['fit', '--device', 'cpu'], prog_name='gradret')"
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
-    started = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT | started, check=False, timeout=60
-    )
-    assert done.returncode == 1
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("Error: "))
+    process = ForkedPython([script], {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    (line,) = (line for line in stderr.splitlines() if line.startswith("Error: "))
     assert line.startswith("Error: the processes could not find each other (")
 
 
@@ -237,5 +230,7 @@ def test_once_joined_others_are_waited_for_longer_than_that(tmp_path):
         "    assert these.sum_number(1) == 2 and these.gather_objects(these.rank) == [0, 1]\n"
         "distributed.end_process(0)\n"
     )
-    done = subprocess.run([*torchrun(2), str(script)], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [*torchrun(2), str(script)], capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False
+    )
     assert done.returncode == 0, done.stderr

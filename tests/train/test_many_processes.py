@@ -1,10 +1,12 @@
-"""`gradret fit` and `bench eval` started by torchrun: what is written, and how runs end and go on."""
+"""`gradret fit` and `bench eval` in several processes: what is written, and how runs end and go on.
+
+torchrun itself starts those of which one is lost, or which are stopped; the others are forked, in less time.
+"""
 
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,9 @@ import click
 import pytest
 import torch
 from conftest import make_tiny_encoder
+from forked import ENVIRONMENT, ForkedPython, run_group, start_group
 from safetensors.torch import load_file
-from test_distributed import ENVIRONMENT, torchrun
+from test_distributed import torchrun
 from test_resume import steps_done
 
 from gradret.cli import main
@@ -34,37 +37,14 @@ def arguments(model: Path, out: Path, *more: str) -> list[str]:
     return [*line.split(), "--learning-rate", "1e-3", *more]
 
 
-def start(processes: int, *command: str) -> subprocess.Popen:
+def start_torchrun(*command: str) -> subprocess.Popen:
+    """Two processes under torchrun, whose agent watches over them."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        [*torchrun(processes), *command], env=ENVIRONMENT, text=True, start_new_session=True, **pipes
-    )
+    environment = os.environ | ENVIRONMENT
+    return subprocess.Popen([*torchrun(2), *command], env=environment, text=True, start_new_session=True, **pipes)
 
 
-def run(processes: int, *command: str) -> subprocess.CompletedProcess:
-    process = start(processes, *command)
-    stdout, stderr = process.communicate(timeout=180)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-def start_pair(*command: str, folders: tuple = (None, None)) -> list[subprocess.Popen]:
-    """Two processes as a cluster's launcher starts them, each in a folder: nobody watches over both."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    shared = ENVIRONMENT | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return [
-        subprocess.Popen([sys.executable, *command], env=shared | {"RANK": str(rank)}, text=True, cwd=folder, **pipes)
-        for rank, folder in enumerate(folders)
-    ]
-
-
-def wait_for_step(processes: list[subprocess.Popen], out: Path, step: int) -> None:
+def wait_for_step(processes: list[subprocess.Popen | ForkedPython], out: Path, step: int) -> None:
     deadline = time.monotonic() + 120
     while all(p.poll() is None for p in processes) and steps_done(out) < step and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -88,7 +68,7 @@ def same_bits(one: Path, other: Path) -> bool:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("pair") / "out"
-    result = run(2, *arguments(tiny_encoder, out))
+    result = run_group(2, arguments(tiny_encoder, out))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count(f"{out}: {STEPS} steps") == 1
     assert "6 lists per batch by 2 processes" in result.stderr
@@ -129,7 +109,7 @@ def find_errors(stderr: str) -> list[str]:
 def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(uninterrupted, tiny_encoder, tmp_path, survivor):
     """Its exchange fails, and torchrun sends it a signal, in either order."""
     out = tmp_path / "out"
-    launcher = start(2, *arguments(tiny_encoder, out))
+    launcher = start_torchrun(*arguments(tiny_encoder, out))
     wait_for_step([launcher], out, 5)
     kill_one(launcher, 1 - survivor)
     _, stderr = launcher.communicate(timeout=60)
@@ -146,7 +126,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(uninterrupt
         assert (out / "checkpoints" / "step-000000004").is_dir()
     command = line.split("continue with: ")[1]
     assert command == f"torchrun --nproc-per-node 2 -m gradret fit --out {out} --resume"
-    result = run(2, *arguments(tiny_encoder, out), "--resume")
+    result = run_group(2, arguments(tiny_encoder, out, "--resume"))
     assert result.returncode == 0, result.stderr
     assert same_bits(out, uninterrupted)
     assert read_losses(out) == read_losses(uninterrupted)
@@ -159,7 +139,7 @@ def slow_arguments(what: str, model: Path, folder: Path) -> list[str]:
     return [*script, *arguments(model, folder / "out", *more)[2:]]
 
 
-def wait_until_reached(processes: list[subprocess.Popen], folder: Path) -> None:
+def wait_until_reached(processes: list[subprocess.Popen | ForkedPython], folder: Path) -> None:
     deadline = time.monotonic() + 100
     while not (folder / "reached").exists() and all(p.poll() is None for p in processes):
         if time.monotonic() > deadline:
@@ -171,7 +151,7 @@ def wait_until_reached(processes: list[subprocess.Popen], folder: Path) -> None:
 @pytest.mark.parametrize("what", ["steps", "search", pytest.param("mining", marks=pytest.mark.nightly)])
 def test_a_long_step_or_search_is_given_up_for_a_signal(tiny_encoder, tmp_path, what):
     """Whoever stops all processes, as torchrun does, kills them half a minute later."""
-    pair = start_pair(*slow_arguments(what, tiny_encoder, tmp_path))
+    pair = start_group(2, slow_arguments(what, tiny_encoder, tmp_path))
     wait_until_reached(pair, tmp_path)
     for process in pair:
         process.terminate()
@@ -188,7 +168,7 @@ def test_a_long_step_or_search_is_given_up_for_a_signal(tiny_encoder, tmp_path, 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
 def test_a_process_lost_in_a_long_search_ends_the_first_one_by_torchruns_signal(tiny_encoder, tmp_path):
     """Which makes no exchange meanwhile that could fail."""
-    launcher = start(2, *slow_arguments("search", tiny_encoder, tmp_path))
+    launcher = start_torchrun(*slow_arguments("search", tiny_encoder, tmp_path))
     wait_until_reached([launcher], tmp_path)
     kill_one(launcher, 1)
     _, stderr = launcher.communicate(timeout=60)
@@ -203,7 +183,7 @@ def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder,
     (tmp_path / "there").mkdir()
     folders = tmp_path / "here", tmp_path / "there"
     for resume in ([], ["--resume"]):
-        pair = start_pair(*arguments(tiny_encoder, Path("out")), *resume, folders=folders)
+        pair = start_group(2, arguments(tiny_encoder, Path("out"), *resume), folders)
         if not resume:
             wait_for_step(pair, folders[0] / "out", 5)
             for process in pair:
@@ -218,7 +198,7 @@ def test_only_the_first_process_needs_the_directory(uninterrupted, tiny_encoder,
 
 def test_a_stopped_run_goes_on_with_another_number_of_processes(uninterrupted, tiny_encoder, tmp_path):
     out = tmp_path / "out"
-    launcher = start(2, *arguments(tiny_encoder, out))
+    launcher = start_torchrun(*arguments(tiny_encoder, out))
     wait_for_step([launcher], out, 3)
     os.killpg(launcher.pid, signal.SIGTERM)
     _, stderr = launcher.communicate(timeout=60)
@@ -226,7 +206,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(uninterrupted, t
     assert stderr.count(f"Error: stopped by SIGTERM after step {step} of {STEPS}, all saved; continue with: ") == 1
     shutil.copytree(out, tmp_path / "three")
     for processes, directory in ((1, out), (3, tmp_path / "three")):
-        result = run(processes, *arguments(tiny_encoder, directory), "--resume")
+        result = run_group(processes, arguments(tiny_encoder, directory, "--resume"))
         assert result.returncode == 0, result.stderr
         assert read_losses(directory)[:step] == read_losses(uninterrupted)[:step]
         assert read_losses(directory) == pytest.approx(read_losses(uninterrupted), rel=1e-3)
@@ -234,7 +214,7 @@ def test_a_stopped_run_goes_on_with_another_number_of_processes(uninterrupted, t
 
 def test_bad_input_is_told_once(tiny_encoder, tmp_path):
     out = tmp_path / "out"
-    result = run(2, *arguments(tiny_encoder, out, "--batch-lists", "7"))
+    result = run_group(2, arguments(tiny_encoder, out, "--batch-lists", "7"))
     expected = "Error: --batch-lists 7 is not a multiple of the 2 processes that share it; try --batch-lists 8"
     assert result.returncode == 1
     assert result.stderr.count(expected) == 1
@@ -259,16 +239,15 @@ def test_what_runs_in_one_process_says_so(command, instead, monkeypatch):
 
 
 def test_eval_is_shared_and_printed_once(tiny_encoder, tmp_path):
-    # Behind "--", or torchrun takes --run for the start of one of its own options.
-    command = ["-m", "--", "gradret", "bench", "eval", "--model", str(tiny_encoder), "--dataset", "sample", "--json"]
+    command = ["-m", "gradret", "bench", "eval", "--model", str(tiny_encoder), "--dataset", "sample", "--json"]
     command += ["--cache", str(tmp_path / "cache"), "--run", str(tmp_path / "run"), "--device", "cpu"]
-    result = run(2, *command)
+    result = run_group(2, command)
     assert result.returncode == 0, result.stderr
     expected = evaluate(load_encoder(str(tiny_encoder)), open_collection(parse_source("sample")), progress=False)
     assert json.loads(result.stdout)["measures"] == expected.measures
     assert len((tmp_path / "run").read_text().splitlines()) == sum(map(len, expected.run.values()))
     assert "96 queries, 384 documents, 2 processes" in result.stderr
-    result = run(2, *command, "--run", str(tmp_path / "no" / "run"))
+    result = run_group(2, [*command, "--run", str(tmp_path / "no" / "run")])
     assert result.returncode == 1
     assert result.stderr.count(f"Error: {tmp_path}/no/run: cannot be written (No such file or directory)") == 1
 
@@ -290,8 +269,8 @@ def test_adapters_mining_and_caching_in_two_processes(tmp_path):
         "--set",
         "interpolate=0.5",
     ]
-    assert run(2, *arguments(model, out, *more)).returncode == 0
+    assert run_group(2, arguments(model, out, *more)).returncode == 0
     one = tmp_path / "one"
-    assert run(1, *arguments(model, one, *more)).returncode == 0
+    assert run_group(1, arguments(model, one, *more)).returncode == 0
     assert read_losses(out) == pytest.approx(read_losses(one), rel=1e-3)
     assert weights(out).keys() == weights(model).keys()

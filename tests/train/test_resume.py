@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import make_tiny_encoder
 from filelock import FileLock
+from forked import ForkedPython, run_forked
 
 from gradret.cli import main
 from gradret.console import GradretError
@@ -28,44 +29,14 @@ STEPS = 12
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    return [
-        *(sys.executable, "-m", "gradret", "fit", "--data", "sample?queries=odd", "--model", str(model)),
-        *(
-            "--out",
-            str(out),
-            "--max-steps",
-            str(STEPS),
-            "--epochs",
-            "9",
-            "--batch-lists",
-            "8",
-            "--precision",
-            "float32",
-        ),
-        *(
-            "--set",
-            "checkpoint_every=5",
-            "--dev",
-            "sample?queries=even",
-            "--dev-every",
-            "4",
-            "--learning-rate",
-            "1e-3",
-            *more,
-        ),
-    ]
-
-
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run(arguments, env=ONE_THREAD, capture_output=True, text=True, check=False)
+    line = f"-m gradret fit --data sample?queries=odd --model {model} --out {out} --max-steps {STEPS} --epochs 9"
+    line += " --batch-lists 8 --precision float32 --set checkpoint_every=5 --dev sample?queries=even --dev-every 4"
+    return [*line.split(), "--learning-rate", "1e-3", *more]
 
 
 def stop_at(arguments: list[str], out: Path, step: int, number: int) -> subprocess.CompletedProcess:
     """Start a run and send it a signal once its metrics reach a step."""
-    process = subprocess.Popen(arguments, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = ForkedPython(arguments)
     deadline = time.monotonic() + 120
     while process.poll() is None and steps_done(out) < step and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -83,7 +54,7 @@ def steps_done(out: Path) -> int:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_encoder, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
-    result = run(command(tiny_encoder, out))
+    result = run_forked(command(tiny_encoder, out))
     assert result.returncode == 0, result.stderr
     return out
 
@@ -109,7 +80,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tiny_encoder, tmp_path, uninterru
     killed = stop_at(command(tiny_encoder, out), out, step, signal.SIGKILL)
     assert killed.returncode == -signal.SIGKILL
     assert not (out / "model.safetensors").exists()
-    resumed = run([sys.executable, "-m", "gradret", "fit", "--out", str(out), "--resume"])
+    resumed = run_forked(["-m", "gradret", "fit", "--out", str(out), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(out, uninterrupted)
 
@@ -119,7 +90,7 @@ def test_killed_again_and_again(tiny_encoder, tmp_path, uninterrupted):
     out = tmp_path / "out"
     for step, more in ((2, ()), (5, ("--resume",)), (9, ("--resume",))):
         stop_at(command(tiny_encoder, out, *more), out, step, signal.SIGKILL)
-    assert run(command(tiny_encoder, out, "--resume")).returncode == 0
+    assert run_forked(command(tiny_encoder, out, "--resume")).returncode == 0
     assert_same_run(out, uninterrupted)
 
 
@@ -135,7 +106,7 @@ def test_a_signal_checkpoints_and_says_how_to_go_on(tiny_encoder, tmp_path, unin
         f"Error: stopped by {signal.Signals(number).name} after step {done} of {STEPS}, all saved; "
         f"continue with: gradret fit --out {out} --resume"
     )
-    resumed = run([sys.executable, "-m", "gradret", "fit", "--out", str(out), "--resume"])
+    resumed = run_forked(["-m", "gradret", "fit", "--out", str(out), "--resume"])
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(out, uninterrupted)
 
