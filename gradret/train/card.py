@@ -57,7 +57,7 @@ def write_card(
     Args:
         data: what was trained on, as "416 lists, 1664 passages, grades 0 to 3".
         steps: optimizer steps done.
-        dev: a {"step": int, MEASURE: value} for each measurement.
+        dev: a {"step": int, settings.dev_measure: value} for each measurement.
         best_step: the step whose weights were saved, where dev chose; None for the last.
         where: what it was trained on, as "cpu, 1 process".
         seconds: that training took.
@@ -78,11 +78,17 @@ def write_card(
         encoder=encoder.config,
         data=data,
         measured=[*settings.exclude, *filter(None, [settings.dev])],
-        encoder_table=_tabulate(["", ""], _list_encoder(encoder)),
-        training_table=_tabulate(["", "value"], _list_training(settings, steps, best_step, where, seconds)),
-        dev_table=_tabulate_dev(dev, best_step) if dev else "",
-        versions_table=_tabulate(["", "version"], [[k, _code(v)] for k, v in versions.items() if v is not None]),
+        dimension=encoder.dimension,
+        pooling=POOLINGS[encoder.config.pooling],
+        steps=steps,
+        best_step=best_step,
+        where=where,
+        time=timedelta(seconds=math.ceil(seconds)),
+        options=_list_options(settings),
+        dev=dev,
+        versions=versions,
         code=_code,
+        cell=lambda value: str(value).replace("|", "\\|"),  # a bar ends a table's cell even inside code
         escape=_escape,
         quote=_spell_json,
         shell_quote=shlex.quote,
@@ -92,49 +98,12 @@ def write_card(
     card.save(Path(directory, "README.md"))
 
 
-def _list_encoder(encoder: Encoder) -> list[list[object]]:
-    config = encoder.config
-    prompts = {"query prompt": config.query_prefix, "document prompt": config.document_prefix}
-    return [
-        ["dimension", encoder.dimension],
-        ["pooling", POOLINGS[config.pooling]],
-        ["normalized to length 1", "yes" if config.normalize else "no"],
-        ["similarity", config.similarity],
-        ["query, maximum length", f"{config.query_max_length} tokens"],
-        ["document, maximum length", f"{config.document_max_length} tokens"],
-        *([name, _code(prompt)] for name, prompt in prompts.items() if prompt),
-    ]
-
-
-def _list_training(
-    settings: FitSettings, steps: int, best_step: int | None, where: str, seconds: float
-) -> list[list[object]]:
-    rows: list[list[object]] = [["steps", steps]]
-    if best_step is not None:
-        rows.append(["step saved, the best on dev", best_step])
-    rows += [["trained on", _escape(where)], ["time", timedelta(seconds=math.ceil(seconds))]]
+def _list_options(settings: FitSettings) -> dict[str, str]:
+    """The values to show, by the spelling of the option."""
     defaults, spelled = FitSettings(), {f.name: spell_option(f) for f in fields(settings)}
     options = [f.name for f in fields(settings) if f.name not in (*SHOWN, *UNSHOWN)]
     options = [*SHOWN, *(name for name in options if getattr(settings, name) != getattr(defaults, name))]
-    shown = (name for name in options if settings.takes(name))
-    return rows + [[f"`{spelled[name]}`", _show_value(getattr(settings, name))] for name in shown]
-
-
-def _tabulate_dev(dev: Sequence[dict[str, Any]], best_step: int | None) -> str:
-    names = list(dict.fromkeys(key for line in dev for key in line if key != "step"))
-    rows = []
-    for line in dev:
-        best = line["step"] == best_step
-        cells = [f"{line['step']} (best, saved)" if best else line["step"]]
-        cells += [f"{line[name]:.4f}" if name in line else "" for name in names]
-        rows.append([f"**{cell}**" for cell in cells] if best else cells)
-    return _tabulate(["step", *names], rows)
-
-
-def _tabulate(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    # A bar ends a cell even inside code, unless a backslash stands before it.
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+    return {spelled[name]: _show_value(getattr(settings, name)) for name in options if settings.takes(name)}
 
 
 def _show_value(value: object) -> str:

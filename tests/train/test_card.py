@@ -191,7 +191,7 @@ def test_any_string_leaves_the_card_whole(tiny_encoder, tmp_path):
     encoder = load_encoder(str(tiny_encoder), query_prefix=STRANGE, document_prefix="--- | ---")
     settings = FitSettings(model=STRANGE, data=(STRANGE,), dev=STRANGE, mine=STRANGE, lora=2, lora_targets=(STRANGE,))
     directory = tmp_path / 'a "b" | c: `d` #e $f'
-    text = write(directory, encoder, settings, dev=[{"step": 1, "x|y": 1}], where="a | b\n# c", data="*x*\n## y")
+    text = write(directory, encoder, settings, dev=[{"step": 1, "nDCG@10": 1}], where="a | b\n# c", data="*x*\n## y")
     card = ModelCard.load(directory / "README.md")
     assert card.data.to_dict()["tags"][0] == "sentence-transformers"
     table(text, "## Training"), table(text, "## Versions")  # every row has its two cells
