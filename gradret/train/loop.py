@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,7 +104,7 @@ def fit(
     with processes.agree():
         check_alike(found)
         if processes.is_first:
-            directory = RunDirectory(out, settings, inputs.content, resume=resume, precision=inputs.precision)
+            directory = RunDirectory(out, inputs.settings, inputs.content, resume=resume)
     try:
         done = read_result(directory, settings) if directory is not None and directory.finished else None
         done = processes.broadcast(done)
@@ -183,6 +183,7 @@ class Inputs:
         self.steps = count_steps(settings, len(self.summary.kept))
         self.batch_lists = min(settings.batch_lists, len(self.summary.kept))
         self.precision = choose_precision(settings.precision, self.encoder.device)
+        self.settings = replace(settings, precision=self.precision)  # a run goes on in it on any machine
 
     def describe(self) -> str:
         """The data, for people."""

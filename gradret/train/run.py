@@ -32,7 +32,7 @@ from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
 from gradret.files import read_object, replace_json, sync_file, versions, writing
-from gradret.settings import AUTO, FitSettings
+from gradret.settings import FitSettings
 
 RUN_FILE, LOCK_FILE, BOARD = "gradret.json", "gradret.lock", "tensorboard"
 METRICS, DEV = "metrics.jsonl", "dev.jsonl"
@@ -61,21 +61,14 @@ class RunDirectory:
 
     Args:
         directory: made if needed; must be empty or hold this very run.
-        settings: must equal those of the run found there.
+        settings: must equal those of the run found there; its precision is the one that "auto" comes to.
         content: fingerprints of what the settings name: "data", "encoder" and, with mining, "pool"; likewise.
         resume: go on with the run found there; without it any run found that has begun is an error.
-        precision: what the setting comes to on this machine; likewise.
     Raises: GradretError; what fails later leaves the last checkpoint as it is.
     """
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        settings: FitSettings,
-        content: dict[str, str],
-        *,
-        resume: bool,
-        precision: str | None = None,
+        self, directory: str | os.PathLike[str], settings: FitSettings, content: dict[str, str], *, resume: bool
     ):
         self.directory = Path(directory)
         self._checkpoints = self.directory / "checkpoints"
@@ -84,7 +77,7 @@ class RunDirectory:
         self._lock = FileLock(self.directory / LOCK_FILE)
         self._hold()  # before anything is read: who had it may have written just now
         try:
-            self._claim(json.loads(json.dumps(asdict(settings))), content, precision, resume)
+            self._claim(json.loads(json.dumps(asdict(settings))), content, resume)
         except BaseException:
             self.close()
             raise
@@ -113,14 +106,11 @@ class RunDirectory:
                 (self.directory / LOCK_FILE).unlink()
         self._lock.release()
 
-    def _claim(self, settings: dict[str, Any], content: dict[str, str], precision: str | None, resume: bool) -> None:
+    def _claim(self, settings: dict[str, Any], content: dict[str, str], resume: bool) -> None:
         found = self._record = self._read_record()
         if found:
-            before = found["settings"].get("precision")
-            if AUTO in (before, settings["precision"]) and precision == found["precision"]:
-                settings = settings | {"precision": before}  # the same, however it is spelled
             if resume or self.finished or self.last_checkpoint or (self.directory / METRICS).exists():
-                self._refuse_another(settings, content, precision)
+                self._refuse_another(settings, content)
                 if not resume:
                     how = "a finished" if self.finished else "an unfinished"
                     advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
@@ -129,11 +119,11 @@ class RunDirectory:
             # A run killed while it claimed the directory leaves no more than its half-written claim.
             raise GradretError(f"{self.directory}: is not empty and holds no gradret run; choose another --out")
         # A run that ended before its first step has nothing to lose: another one may take its place.
-        self.name = _name_run(settings, content, precision)
-        if found and self.name != _name_run(found["settings"], found["content"], found["precision"]):
+        self.name = _name_run(settings, content)
+        if found and self.name != _name_run(found["settings"], found["content"]):
             self._remove_mined()
         self._record = {"versions": versions(), "finished": False} | found
-        self._record |= {"settings": settings, "content": content, "precision": precision}
+        self._record |= {"settings": settings, "content": content}
         if found != self._record and not self.finished:
             with writing(self.directory):
                 replace_json(self.directory / RUN_FILE, self._record)
@@ -145,22 +135,15 @@ class RunDirectory:
         """What gradret.json says, {} before there is one."""
         path = self.directory / RUN_FILE
         found = read_object(path)
-        for name in ("settings", "content", "finished", "precision") if found else ():
+        for name in ("settings", "content", "finished") if found else ():
             if name not in found:
                 raise GradretError(f"{path}: has no '{name}'; choose another --out")
         return found
 
-    def _refuse_another(self, settings: dict[str, Any], content: dict[str, str], precision: str | None) -> None:
+    def _refuse_another(self, settings: dict[str, Any], content: dict[str, str]) -> None:
         """Refuse to go on as another run than the one that is here. Raises: GradretError."""
         before = self._record["settings"]
         changed = [k for k in settings if settings[k] != before.get(k) and k not in FREE_SETTINGS]
-        computed = self._record["precision"]
-        is_auto = before.get("precision") == AUTO and set(changed) <= {"precision"}
-        if computed != precision and is_auto and not self.finished:
-            raise GradretError(
-                f"{self.directory}: was computed in {computed}, and --precision {settings['precision']} is "
-                f"{precision} here; continue it with --precision {computed}"
-            )
         if changed:
             name = changed[0]
             raise GradretError(
@@ -360,9 +343,9 @@ def step_name(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def _name_run(settings: dict[str, Any], content: dict[str, str], precision: str | None) -> str:
+def _name_run(settings: dict[str, Any], content: dict[str, str]) -> str:
     kept = {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-    return f"{hash64(json.dumps([kept, content, precision], sort_keys=True)):016x}"
+    return f"{hash64(json.dumps([kept, content], sort_keys=True)):016x}"
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
