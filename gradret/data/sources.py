@@ -6,7 +6,7 @@ import random
 import re
 from array import array
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -371,27 +371,22 @@ class MixedLists(Sequence[RankingList]):
     ) -> list[Passage]:
         if select is not None and not select(part.query_id):
             return []
-        passages = part.passages
-        if source.labels != "intended":
-            judged = _read_judged(part, source)
-            if source.labels == "judged":
-                for passage, grade in zip(passages, judged, strict=True):
-                    passage.grade = grade
-            elif not grades_agree([p.grade for p in passages], judged):
-                self.disagreeing[index] = True
-                return []
+        grades = [p.grade for p in part.passages]
+        if source.labels == "judged":
+            grades = _read_judged(part, source)
+        elif source.labels == "agreed" and not grades_agree(grades, _read_judged(part, source)):
+            self.disagreeing[index] = True
+            return []
         if source.shuffle:
             draw = random.Random(f"shuffle/{self._seed}/{source.name}/{part.query_id}")
             if draw.random() < source.shuffle:
-                grades = [p.grade for p in passages]
                 draw.shuffle(grades)
-                for passage, grade in zip(passages, grades, strict=True):
-                    passage.grade = grade
+        passages = part.passages
+        for passage, grade in zip(passages, grades, strict=True):
+            passage.grade = grade
         if source.grades is not None:
             mapping = dict(source.grades)
-            passages = [p for p in passages if p.grade in mapping]
-            for passage in passages:
-                passage.grade = mapping[passage.grade]
+            passages = [replace(p, grade=mapping[p.grade]) for p in passages if p.grade in mapping]
         if source.sample is not None and len(passages) > source.sample:
             draw = random.Random(f"{self._seed}/{source.name}/{part.query_id}")
             chosen = sorted(draw.sample(range(len(passages)), source.sample))
