@@ -61,15 +61,7 @@ def settings_record(prompts: Prompts, model: str, request_options: dict | None =
     return {"model": model, "prompt": f"{PROMPT_VERSION}-{prompts.fingerprint}", "scale": scale, **chosen, **more}
 
 
-def generate(
-    queries: Sequence[Query],
-    engine: Engine,
-    prompts: Prompts,
-    checks: Checks,
-    journal: Journal,
-    *,
-    progress: bool = True,
-) -> "Summary":
+def generate(queries: Sequence[Query], engine: Engine, prompts: Prompts, checks: Checks, journal: Journal) -> "Summary":
     """Write a list for each query that the journal has neither a list nor a final reject of.
 
     Args:
@@ -87,8 +79,7 @@ def generate(
     summary.skipped = sum(query.key in journal.done for query in queries)
     summary.rejected_before = len(queries) - len(left) - summary.skipped
     waiting = iter(left)
-    bar = show_bar(shown=progress, total=len(left), unit="list")
-    with StopRequest() as stop, bar:
+    with StopRequest() as stop, show_bar(total=len(left), unit="list") as bar:
         try:
             while True:
                 while stop.signal is None and engine.free > 0:

@@ -96,7 +96,7 @@ def run(tmp_path):
         with Journal(tmp_path / "lists.jsonl") as journal:
             journal.resume(settings_record(prompts, engine.identity), **journal_options)
             checks = Checks(settings, prompts.instructions)
-            return generate(queries, engine, prompts, checks, journal, progress=False)
+            return generate(queries, engine, prompts, checks, journal)
 
     return run_once
 
