@@ -108,10 +108,7 @@ def replace_json(path: Path, content: object) -> None:
 def hold_lock(path: Path, what: str) -> Iterator[None]:
     """While no other process holds the lock in this file. Where files cannot be written or locked, nobody is kept out.
 
-    Not to be nested.
-
-    Args:
-        what: the other process does, for the line that tells who is waited for.
+    Not to be nested. `what` says what the other process does, where this one waits for it.
     """
     lock = FileLock(path)
     with ExitStack() as held:

@@ -267,8 +267,7 @@ class Collection(ABC):
     def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         """The documents in the collection's order, from position `start`.
 
-        Args:
-            characters: of longer texts no more than so many need be there at either end; None for all.
+        Of texts longer than `characters` no more than so many need be there at either end; None for all.
         """
 
     def check_documents(self, doc_ids: Iterable[str]) -> None:
@@ -287,11 +286,7 @@ class Collection(ABC):
 
 
 class BeirCollection(Collection):
-    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl, and qrels as read_qrels takes them.
-
-    Args:
-        queries: a file in place of the directory's queries.jsonl, in its form; None for that one.
-    """
+    """A directory in BEIR's layout: corpus.jsonl, queries.jsonl or a file like it, and qrels for read_qrels."""
 
     def __init__(self, directory: Path, split: str, queries: Path | None = None):
         self.name = f"{directory}:{split}"
@@ -337,8 +332,7 @@ class BeirCollection(Collection):
     def read_documents(self, doc_ids: Iterable[str], characters: int | None = None) -> dict[str, Passage]:
         """The named documents as passages of grade 0; those the collection lacks are left out.
 
-        Args:
-            characters: see lists.read_lines.
+        characters: see lists.read_lines.
         """
         found = {}
         with open_file(self._corpus) as file:
@@ -384,11 +378,7 @@ class IrDatasetsCollection(Collection):
             yield Document(document.doc_id, read_text(self._dataset, document))
 
     def read_documents(self, doc_ids: Iterable[str], characters: int | None = None) -> dict[str, Passage]:
-        """The named documents as passages of grade 0; those the collection lacks are left out.
-
-        Args:
-            characters: unused, as ir_datasets reads whole documents.
-        """
+        """As BeirCollection's, but with whole documents: ir_datasets reads no others."""
         with reading(self._dataset):
             if self._store is None:
                 with unpacking():

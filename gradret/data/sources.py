@@ -240,11 +240,7 @@ def _read_ids(line: Line) -> set[str]:
 
 
 def open_lists(source: Source, characters: int | None = None) -> "ListFile | JudgedLists":
-    """A source's ranking lists by position, before its options; see MixedLists. Raises: GradretError.
-
-    Args:
-        characters: see lists.read_lines.
-    """
+    """A source's lists by position, before its options; `characters`: see lists.read_lines. Raises: GradretError."""
     if source.drop_self is not None:
         raise GradretError(f"{source.name}: drop_self is for a collection to measure, not for training lists")
     path = find_path(source.name)

@@ -237,11 +237,7 @@ def _check_normalize(file: Path) -> None:
 
 
 def write_description(directory: Path, config: EncoderConfig, dimension: int) -> None:
-    """Write what makes a transformers directory a sentence-transformers directory.
-
-    Args:
-        dimension: of the embeddings.
-    """
+    """Write what makes a transformers directory a sentence-transformers directory."""
     modules = ["Transformer", "Pooling", *["Normalize"] * config.normalize]
     paths = ["", *(f"{i}_{name}" for i, name in enumerate(modules) if i)]
     for path in paths:

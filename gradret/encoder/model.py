@@ -26,14 +26,10 @@ MULTIPLE = 8
 
 
 def plan_chunks(lengths: Sequence[int], chunk: int) -> list[np.ndarray]:
-    """Positions of texts, cut into chunks of like length, the longest texts first.
+    """Positions of texts of these lengths in tokens, cut into chunks of like length, the longest texts first.
 
     A chunk, padded to its longest text, holds at most as many tokens as `chunk` texts of the longest length there is:
     more texts where they are shorter. It ends before a text much shorter than its longest.
-
-    Args:
-        lengths: tokens of each text, above 0.
-        chunk: texts, above 0.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable")
     sorted_lengths = np.asarray(lengths)[order]

@@ -265,11 +265,7 @@ def ways_to_ask(request: Request, sampling: dict[str, float]) -> Ways:
 
 
 def find_refused(refusal: Failure, sent: dict[str, dict]) -> str | None:
-    """Which of the things asked for a refusal names; the first, as lists of what is supported may follow.
-
-    Args:
-        sent: the arguments of each; {} of what was left out.
-    """
+    """Which of the things that were asked for a refusal names; the first, as lists of what is supported may follow."""
     text = f"{refusal.field} {ECHO.split(refusal.message)[0]}"
     found = {name: NAMES[name.split()[0]].search(text) for name, arguments in sent.items() if arguments}
     places = {name: match.start() for name, match in found.items() if match}

@@ -47,11 +47,9 @@ class Unusable(Exception):
 def make_form(bounds: Mapping[str, tuple[int, int]]) -> Form:
     """The form of a JSON object of exactly these keys in this order, as json.dumps writes it.
 
-    The grammar bounds the characters of each string. It leaves no freedom of space, in which a model could stay for
-    ever, and ends with the brace. The schema, for endpoints, has only what all of them take; no lengths.
-
-    Args:
-        bounds: of each key the fewest and the most characters of its string.
+    The grammar keeps to the bounds, the fewest and the most characters of each key's string. It leaves no freedom of
+    space, in which a model could stay for ever, and ends with the brace. The schema, for endpoints, has only what all
+    of them take; no lengths.
     """
     members = ' ", " '.join(
         f'{json.dumps(json.dumps(key) + ": ")} "\\"" first char{_repeat(low - 1, high - 1)} "\\""'
@@ -197,10 +195,7 @@ REFUSAL = re.compile(
 
 
 class Checks:
-    """All checks on a passage.
-
-    Args:
-        instructions: what the model was told, which no passage may repeat.
+    """All checks on a passage, which may not repeat the instructions, what the model was told.
 
     Raises: GradretError when the settings ask for a language that cannot be recognised, or py3langid is missing.
     """

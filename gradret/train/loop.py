@@ -293,7 +293,6 @@ class Trainer:
     Args:
         directory: the run's, in the first process; None in the others, which write nothing.
         out: how the user named it.
-        progress: show a bar on a terminal.
     Raises: GradretError, see fit.
     """
 
