@@ -128,8 +128,7 @@ def show_wait(what: str) -> Iterator[None]:
 class StopRequest:
     """Notes SIGINT and SIGTERM while it is entered, so that a loop can end between two steps.
 
-    A second one some seconds later interrupts at once, as does the first inside `at_once()`; while `uninterrupted()`
-    none does.
+    A second one some seconds later interrupts at once, but not while `uninterrupted()`.
 
     Attributes:
         signal: the signal's number, None while there was none.
@@ -137,7 +136,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._at_once = self._deaf = False
+        self._deaf = False
         self._heard_s = 0.0
         self._grace_s: float | None = None  # of the stretch that may be given up; None outside of one
         self._previous: dict[int, Any] = {}
@@ -161,7 +160,7 @@ class StopRequest:
         again = self.signal is not None and time.monotonic() - self._heard_s > SECOND_THOUGHT_S
         self._heard_s = time.monotonic() if self.signal is None else self._heard_s
         self.signal = number
-        if (self._at_once or again) and not self._deaf:
+        if again and not self._deaf:
             raise KeyboardInterrupt
         self._give_up_in_time()
 
@@ -179,9 +178,9 @@ class StopRequest:
 
     @contextmanager
     def give_up(self, grace_s: float) -> Iterator[None]:
-        """A stretch that ends so long after a signal, because nothing is lost but its own time.
+        """A stretch that ends so long after a signal, because nothing is lost but its own time; 0: at once.
 
-        Raises: GivenUp in it, between two lines of Python: a call into C++ ends first.
+        Raises: GivenUp in it, or before it, between two lines of Python: a call into C++ ends first.
         """
         self._grace_s = grace_s
         try:
@@ -200,18 +199,6 @@ class StopRequest:
             yield
         finally:
             self._deaf = False
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """A stretch that a signal cuts short, because nothing is lost but its own time; look at `signal` after it."""
-        self._at_once = True
-        try:
-            yield
-        except KeyboardInterrupt:
-            if self.signal is None:
-                raise
-        finally:
-            self._at_once = False
 
 
 def command_line() -> str:

@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from gradret.bench import format_table
 from gradret.bench.significance import compare_systems, find_differences
-from gradret.console import GradretError, Interrupted, StopRequest, command_line, count_of, say
+from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, command_line, count_of, say
 from gradret.data.collections import Collection, IrDatasetsCollection
 from gradret.data.lists import decode_json, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
@@ -334,7 +334,7 @@ def do_runs(
     code, found_versions = digest_code(), versions()  # of the code that runs, whatever the checkout becomes meanwhile
     with StopRequest() as stop:
         inputs = None
-        with stop.at_once():
+        with suppress(GivenUp), stop.give_up(0):
             inputs = OpenedInputs(runs)
         if inputs is None:
             raise GradretError("stopped before the first run; the same command starts again")
@@ -354,7 +354,7 @@ def do_runs(
             try:
                 if stop.signal is None:
                     say(title)
-                    with stop.at_once():
+                    with suppress(GivenUp), stop.give_up(0):
                         row = measure_row(run, inputs, measures, device=device, progress=progress)
             except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
                 pass

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.console import GradretError, Interrupted, StopRequest, needing, say, show_wait
+from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, needing, say, show_wait
 from gradret.encoder.directory import HUB_TIMEOUT_S, asking_hub, tell_reason
 from gradret.generate.engine import Reply, Request
 
@@ -95,7 +95,7 @@ def fetch_files(repository: str, sizes: dict[str, int]) -> Path:
     what = f"{repository}:{next(iter(sizes))}"
     say(f"gen: fetching {what} ({sum(sizes.values()) / 1e9:.1f} GB) from the hub, once")
     with StopRequest() as stop:
-        with stop.at_once():
+        with suppress(GivenUp, KeyboardInterrupt), stop.give_up(0):  # the hub's client has a handler of SIGINT, too
             try:
                 fetched = [hf_hub_download(repository, file, etag_timeout=HUB_TIMEOUT_S) for file in sizes]
             except Exception as error:

@@ -10,9 +10,10 @@ import statistics
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 
-from gradret.console import GradretError, Interrupted, StopRequest, count_of, say, show_bar
+from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, count_of, say, show_bar
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
@@ -90,8 +91,8 @@ def generate(queries: Sequence[Query], engine: Engine, prompts: Prompts, checks:
                 replies: Sequence[Reply] = []
                 # A signal may cut the wait short: what is under way then is asked again by the next run. It never cuts
                 # `take` short, so that a list that is whole is written.
-                with stop.at_once():
-                    replies = engine.collect() if stop.signal is None else []
+                with suppress(GivenUp), stop.give_up(0):
+                    replies = engine.collect()
                 summary.seconds = time.monotonic() - began
                 if stop.signal is not None:
                     raise Interrupted(f"stopped by {signal.Signals(stop.signal).name}; run the same command to go on")
