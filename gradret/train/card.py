@@ -19,19 +19,7 @@ from gradret.settings import SAMPLE, FitSettings, spell_option
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "gradret"]
 # In the table of settings whatever they are; others where they differ from the default.
-SHOWN = (
-    "loss",
-    "order",
-    "temperature",
-    "targets",
-    "ground",
-    "batch_lists",
-    "learning_rate",
-    "epochs",
-    "seed",
-    "precision",
-    "lora",
-)
+SHOWN = "loss order temperature targets ground batch_lists learning_rate epochs seed precision lora".split()
 # Told elsewhere in the card, or without a say in the outcome.
 UNSHOWN = ("data", "exclude", "model", "dev", "dev_measure", "pooling", "normalize", "similarity", "checkpoint_every")
 UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max_length")
