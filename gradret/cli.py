@@ -319,7 +319,7 @@ def gen(
     wanted = take_shard(wanted, shard) if shard else wanted
     if show_prompt:
         query = next((q for q in wanted if q.text.strip()), Query("", ""))
-        shown = [prompts.plan(query, part, plan={"thing": "..."}) for part in prompts.plan_parts]
+        shown = [prompts.plan(query, part, thing="...") for part in prompts.plan_parts]
         for request in [*shown, prompts.write(query, scale.grades[0], query.text)]:
             for message in request.messages:
                 click.echo(f"[{message['role']}]\n{message['content']}\n")

@@ -81,8 +81,8 @@ def measure_engine(
     loop = ChatLoop(model, engine.context_tokens, **options)
     written = []
     for query in queries:
-        plan = {"thing": " ".join(query.text.split()[:2])}
-        written += [prompts.plan(query, part, 1, engine.identity, plan) for part in prompts.plan_parts]
+        thing = " ".join(query.text.split()[:2])
+        written += [prompts.plan(query, part, 1, engine.identity, thing) for part in prompts.plan_parts]
         written += [prompts.write(query, grade, query.text, 1, engine.identity) for grade in prompts.scale.grades]
     loop_requests = loop_queries * len(written) // len(queries)
     rows, ratios = [], {}

@@ -9,7 +9,6 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from gradret.console import GradretError
 from gradret.data.lists import GRADE_LIMIT, decode_json, decode_text, hash64, open_file
@@ -324,22 +323,20 @@ class Prompts:
         style = self.draw_style(query)
         return (style.length_words if style else self._words) * WORD_CHARS
 
-    def plan(
-        self, query: Query, part: str, attempt: int = 1, model: str = "", plan: Mapping[str, str] = MappingProxyType({})
-    ) -> Request:
+    def plan(self, query: Query, part: str, attempt: int = 1, model: str = "", thing: str = "") -> Request:
         """A request whose reply holds the briefs of plan_parts[part].
 
         Args:
             model: the engine's identity.
-            plan: the briefs so far, of which "near" and "far" read the `thing`.
+            thing: the brief of this name, which "near" and "far" read.
         """
         seed = draw_seed(query, self.settings.seed, model, attempt, part)
         draw = random.Random(seed)
         asked = {"query": query.text}
         if part == "near":
-            asked = draw_near(plan.get("thing", ""), draw)
+            asked = draw_near(thing, draw)
         elif part == "far":
-            asked = draw_far(query.text, plan.get("thing", ""), draw)
+            asked = draw_far(query.text, thing, draw)
         briefs = self.plan_parts[part]
         bounds = {name: self._brief_chars.get(name, TOPIC_CHARS) for name in briefs}
         # In Han and kana a token is one or two characters.

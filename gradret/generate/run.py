@@ -258,7 +258,7 @@ class Generation:
 
     def _ask_plan(self, draft: Draft, part: str) -> None:
         attempt = draft.attempts.get(part, 1)
-        self._waiting.append(self._prompts.plan(draft.query, part, attempt, self._model, draft.plan))
+        self._waiting.append(self._prompts.plan(draft.query, part, attempt, self._model, draft.plan.get("thing", "")))
 
     def _ask_passage(self, draft: Draft, grade: float) -> None:
         briefs = self._scale.briefs[grade]

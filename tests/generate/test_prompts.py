@@ -20,7 +20,7 @@ HALVES = Scale(((1.5, "good {it}"), (0, "fair"), (-1, "bad")))
 
 
 def plan(prompts: Prompts, text: str, part: str = "plan") -> tuple[dict, ...]:
-    return prompts.plan(Query("1", text), part, plan={"thing": text}).messages
+    return prompts.plan(Query("1", text), part, thing=text).messages
 
 
 def write(prompts: Prompts, subject: str, query_id: str = "1") -> tuple[dict, ...]:
@@ -56,12 +56,12 @@ def test_a_plan_is_three_requests():
 
 def test_the_request_for_a_near_brief_hears_of_the_thing_alone():
     query = Query("1", "why cats purr")
-    messages = PROMPTS.plan(query, "near", plan={"thing": "cats"}).messages
+    messages = PROMPTS.plan(query, "near", thing="cats").messages
     assert json.loads(messages[2]["content"]) == {"near": PLANNED_NEAR[0][1]}
     asked = json.loads(messages[-1]["content"])
     assert asked["thing"] == "cats" and asked["aspect"] in ASPECTS
     assert "purr" not in json.dumps(messages)
-    others = [PROMPTS.plan(query, "near", attempt, plan={"thing": "cats"}).messages[-1] for attempt in range(1, 9)]
+    others = [PROMPTS.plan(query, "near", attempt, thing="cats").messages[-1] for attempt in range(1, 9)]
     assert len({message["content"] for message in others}) > 4  # another attempt, another aspect
 
 
