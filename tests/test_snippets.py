@@ -2,13 +2,14 @@
 
 Blocks of a page run in their order in one folder, where the files are that the page speaks of. What does not run as
 it stands: `sh` marks what sets gradret up, which .ci/run runs; of `pip install` the extra's name is checked;
-llama_cpp.server stands in for vLLM; SMALL's options keep the rest short. `json` blocks are
-parsed; blocks without a language are text.
+llama_cpp.server stands in for vLLM; SMALL's options keep the rest short. Commands of gradret run in this process, for
+time, and processes that share a fit are forked. `json` blocks are parsed; blocks without a language are text.
 """
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import DEFINED_SCALE, REPOSITORY, SAMPLE_FILE, TINY_QUERY
+from forked import run_group
 from test_large_encoders import make_tiny_decoder
 
 from gradret import load_encoder, read_lists, write_lists
@@ -30,7 +32,7 @@ LANGUAGES = ("bash", "python", "sh", "json", "bibtex", "")
 SMALL = {  # what is put behind a command, for time
     "gradret gen": f"--length 30:150 --max-tokens 600 --scale {DEFINED_SCALE}",
     # That server holds to no length.
-    "gradret gen --endpoint": f"--length 1:4000 --max-tokens 600 --scale {DEFINED_SCALE}",
+    "gradret gen --endpoint": f"--length 1:4000 --max-tokens 600 --scale {DEFINED_SCALE} --shard 1/6",
     "gradret fit": "--max-steps 2 --query-max-length 16 --document-max-length 16",
     "gradret bench quality": "--max-steps 1 --query-max-length 16 --document-max-length 16",
 }
@@ -82,6 +84,8 @@ def translate(line: str, names: dict[str, str]) -> str:
         return line
     if "gradret gen" in line and "--model" not in line and "--endpoint" not in line:
         line += f" --model {names['qwen2.5-7b-instruct-q4_k_m.gguf']}"
+    if "gradret fit" in line and "--model" not in line:
+        line += " --model start"
     kind = command.group() + " --endpoint" * ("gradret gen" in line and "--endpoint" in line)
     return f"{line} {SMALL[kind]}"
 
@@ -94,19 +98,27 @@ def run_bash(block: str, names: dict[str, str], folder: Path) -> None:
     if "gradret gen" in block:
         for stale in folder.glob("lists.*"):
             stale.unlink()
-    script = "\n".join(translate(line.strip(), names) for line in lines)
+    for line in filter(None, (translate(line.strip(), names) for line in lines)):
+        code, printed = run_line(line, folder)
+        assert code == 0, f"{line}\n{printed}"
+
+
+def run_line(line: str, folder: Path) -> tuple[int, str]:
+    """Exit code of a line, and what it printed."""
+    words, cache = shlex.split(line), {"GRADRET_CACHE": str(folder / "cache")}
+    if words[0] == "gradret" and not set(line) & set("|<>;$`"):
+        result = CliRunner().invoke(main, words[1:], env=cache)
+        return result.exit_code, result.output
+    if words[0] == "torchrun" and "fit" in words:
+        result = run_group(2, words[words.index("-m") :])
+        return result.returncode, result.stderr
     scripts = str(Path(sys.executable).parent)
-    environment = os.environ | {"PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    environment |= {"GRADRET_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    environment = os.environ | cache | {"PATH": scripts + os.pathsep + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-euo", "pipefail", "-c", line], env=environment, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, f"{script}\n{result.stdout}\n{result.stderr}"
+    return result.returncode, result.stderr
 
 
 @pytest.fixture
@@ -142,6 +154,7 @@ def test_the_snippets_of_a_page_run(page, folder, names, request):
             json.loads(block)
         elif language == "python":
             code = block.replace("sentence-transformers/all-MiniLM-L6-v2", "start")
+            code = code.replace("FitSettings(data", 'FitSettings(model="start", data')
             exec(compile(code, page.name, "exec"), {"__name__": "__main__"})
     if page.name == "sentence-transformers.md":  # what it trains has learned something
         before, after = (load_encoder(name).encode(["why do cats purr"]) for name in ("start", "model"))
