@@ -1,9 +1,6 @@
 """Decoders as encoders, tiny and with random weights: last-token pooling, instructions, adapters on bfloat16."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLE_FILE
+from forked import run_forked
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
@@ -250,7 +248,7 @@ def test_all_weights_of_a_decoder_train(tiny_decoder, six_lists, tmp_path):
 def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     pytest.importorskip("peft")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "gradret", "fit", "--data", six_lists, "--model", tiny_decoder, "--out", out]
+    command = ["-m", "gradret", "fit", "--data", six_lists, "--model", tiny_decoder, "--out", out]
     command += [
         "--set",
         "pooling=last",
@@ -262,8 +260,7 @@ def test_the_command_line(tiny_decoder, six_lists, tmp_path):
     ]
     command += ["--set", "weights=bfloat16", "--query-prefix", "Instruct: find it\nQuery: ", "--chunk", "8"]
     command += ["--max-steps", "3", "--batch-lists", "6", "--epochs", "3", "--learning-rate", "1e-2", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = run_forked(command)
     assert result.returncode == 0, result.stderr
     assert "Warning" not in result.stderr
     assert json.loads(result.stdout)["steps"] == len(losses(out)) == 3

