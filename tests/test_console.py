@@ -67,6 +67,7 @@ def test_every_command_can_be_quiet(command):
     assert "--quiet" in CliRunner().invoke(main, [*command.split(), "--help"]).stdout
 
 
+@pytest.mark.nightly
 def test_what_is_waited_for_is_named_and_goes_away(commands):
     (*command, _), _ = commands
     _, shown = run_in_a_terminal(*(str(part).format("waited") for part in command))

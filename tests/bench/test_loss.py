@@ -116,7 +116,7 @@ def test_embeddings_are_as_in_retrieval():
     assert Embeddings((6, 4, 8), "float32", "cpu").positive.tolist() == [0, 1, 2, 3, 0, 1]
 
 
-def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch):
+def test_command_prints_writes_and_draws_every_row(tmp_path, monkeypatch, no_peaks):
     monkeypatch.setattr(sys, "argv", ["gradret", "bench", "loss"])
     arguments = ("--shapes", "4x16,2x12,6x24x8", "--all", "--chart", "--repeats", 4, "--device", "cpu")
     result = invoke(*arguments, "--out", tmp_path)
@@ -437,6 +437,7 @@ def test_cuda_rows():
     assert all(row["both_ms"]["median"] > 0 and row["peak_mib"] > 0 for row in measured)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @needs_clear_refs
 def test_fused_scoring_needs_a_tenth_of_the_memory():

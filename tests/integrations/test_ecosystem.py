@@ -100,7 +100,7 @@ def test_runs_open_in_ranx(trained, tmp_path):
     assert [*found.values()] == pytest.approx([printed[name] for name in ("nDCG@10", "R@100", "RR@10")], abs=1e-6)
 
 
-@pytest.mark.parametrize("source", [BINARY, "beir/scifact/test"])
+@pytest.mark.parametrize("source", [BINARY, pytest.param("beir/scifact/test", marks=pytest.mark.nightly)])
 def test_one_ndcg_through_three_evaluators(source, trained, tmp_path):
     """gradret, ir_measures on the exported run, and sentence-transformers' own evaluator on the saved model."""
     if source != BINARY and not (SHARED / "ir_datasets").is_dir():
