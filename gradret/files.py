@@ -78,11 +78,6 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write JSON, indented."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_whole(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write a text file in UTF-8, which is left as it is until all its lines are there.
 
@@ -97,10 +92,10 @@ def write_whole(path: str | os.PathLike, lines: Iterable[str]) -> None:
             shutil.copyfileobj(whole, file)
 
 
-def replace_json(path: Path, content: object) -> None:
-    """Write JSON so that the file is the old one or the new one, never half of it."""
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, indented; the file is the old one or the new one, never half of it."""
     part = path.with_suffix(".part")
-    write_json(part, content)
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(part, path)
 
 

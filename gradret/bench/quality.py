@@ -33,7 +33,7 @@ from gradret.data.lists import decode_json, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures
-from gradret.files import replace_json, sync_file, versions
+from gradret.files import sync_file, versions, write_json
 from gradret.settings import FitSettings
 from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
@@ -94,7 +94,7 @@ def measure_quality(
     rows, error = do_runs(planned, out, measures=measures, device=device, fresh=fresh)
     document = make_document(runs, rows, measures, sources)
     with Rows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
-        replace_json(Path(out, "quality.json"), document)
+        write_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
     return document, error
 

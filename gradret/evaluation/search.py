@@ -24,7 +24,7 @@ from gradret.data.lists import PIECE, quote
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.encoder.model import Encoder, Kind
-from gradret.files import hold_lock, replace_json, write_whole
+from gradret.files import hold_lock, write_json, write_whole
 
 EmbeddingFunction = Callable[[list[str], Kind], Any]  # texts and "query" or "document" to (n, D), an array or a tensor
 
@@ -303,7 +303,7 @@ class CorpusStore:
             self.done += sum(map(len, parts))
             if self._folder is not None:
                 os.fsync(self._file.fileno())
-                replace_json(self._folder / "done.json", {"documents": self.done})
+                write_json(self._folder / "done.json", {"documents": self.done})
 
     def open(self) -> np.ndarray:
         """(documents, D) float32, mapped."""

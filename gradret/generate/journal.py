@@ -11,7 +11,7 @@ from filelock import lock_descriptor
 
 from gradret.console import PATIENCE_S, GradretError, say, show_bar
 from gradret.data.lists import RankingList, decode_json, format_list, parse_list, query_key
-from gradret.files import open_folder, read_object, replace_json, writing
+from gradret.files import open_folder, read_object, write_json, writing
 from gradret.generate.queries import Query
 
 RECENT = 256
@@ -146,7 +146,7 @@ class Journal:
         content = {"settings": [*used, record]}
         if content != stored:
             with writing(self.record_path):
-                replace_json(self.record_path, content)
+                write_json(self.record_path, content)
 
     def _describe_difference(self, stored: dict | None, record: dict) -> str:
         if stored is None:

@@ -31,7 +31,7 @@ from gradret.console import GradretError, needing
 from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
-from gradret.files import read_object, replace_json, sync_file, versions, writing
+from gradret.files import read_object, sync_file, versions, write_json, writing
 from gradret.settings import FitSettings
 
 RUN_FILE, LOCK_FILE, BOARD = "gradret.json", "gradret.lock", "tensorboard"
@@ -126,7 +126,7 @@ class RunDirectory:
         self._record |= {"settings": settings, "content": content}
         if found != self._record and not self.finished:
             with writing(self.directory):
-                replace_json(self.directory / RUN_FILE, self._record)
+                write_json(self.directory / RUN_FILE, self._record)
         for folder in self._find_checkpoints():
             if self.finished or folder.suffix == ".part":
                 shutil.rmtree(folder)
@@ -259,7 +259,7 @@ class RunDirectory:
             link_file(checkpoint / "model.safetensors", best)
         elif state.best_step is not None and previous is not None and previous != checkpoint:
             link_file(previous / "best.safetensors", best)
-        replace_json(checkpoint / "state.json", vars(state) | {"run": self.name})
+        write_json(checkpoint / "state.json", vars(state) | {"run": self.name})
 
     def restore(self, encoder: Encoder, optimizer: torch.optim.Optimizer) -> RunState:
         """Put the last checkpoint into encoder and optimizer; metrics written after it are dropped."""
@@ -316,7 +316,7 @@ class RunDirectory:
                 if file.is_file():
                     sync_file(file)
             self._record["finished"] = True
-            replace_json(self.directory / RUN_FILE, self._record)
+            write_json(self.directory / RUN_FILE, self._record)
         except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
             raise self._write_error(error) from error
         shutil.rmtree(self._checkpoints, ignore_errors=True)
