@@ -154,7 +154,7 @@ def test_twenty_kills_lose_and_double_nothing(tiny_gguf, tmp_path):
 
 
 def test_one_sequence_gives_the_same_file_however_often_it_was_killed(tiny_gguf, tmp_path):
-    names = {f"q{i}": TINY_QUERY.format(i) for i in range(16)}
+    names = {f"q{i}": TINY_QUERY.format(i) for i in range(12)}
     queries, out, whole = write_queries(tmp_path / "q.jsonl", names), tmp_path / "lists.jsonl", tmp_path / "whole.jsonl"
     arguments = ["gen", queries, "--model", tiny_gguf, *SHORT, "--sequences", 1, "--judge", "--variety", "--out"]
     kill_now_and_then([*arguments, out], out, 3, seed=1)
@@ -387,12 +387,12 @@ def well_written(request) -> str:
 def test_a_real_server_gives_valid_lists(queries, real_server, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     out = tmp_path / "lists.jsonl"
-    arguments = ["--length", "10:2000", "--attempts", "8", "--concurrency", "2", "--judge", "--shard", "1/3"]
+    arguments = ["--length", "10:2000", "--attempts", "8", "--concurrency", "2", "--judge", "--shard", "1/6"]
     arguments += ["--scale", DEFINED_SCALE]
     result = invoke("gen", queries, "--endpoint", f"{real_server}/v1", "--out", out, *arguments)
     assert result.exit_code == 0, result.output
     lists = list(read_lists(out))
-    assert sorted(r.query_id for r in lists) == ["q0", "q3", "q6", "q9"]
+    assert sorted(r.query_id for r in lists) == ["q0", "q6"]
     for ranking_list in lists:
         assert_valid(ranking_list, (10, 2000))
         assert all(0 <= p.extra["judged"] <= 3 for p in ranking_list.passages)
