@@ -27,7 +27,9 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["gradret", "gradret.*"]),
-    package_data={"gradret": ["data/*.jsonl", "data/*.json", "train/*.md", "py.typed"]},
+    package_data={
+        "gradret": ["data/*.jsonl", "data/*.json", "data/medquad/*", "data/medquad/qrels/*", "train/*.md", "py.typed"]
+    },
     ext_modules=[Extension("gradret._kernels", sources=[])],
     cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10,<3.14",

@@ -3,8 +3,10 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,6 +26,7 @@ from gradret.console import (
 )
 from gradret.data.export import FORMS
 from gradret.data.lists import quote
+from gradret.data.sources import parse_count, parse_options
 from gradret.files import check_writable, open_folder, read_object, write_json
 from gradret.generate.queries import parse_shard
 from gradret.options import (
@@ -45,9 +48,11 @@ from gradret.settings import (
     ENCODER,
     ENGINE,
     FIRST,
+    MEDQUAD,
     MEMORY,
     PRECISIONS,
     QUERIES,
+    SAMPLE,
     WRITTEN,
     FitSettings,
     GenSettings,
@@ -541,16 +546,27 @@ def bench():
     "--data",
     group=FIRST,
     multiple=True,
+    default=(SAMPLE,),
     metavar="SOURCE",
-    help="Training lists, as of fit. [default: sample?queries=odd]",
+    help="Training lists, as of fit.",
 )
 @option(
     "--dataset",
     "datasets",
     group=FIRST,
     multiple=True,
+    default=(MEDQUAD,),
     metavar="SOURCE",
-    help="Collections to measure on. [default: sample?queries=even]",
+    help="Collections to measure on.",
+)
+@option(
+    "--model",
+    "models",
+    group=FIRST,
+    multiple=True,
+    default=(f"{DEFAULT_ENCODER}?layers=3", DEFAULT_ENCODER),
+    metavar="ENCODER",
+    help="Encoders, as of fit; ?layers=K keeps the first K layers.",
 )
 @option(
     "--losses",
@@ -558,7 +574,7 @@ def bench():
     default=f"infonce,{DEFAULT_LOSS}",
     help="Rows, separated by commas, each spelled as --loss of fit.",
 )
-@option("--seeds", group=FIRST, default=3, type=POSITIVE, help="Runs per loss.")
+@option("--seeds", group=FIRST, default=1, type=POSITIVE, help="Runs per loss; p-values need two at least.")
 @option(
     "--out",
     group=FIRST,
@@ -566,29 +582,32 @@ def bench():
     type=click.Path(),
     help="Where rows.jsonl, quality.json and quality.png go.",
 )
-@setting_options(FitSettings, without=("data", "loss", "dev", "dev_every", "patience", "exclude", "seed"))
+@setting_options(FitSettings, without=("data", "model", "loss", "dev", "dev_every", "patience", "exclude", "seed"))
 @DEVICE
 @MEASURES
 @option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
 @set_option(FitSettings)
 @QUIET
 @JSON
-def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json, **given):
+def quality(data, datasets, models, losses, seeds, out, device, measures, fresh, as_json, **given):
     """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
 
-    By default on the bundled sample: trains on its odd-numbered queries, measures on the even-numbered ones among all
-    its passages. A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come
-    queries=even|odd|FILE, grades=OLD:NEW,... (others stay) and drop_self=yes|no.
+    By default trains on the bundled sample and measures on a part of MedQuAD, questions on health whose answers people
+    judged: an encoder that knows nothing of retrieval yet, the first three layers of a strong one, and the strong one.
+    A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come queries=even|odd|FILE,
+    grades=OLD:NEW,... (others stay) and drop_self=yes|no.
 
     Every finished run is a line of rows.jsonl in --out: stopped at any moment, the same command does the rest.
 
     \b
-    gradret bench quality --data lists.jsonl --dataset beir/scifact/test --losses infonce,wasserstein
+    gradret bench quality --data lists.jsonl --dataset beir/scifact/test --model intfloat/e5-small-v2 --seeds 3
     """
     require_one("bench quality")
     from gradret.bench import require_matplotlib
 
-    chosen = collect_settings(given) | {"data": data or ("sample?queries=odd",)}
+    chosen, encoders = collect_settings(given) | {"data": data}, _parse_encoders(models)
+    if "layers" in chosen:
+        raise click.UsageError("layers are a matter of each --model, such as --model ENCODER?layers=3")
     systems = {}
     for loss in losses.split(","):
         try:
@@ -606,8 +625,8 @@ def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json
         from gradret.bench.quality import format_quality, measure_quality
 
     document, error = measure_quality(
-        systems,
-        datasets=datasets or ("sample?queries=even",),
+        {name: {loss: replace(s, **own) for loss, s in systems.items()} for name, own in encoders.items()},
+        datasets=datasets,
         seeds=seeds,
         measures=_split_measures(measures),
         out=out,
@@ -618,6 +637,17 @@ def quality(data, datasets, losses, seeds, out, device, measures, fresh, as_json
     say(f"written: {out}/quality.json, {out}/quality.png")
     if error is not None:
         raise GradretError(error)
+
+
+def _parse_encoders(models: Sequence[str]) -> dict[str, dict]:
+    """What tables call each encoder -> its settings."""
+    found, forms = {}, {"layers": (partial(parse_count, low=1), "a whole number above 0")}
+    for text in dict.fromkeys(models):
+        model, _, query = text.partition("?")
+        settings = parse_options(text, filter(None, query.split("&")), forms, "layers=K")
+        name = (Path(model).name or model) + (f", {count_of(settings['layers'], 'layer')}" if settings else "")
+        found[text if name in found else name] = {"model": model, **settings}
+    return found
 
 
 def _split_measures(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, get_args
 
 SAMPLE = "sample"  # the bundled ranking lists
+MEDQUAD = "medquad"  # the bundled collection with human judgments
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 # Apache-2.0, 1.1 GB. Without a revision: lists record a digest of the model's content, and refuse another beside it.
 DEFAULT_LLM = "Qwen/Qwen2.5-1.5B-Instruct-GGUF:qwen2.5-1.5b-instruct-q4_k_m.gguf"
@@ -23,7 +24,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_LOSS = "wasserstein:.15+contrast:.85"
 DEFAULT_ORDER = 2
-DEFAULT_TEMPERATURE = 0.05
+DEFAULT_TEMPERATURE = 0.01
 DEFAULT_TARGETS = "sqrt"
 DEFAULT_GROUND = "sqrt"
 TARGETS = ("gain", "softmax", "sqrt")
@@ -331,7 +332,7 @@ class FitSettings:
     max_steps: int | None = setting(None, OPTIMISATION, "Steps after which the run ends sooner.", range=COUNT)
     batch_lists: int = setting(16, OPTIMISATION, "Lists whose passages share a batch, over all processes.", range=COUNT)
     accumulate: int = rare(1, OPTIMISATION, "Batches per optimizer step.", range=COUNT)
-    learning_rate: float = setting(5e-6, OPTIMISATION, "Peak learning rate, of AdamW.", range=POSITIVE)
+    learning_rate: float = setting(2e-4, OPTIMISATION, "Peak learning rate, of AdamW.", range=POSITIVE)
     weight_decay: float = rare(
         0.01, OPTIMISATION, "Weight decay of matrices; biases and norms have none.", range=ANY_COUNT
     )
@@ -341,7 +342,7 @@ class FitSettings:
     )
     clip: float = rare(1.0, OPTIMISATION, "The highest gradient norm; 0 for no limit.", range=ANY_COUNT)
     interpolate: float = rare(
-        1.0,
+        0.25,
         OPTIMISATION,
         "Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
         range=Range(0, 1, above=True),

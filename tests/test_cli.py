@@ -258,17 +258,18 @@ def test_the_measures_are_those_of_ir_measures_on_the_written_run(tiny_encoder, 
 
 def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ("--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32")
+    sources = ("--data", "sample?queries=odd", "--dataset", "sample?queries=even")
+    arguments = (*sources, "--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32")
     monkeypatch.setattr(sys, "argv", ["gradret", "bench", "it's"])
     result = invoke("bench", *arguments)  # quality is what bench does without a command
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "sample?queries=even: 48 queries, 384 documents, 2 seeds"
-    assert lines[1].split() == ["system", "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
+    assert lines[1].split() == [tiny_encoder.name, "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
     assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein:.15+contrast:.85"]
     document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
     assert document["command"] == """gradret bench 'it'"'"'s'"""
-    for row in document["rows"]:
+    for row in document["encoders"][0]["rows"]:
         column = row["columns"]["sample?queries=even"]
         values = column["values"]["nDCG@10"]
         assert len(values) == (1 if row["system"] == "untrained" else 2)

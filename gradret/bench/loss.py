@@ -30,7 +30,6 @@ from gradret.loss.kernels import backend, describe_backend
 from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
 from gradret.settings import DEFAULT_GROUND, DEFAULT_LOSS, DEFAULT_ORDER, DEFAULT_TARGETS, parse_loss
 
-SHAPES = ((64, 256), (512, 2048), (2048, 16384, 384))  # lists or queries, documents, dimensions
 TEMPERATURE = 0.05
 BASELINE = "InfoNCE"
 # A list's graded documents, others are 0: a few, as in judged collections; the highest grade is always there.
@@ -108,7 +107,7 @@ class Truth(NamedTuple):
 
 
 def measure_speed(
-    shapes: Sequence[Sequence[int]] = SHAPES,
+    shapes: Sequence[Sequence[int]],
     *,
     device: torch.device | str | None = None,
     dtype: str = "float32",

@@ -56,7 +56,7 @@ SET_OFF, PLAIN, EDGE = "#0b66c3", "#a9b4c0", "#3c4650"
 
 
 def measure_quality(
-    settings: Mapping[str, FitSettings],
+    settings: Mapping[str, Mapping[str, FitSettings]],
     *,
     datasets: Sequence[str],
     seeds: int,
@@ -65,12 +65,13 @@ def measure_quality(
     device: str | None = None,
     fresh: bool = False,
 ) -> tuple[dict, str | None]:
-    """Train and measure every row with every seed, beside the untrained encoder; write quality.json and quality.png.
+    """Train and measure every row with every seed, beside the untrained encoders; write quality.json and quality.png.
 
     Runs that have a row in `out`/rows.jsonl are not done again.
 
     Args:
-        settings: name of a row -> its settings, alike but for what the rows are about; seed and exclude are replaced.
+        settings: encoder -> name of a row -> its settings, alike but for what the rows are about; seed and exclude are
+            replaced.
         datasets: collections to measure on, see sources.parse_source.
         measures: names of ir_measures; the first is the one tested.
         out: an existing folder; several processes may share it.
@@ -81,22 +82,29 @@ def measure_quality(
     measures, sources = tuple(parse_measures(measures, DEFAULT_DEPTH)), tuple(dict.fromkeys(datasets))
     if not measures:
         raise GradretError("--measures names none; name one at least, such as nDCG@10")
-    first = next(iter(settings.values()))
-    encoder, data = Path(first.model).name or first.model, "+".join(first.data)
-    exclude = tuple(sorted({*first.exclude, *sources}))
-    runs = {UNTRAINED: [Run(UNTRAINED, replace(first, exclude=exclude), sources, f"{UNTRAINED} ({encoder})")]}
-    for name, chosen in settings.items():
-        runs[name] = [
-            Run(FIT, replace(chosen, exclude=exclude, seed=seed), sources, f"{name}, seed {seed} ({encoder}, {data})")
-            for seed in range(seeds)
-        ]
-    planned = [run for of_name in runs.values() for run in of_name]
+    runs = {encoder: _plan_runs(encoder, rows, sources, seeds) for encoder, rows in settings.items()}
+    planned = [run for of_encoder in runs.values() for of_name in of_encoder.values() for run in of_name]
     rows, error = do_runs(planned, out, measures=measures, device=device, fresh=fresh)
     document = make_document(runs, rows, measures, sources)
     with Rows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
         write_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
     return document, error
+
+
+def _plan_runs(
+    encoder: str, settings: Mapping[str, FitSettings], sources: tuple[str, ...], seeds: int
+) -> dict[str, list["Run"]]:
+    """Name of a row -> its runs, the untrained encoder's first."""
+    first = next(iter(settings.values()))
+    exclude, data = tuple(sorted({*first.exclude, *sources})), "+".join(first.data)
+    runs = {UNTRAINED: [Run(UNTRAINED, replace(first, exclude=exclude), sources, f"{UNTRAINED} ({encoder})")]}
+    for name, chosen in settings.items():
+        runs[name] = [
+            Run(FIT, replace(chosen, exclude=exclude, seed=seed), sources, f"{name}, seed {seed} ({encoder}, {data})")
+            for seed in range(seeds)
+        ]
+    return runs
 
 
 # --- a run and its row
@@ -463,28 +471,41 @@ def _is_of(row: dict, run: Run, inputs: OpenedInputs) -> bool:
 
 
 def make_document(
-    runs: Mapping[str, Sequence[Run]], rows: Mapping[str, dict], measures: Sequence[str], sources: Sequence[str]
+    runs: Mapping[str, Mapping[str, Sequence[Run]]],
+    rows: Mapping[str, dict],
+    measures: Sequence[str],
+    sources: Sequence[str],
 ) -> dict:
-    """Everything measured so far, JSON-serialisable: what the table and the chart are made of.
+    """Everything measured so far, JSON-serialisable: what the tables and the chart are made of.
 
     Args:
-        runs: name of a row -> its runs.
+        runs: encoder -> name of a row -> its runs.
         rows: key of a run -> its row of rows.jsonl.
     """
-    used = [rows[run.key] for planned in runs.values() for run in planned if run.key in rows]
+    planned = [run for of_encoder in runs.values() for of_name in of_encoder.values() for run in of_name]
+    used = [rows[run.key] for run in planned if run.key in rows]
     sizes = {s: {k: c[k] for k in ("queries", "documents")} for r in used for s, c in r["collections"].items()}
-    records = {name: planned[0].record()["settings"] for name, planned in runs.items()}
     return {
         "command": command_line(),
         "measures": list(measures),
-        "baseline": BASELINE if BASELINE in runs else None,
+        "baseline": BASELINE if BASELINE in next(iter(runs.values())) else None,
         "done": len(used),
-        "planned": sum(map(len, runs.values())),
-        "settings": {name: {k: v for k, v in found.items() if k != "seed"} for name, found in records.items()},
+        "planned": len(planned),
         "collections": {source: sizes[source] for source in sources if source in sizes},
         "versions": collect_versions(used),
-        "rows": tabulate(runs, rows, measures, sources, [BASELINE]),
+        "encoders": [
+            {
+                "encoder": encoder,
+                "settings": {name: _record_settings(of_name[0]) for name, of_name in of_encoder.items()},
+                "rows": tabulate(of_encoder, rows, measures, sources, [BASELINE]),
+            }
+            for encoder, of_encoder in runs.items()
+        ],
     }
+
+
+def _record_settings(run: Run) -> dict:
+    return {name: value for name, value in run.record()["settings"].items() if name != "seed"}
 
 
 def tabulate(
@@ -588,25 +609,26 @@ LINE, COLUMN = 110, 15  # characters of a line and of a column's name
 
 
 def format_quality(document: dict) -> str:
-    """Tables for a terminal: with several collections one of the first measure, then one per collection."""
-    measures, rows = document["measures"], document["rows"]
-    columns = next((list(row["columns"]) for row in rows if row["columns"]), [])
-    seeds = max(row["wanted"] for row in rows)
-    seeds = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    """Tables for a terminal, by encoder: with several collections one of the first measure, then one per collection."""
+    measures = document["measures"]
+    columns = _list_columns(document)
+    seeds = count_of(max(row["wanted"] for found in document["encoders"] for row in found["rows"]), "seed")
     blocks = []
-    if len(columns) != 1:
-        cells = {name_column(column): (column, measures[0]) for column in columns}
-        blocks.append(_format_block(document, f"{measures[0]}, {seeds}", cells, "p"))
-    for column in columns:
-        size = document["collections"].get(column)
-        sizes = ""
-        if size:
-            queries = count_of(size["queries"], "query", "queries")
-            sizes = f": {queries}, {count_of(size['documents'], 'document')}"
-        cells = {measure: (column, measure) for measure in measures}
-        title = f"{name_column(column)}{sizes}, {seeds}"
-        blocks.append(_format_block(document, title, cells, f"p ({measures[0]})"))
-    if any(column.get("p") for row in rows for column in row["columns"].values()):
+    for found in document["encoders"]:
+        if len(columns) != 1:
+            cells = {name_column(column): (column, measures[0]) for column in columns}
+            blocks.append(_format_block(document, found, f"{measures[0]}, {seeds}", cells, "p"))
+        for column in columns:
+            size = document["collections"].get(column)
+            sizes = ""
+            if size:
+                queries = count_of(size["queries"], "query", "queries")
+                sizes = f": {queries}, {count_of(size['documents'], 'document')}"
+            cells = {measure: (column, measure) for measure in measures}
+            title = f"{name_column(column)}{sizes}, {seeds}"
+            blocks.append(_format_block(document, found, title, cells, f"p ({measures[0]})"))
+    tested = (column.get("p") for found in document["encoders"] for row in found["rows"] for column in _columns_of(row))
+    if any(tested):
         note = f"p: paired randomisation test over queries against {document['baseline']}, Holm-corrected for the "
         blocks.append(textwrap.fill(note + "systems compared", LINE))
     if document["done"] < document["planned"]:
@@ -614,25 +636,36 @@ def format_quality(document: dict) -> str:
     return "\n\n".join(blocks)
 
 
-def _format_block(document: dict, title: str, cells: Mapping[str, tuple[str, str]], p_name: str) -> str:
-    """A table under its title; without the spreads where it would be too wide.
+def _list_columns(document: dict) -> list[str]:
+    """The collections, and with several MEAN, as far as anything is done."""
+    rows = (row for found in document["encoders"] for row in found["rows"])
+    return next((list(row["columns"]) for row in rows if row["columns"]), [])
+
+
+def _columns_of(row: dict) -> Iterable[dict]:
+    return row["columns"].values()
+
+
+def _format_block(document: dict, found: dict, title: str, cells: Mapping[str, tuple[str, str]], p_name: str) -> str:
+    """An encoder's table under its title; without the spreads where it would be too wide.
 
     Args:
         cells: header -> column and measure. The p-values of the last one's column follow, where something is tested.
     """
-    rows, baseline = document["rows"], document["baseline"]
+    rows, baseline = found["rows"], document["baseline"]
     last = next(reversed(cells.values()), ("",))[0]
     p_values = [row["columns"].get(last, {}).get("p", {}).get(baseline) for row in rows]
-    header = ["system", *("\n".join(textwrap.wrap(name, COLUMN)) for name in [*cells, *([p_name] * any(p_values))])]
+    names = [*cells, *([p_name] * any(p_values))]
+    header = [found["encoder"], *("\n".join(textwrap.wrap(name, COLUMN)) for name in names)]
     for spreads in (True, False):
         lines = []
         for row, p in zip(rows, p_values, strict=True):
             missing = f" ({row['runs']}/{row['wanted']})" if 0 < row["runs"] < row["wanted"] else ""
             line = [row["system"] + missing]
             for column, measure in cells.values():
-                found = row["columns"].get(column)
-                sd = found["sd"][measure] if found and spreads else None
-                line.append(show_value(found["mean"][measure], sd) if found else DASH)
+                there = row["columns"].get(column)
+                sd = there["sd"][measure] if there and spreads else None
+                line.append(show_value(there["mean"][measure], sd) if there else DASH)
             if any(p_values):
                 line.append("" if row["system"] == baseline else show_p(p and p["randomisation_holm"]))
             lines.append(line)
@@ -658,21 +691,25 @@ def show_p(p: float | None) -> str:
 
 
 def draw_quality(document: dict, path: Path) -> None:
-    """A PNG of the first measure: a panel per collection and for their mean, a bar per row, whiskers of one sd."""
+    """A PNG of the first measure: a line of panels per encoder, one per collection and for their mean.
+
+    A panel has a bar per row, with whiskers of one sd.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, measure = document["rows"], document["measures"][0]
-    columns = next((list(row["columns"]) for row in rows if row["columns"]), [""])
+    encoders, measure = document["encoders"], document["measures"][0]
+    columns = _list_columns(document) or [""]
+    height = sum(1.2 + 0.27 * len(found["rows"]) for found in encoders)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a user's dollar sign opens no formula
-        figure = Figure(figsize=(2.4 + 2.3 * len(columns), 1.2 + 0.27 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(2.4 + 2.3 * len(columns), height), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(1, len(columns), squeeze=False, sharex=True, sharey=True)[0]
-        for axes, column in zip(panels, columns, strict=True):
-            found = [row["columns"].get(column) for row in rows]
-            draw_bars(axes, {row["system"]: f for row, f in zip(rows, found, strict=True)}, measure)
-            axes.set_title(name_column(column), fontsize=9, loc="left")
+        panels = figure.subplots(len(encoders), len(columns), squeeze=False, sharex=True, sharey="row")
+        for line, found in zip(panels, encoders, strict=True):
+            for axes, column in zip(line, columns, strict=True):
+                draw_bars(axes, {row["system"]: row["columns"].get(column) for row in found["rows"]}, measure)
+                axes.set_title(f"{found['encoder']}\n{name_column(column)}", fontsize=9, loc="left")
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 

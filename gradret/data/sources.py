@@ -32,10 +32,11 @@ from gradret.data.lists import (
     query_words,
     read_lines,
 )
-from gradret.settings import SAMPLE
+from gradret.settings import MEDQUAD, SAMPLE
 
 COUNT_DIGITS = 18  # what an int64 holds
 LABELS = ("intended", "judged", "agreed")
+BUNDLED = {SAMPLE: "sample.jsonl", MEDQUAD: "medquad"}  # what the package carries, by its name as a source
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Source:
     """`NAME[?grades=...&sample=K&queries=...&labels=...]`, parsed.
 
     Attributes:
-        name: a path, `DIR:SPLIT`, an ir_datasets id, or `sample`. `DIR` alone is its only split, or of several `test`.
+        name: a path, `DIR:SPLIT`, an ir_datasets id, `sample` or `medquad`. `DIR` alone is its only split, or of
+            several `test`.
         grades: pairs (old, new): as training data only these grades are used, each under its new value;
             as a collection to evaluate on, the others keep theirs. None uses all as they are.
         sample: as training data, at most this many passages per query, drawn with the run's seed.
@@ -163,8 +165,8 @@ USAGE = (
 
 def find_path(name: str) -> Path | None:
     """The file or directory a source's name stands for; None when it can only be an ir_datasets id."""
-    if name == SAMPLE:
-        return Path(str(resources.files("gradret") / "data" / "sample.jsonl"))
+    if name in BUNDLED:
+        return _find_bundled(name)
     directory, _ = _split_directory(name)
     if directory.is_dir():
         return directory
@@ -175,7 +177,13 @@ def find_path(name: str) -> Path | None:
     return None
 
 
+def _find_bundled(name: str) -> Path:
+    return Path(str(resources.files("gradret") / "data" / BUNDLED[name]))
+
+
 def _split_directory(name: str) -> tuple[Path, str]:
+    if name in BUNDLED:
+        name = str(_find_bundled(name))
     head, colon, split = name.rpartition(":")
     return (Path(head), split) if colon and Path(head).is_dir() else (Path(name), choose_split(Path(name)))
 

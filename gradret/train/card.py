@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from gradret.encoder.model import Encoder
-from gradret.settings import SAMPLE, FitSettings, spell_option
+from gradret.settings import MEDQUAD, SAMPLE, FitSettings, spell_option
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "gradret"]
 # In the table of settings whatever they are; others where they differ from the default.
-SHOWN = "loss order temperature targets ground batch_lists learning_rate epochs seed precision lora".split()
+SHOWN = "loss order temperature targets ground batch_lists learning_rate epochs interpolate seed precision lora".split()
 # Told elsewhere in the card, or without a say in the outcome.
 UNSHOWN = ("data", "exclude", "model", "dev", "dev_measure", "pooling", "normalize", "similarity", "checkpoint_every")
 UNSHOWN += ("query_prefix", "document_prefix", "query_max_length", "document_max_length")
@@ -119,7 +119,7 @@ def _hide_folder(name: str) -> str:
     """The last part of a local path, with its `:SPLIT` if it has one; other names as they are."""
     folder = name.rpartition(":")[0]
     path_like = re.match(r"[./~\\]|[A-Za-z]:[\\/]", name) or name.endswith((".jsonl", ".json", ".tsv", ".txt"))
-    if name == SAMPLE or not (path_like or os.path.exists(name) or (folder and os.path.isdir(folder))):
+    if name in (SAMPLE, MEDQUAD) or not (path_like or os.path.exists(name) or (folder and os.path.isdir(folder))):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return Path(name).resolve().name if last in ("", ".", "..", "~") else last

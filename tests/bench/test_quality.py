@@ -44,6 +44,7 @@ from gradret.train.mining import search_bm25
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVEN, TWO_GRADES = "sample?queries=even", "sample?queries=even&grades=2:0,1:0"
+ODD = "sample?queries=odd"
 MEASURES = ("nDCG@10", "RR@10")
 
 
@@ -477,7 +478,7 @@ def test_other_queries_of_a_collection_are_told():
 
 def test_what_a_terminal_shows():
     runs, rows = make_results()
-    text = format_quality(make_document(runs, rows, MEASURES, ("A", "B")))
+    text = format_quality(make_document({"tiny": runs}, rows, MEASURES, ("A", "B")))
     blocks = text.split("\n\n")
     assert [block.splitlines()[0] for block in blocks] == [
         "nDCG@10, 2 seeds",
@@ -488,23 +489,25 @@ def test_what_a_terminal_shows():
     ]
     assert blocks[0].splitlines()[-1].split() == "kl 0.5100 ± 0.0141 0.4100 ± 0.0141 0.4600 ± 0.0141 0.125".split()
     assert blocks[1].splitlines()[1:] == [
-        "system             nDCG@10            RR@10  p (nDCG@10)",
+        "tiny               nDCG@10            RR@10  p (nDCG@10)",
         "---------  ---------------  ---------------  -----------",
         "untrained           0.3000           1.0000        0.500",
         "infonce    0.4100 ± 0.0141  1.0000 ± 0.0000",
         "kl         0.5100 ± 0.0141  1.0000 ± 0.0000        0.500",
     ]
     del rows[runs["kl"][1].key]
-    text = format_quality(make_document(runs, rows, MEASURES, ("A",)))
+    text = format_quality(make_document({"tiny": runs}, rows, MEASURES, ("A",)))
     assert "kl (1/2)" in text and text.endswith("4 of 5 runs are done")
-    assert format_quality(make_document(runs, {}, MEASURES, ("A",))).endswith("0 of 5 runs are done")
+    assert format_quality(make_document({"tiny": runs}, {}, MEASURES, ("A",))).endswith("0 of 5 runs are done")
 
 
 def test_a_chart_of_any_document(tmp_path):
     runs, rows = make_results()
     runs["$x_$"] = runs.pop("kl")  # opens no formula
     for there in (rows, {}):
-        draw_quality(make_document(runs, there, MEASURES, ("A", "B")), tmp_path / "quality.png")
+        draw_quality(
+            make_document({"tiny": runs, "other": runs}, there, MEASURES, ("A", "B")), tmp_path / "quality.png"
+        )
         assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -517,14 +520,14 @@ def invoke(*arguments):
 
 def test_the_command_and_its_second_call(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ("--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32", "--json")
+    arguments = ("--data", ODD, "--dataset", EVEN, "--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--json")
     result = invoke(*arguments)
     assert result.exit_code == 0, result.stderr
     assert "run 2 of 5: infonce, seed 0 (" in result.stderr
     document = json.loads(result.stdout)
     assert document == json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
     assert (tmp_path / "gradret-bench" / "quality.png").read_bytes().startswith(b"\x89PNG")
-    found = {row["system"]: row["columns"][EVEN] for row in document["rows"]}
+    found = {row["system"]: row["columns"][EVEN] for row in document["encoders"][0]["rows"]}
     assert list(found) == ["untrained", "infonce", FitSettings().loss]
     per_query = [row["collections"][EVEN]["per_query"]["nDCG@10"] for row in read_lines("gradret-bench/rows.jsonl")]
     assert len(per_query) == 5
@@ -535,7 +538,7 @@ def test_the_command_and_its_second_call(tiny_encoder, tmp_path, monkeypatch):
     again = invoke(*arguments)
     assert "5 of 5 runs are done already in gradret-bench/rows.jsonl; --fresh measures again\n" in again.stderr
     assert "run " not in again.stderr.replace("runs", "")
-    assert json.loads(again.stdout)["rows"] == document["rows"]
+    assert json.loads(again.stdout)["encoders"] == document["encoders"]
 
 
 def test_unknown_measures_and_losses_are_one_line(tmp_path):
@@ -543,3 +546,27 @@ def test_unknown_measures_and_losses_are_one_line(tmp_path):
     assert result.exit_code == 1 and "measure 'nDGC' is not known" in result.stderr
     result = invoke("quality", "--losses", "infonce,no", "--out", tmp_path)
     assert result.exit_code == 2 and "'no' is not one of" in result.stderr
+
+
+def test_encoders_have_a_table_each(tiny_encoder, tmp_path):
+    arguments = ("--data", ODD, "--dataset", EVEN, "--losses", "infonce", "--max-steps", 1, "--out", tmp_path)
+    result = invoke(*arguments, "--model", f"{tiny_encoder}?layers=1", "--model", tiny_encoder)
+    assert result.exit_code == 0, result.stderr
+    small, whole = result.stdout.split("\n\n")
+    name, title = tiny_encoder.name, "sample?queries=even: 48 queries, 384 documents, 1 seed"
+    assert [block.splitlines()[0] for block in (small, whole)] == [title, title]
+    assert small.splitlines()[1].startswith(f"{name}, 1 layer  ") and whole.splitlines()[1].startswith(f"{name}  ")
+    assert small.splitlines()[3:] != whole.splitlines()[3:]
+    document = json.loads((tmp_path / "quality.json").read_text())
+    assert [found["settings"]["infonce"]["layers"] for found in document["encoders"]] == [1, None]
+    result = invoke(*arguments, "--model", f"{tiny_encoder}?depth=1")
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {tiny_encoder}?depth=1: option 'depth=1' is not known; use layers=K\n"
+    result = invoke(*arguments, "--set", "layers=1")
+    assert result.exit_code == 2 and "layers are a matter of each --model" in result.stderr
+
+
+def test_the_first_command_measures_human_judgments(tiny_encoder, tmp_path):
+    result = invoke("--model", tiny_encoder, "--max-steps", 1, "--losses", "infonce", "--out", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("medquad: 60 queries, 800 documents, 1 seed\n")
