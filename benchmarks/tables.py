@@ -4,12 +4,14 @@
     python -m benchmarks.tables ablations                    what each setting does
     python -m benchmarks.tables apart                        SciFact's claims that no list is near to
     python -m benchmarks.tables loss|fit|step|gen [FILE.json]  speed of losses, of training, of writing lists
+    python -m benchmarks.tables defaults                     learning rates and shares of the way, by encoder
     python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
 
-The first three read results/quality/rows.jsonl (or --rows), look results/lists/*/look.json, the others
-results/NAME-cpu.json. Needs no data.
+The first three read results/quality/rows.jsonl (or --rows), defaults results/dev/defaults.jsonl, look
+results/lists/*/look.json, the others results/NAME-cpu.json. Needs no data.
 """
 
+import json
 from pathlib import Path
 
 import click
@@ -219,11 +221,23 @@ def write_look(results: dict[str, dict]) -> list[str]:
     return write_table("pairs in the order of their grades", [*results], rows)
 
 
+def write_defaults(results: list[dict]) -> list[str]:
+    """By encoder and learning rate, rows of benchmarks.defaults: the collections' mean at each share of the way."""
+    shares = list(results[0]["shares"])
+    rows = {
+        f"{result['encoder']}, {result['learning_rate']:g}": [
+            f"{np.mean([*result['shares'][share].values()]):.3f}".lstrip("0") for share in shares
+        ]
+        for result in results
+    }
+    return write_table("encoder, learning rate", ["untrained", *shares[1:]], rows)
+
+
 SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
 
 
 @click.command(cls=Script)
-@click.argument("table", type=click.Choice(("quality", "ablations", "apart", "look", *SPEED)))
+@click.argument("table", type=click.Choice(("quality", "ablations", "apart", "defaults", "look", *SPEED)))
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", type=click.Path(path_type=Path), help="Of quality, ablations and apart: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
@@ -234,6 +248,8 @@ def main(table, file, rows, measure):
     elif table == "look":
         found = sorted((RESULTS / "lists").glob("*/look.json"))
         lines = write_look({path.parent.name: read_object(path) for path in found})
+    elif table == "defaults":
+        lines = write_defaults([*map(json.loads, (RESULTS / "dev" / "defaults.jsonl").read_text().splitlines())])
     else:
         path = rows or RESULTS / "quality" / ROWS_FILE
         if table == "quality":

@@ -155,7 +155,7 @@ LABELS = {
     "cranfield": f"cranfield?queries={LISTS['cranfield']}&{CRANFIELD_CODES}&sample=4",
 }
 MEASURES = ("nDCG@10", "R@100", "RR@10")
-SETTINGS = {"epochs": 2.0, "temperature": 0.02, "targets": "sqrt", "ground": "sqrt"}
+SETTINGS = {"epochs": 2.0, "temperature": 0.02, "targets": "sqrt", "ground": "sqrt", "interpolate": 1.0}
 DEFAULT = "wasserstein:.15+contrast:.85"
 
 

@@ -99,7 +99,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        (["loss"], 30),
+        (["loss"], 43),
         (["gen"], 5),
         (["fit"], 14),
         (["quality"], 55),

@@ -184,7 +184,7 @@ def test_saved_and_measured_weights_lie_so_far_on_the_way_to_the_trained_ones(ti
         data=("sample?queries=odd",), model=str(tiny_encoder), batch_lists=6, max_steps=4, learning_rate=1e-3,
         precision="float32",
     )  # fmt: skip
-    fit(settings, tmp_path / "whole")
+    fit(replace(settings, interpolate=1.0), tmp_path / "whole")
     fit(replace(settings, interpolate=0.25, dev="sample?queries=even", dev_every=2), tmp_path / "part")
     encoders = [load_encoder(str(path)) for path in (tiny_encoder, tmp_path / "whole", tmp_path / "part")]
     start, whole, part = (dict(encoder.named_parameters()) for encoder in encoders)
