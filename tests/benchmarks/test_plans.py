@@ -101,6 +101,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     [
         (["loss"], 43),
         (["defaults"], 8),
+        (["step"], 17),
         (["gen"], 5),
         (["fit"], 14),
         (["quality"], 55),
