@@ -166,8 +166,8 @@ GLUED = re.compile(
 )
 LANGUAGE_SHARE = 0.01  # least probability of the language asked for: kin, such as Danish to Norwegian, has more
 # Where none was asked for, least probability that a passage is in the language of the list's best one: two sentences of
-# kin have .001 at least, an English passage and a German one 1e-14.
-SAME_LANGUAGE = 1e-6
+# kin have .001 at least, an English passage with French proverbs 1e-6, an English passage and a German one 1e-14.
+SAME_LANGUAGE = 1e-8
 
 MARKUP = re.compile(r"^\s*(#|[-*•] |\|)|\*\*|```|^Subject:", re.MULTILINE)  # which no prose has
 FORM_KEY = re.compile(r"\bgrade_-?\d|```|\[/?INST\]|<\|\w+\|>", re.IGNORECASE)  # and what chats are made of

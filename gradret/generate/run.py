@@ -280,6 +280,12 @@ class Generation:
             self._ask_plan(draft, part)
         else:
             draft.came.pop(part)
+            drawn = {*self._scale.briefs[part]} & {*DRAWN} & {*draft.plan}
+            for brief in drawn if problem.reason == "language" else ():  # it may be in that language, too
+                del draft.plan[brief]
+                draft.attempts[brief] = draft.attempts.get(brief, 1) + 1
+                self._ask_plan(draft, brief)
+                return True
             self._ask_passage(draft, part)
         return True
 

@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from conftest import SAMPLE_FILE
 
 from gradret.console import GradretError
 from gradret.data.lists import read_lists
@@ -208,6 +209,31 @@ def test_good_briefs_are_kept_while_others_are_asked_again(run, written):
     assert summary.retries == {"bad plan": 1}
     order = [r.key[2] for r in engine.asked]
     assert sorted(map(str, order)) == sorted(map(str, [*PARTS, "plan"])) and order.index(2) < order.index(1)
+
+
+def test_a_passage_in_another_language_gets_another_brief(run, written):
+    """That of its own may be why."""
+    german = (
+        "Der erste Schnee fiel in diesem Jahr schon im Oktober auf die Berge, und niemand hatte die Reifen gewechselt. "
+        "Auf der Straße zum Pass standen am Morgen lange Schlangen von Autos, deren Fahrer auf den Räumdienst warteten."
+    )
+    english = [passage.text for passage in next(iter(read_lists(SAMPLE_FILE))).passages]
+
+    def reply(request):
+        good, (_, attempt, part) = write_well(request), request.key
+        if part == "far" and attempt == 1:
+            return replace(good, text=json.dumps({"far": "der erste Schnee des Jahres"}))
+        if part not in (3, 2, 1, 0):
+            return good
+        return replace(good, text=german if "Schnee" in request.messages[-1]["content"] else english[3 - part])
+
+    engine = ScriptedEngine(reply)
+    settings = replace(SETTINGS, min_chars=60)
+    summary = run(engine, settings, queries=QUERIES[:1])
+    assert summary.retries == {"language": 1}
+    assert [r.key[1:] for r in engine.asked if r.key[1] > 1] == [(2, "far"), (2, 0)]
+    assert written()["q0"].meta["plan"]["far"] == brief_of(QUERIES[0].text, "far")
+    assert len(written()["q0"].passages) == 4
 
 
 @pytest.mark.parametrize("room", [1, 6])
