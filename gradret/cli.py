@@ -206,7 +206,8 @@ def fit(out, device, resume, tensorboard, as_json, **given):
     else:
         best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""
         steps = count_of(result.steps, "step")
-        click.echo(f"{result.out}: {steps}, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s")
+        kept = f", saved at {settings.interpolate:g} of the way" if settings.interpolate < 1 else ""
+        click.echo(f"{result.out}: {steps}, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s{kept}")
 
 
 def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
@@ -538,7 +539,7 @@ class Bench(click.Group):
 
 @click.group(cls=Bench, short_help="Measure retrieval quality or speed.")
 def bench():
-    """Measure retrieval quality, or the speed of losses. Without a command: quality, on the bundled sample."""
+    """Measure retrieval quality, or the speed of losses. Without a command: quality."""
 
 
 @bench.command(cls=Command, short_help="Train with each loss and compare (the default).")
@@ -593,7 +594,7 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
     """Train each loss on the same lists, seeds and budget; compare with InfoNCE and the untrained encoder.
 
     By default trains on the bundled sample and measures on a part of MedQuAD, questions on health whose answers people
-    judged: an encoder that knows nothing of retrieval yet, the first three layers of a strong one, and the strong one.
+    judged: with the first three layers of an encoder, which know nothing of retrieval yet, and with the whole of it.
     A dataset is a BEIR directory, an ir_datasets id or a ranking-list file; after a '?' come queries=even|odd|FILE,
     grades=OLD:NEW,... (others stay) and drop_self=yes|no.
 
@@ -641,13 +642,20 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
 
 def _parse_encoders(models: Sequence[str]) -> dict[str, dict]:
     """What tables call each encoder -> its settings."""
-    found, forms = {}, {"layers": (partial(parse_count, low=1), "a whole number above 0")}
-    for text in dict.fromkeys(models):
+    forms = {"layers": (partial(parse_count, low=1), "a whole number above 0")}
+    chosen: list[dict] = []
+    for text in models:
         model, _, query = text.partition("?")
-        settings = parse_options(text, filter(None, query.split("&")), forms, "layers=K")
-        name = (Path(model).name or model) + (f", {count_of(settings['layers'], 'layer')}" if settings else "")
-        found[text if name in found else name] = {"model": model, **settings}
-    return found
+        if not model:
+            raise click.BadParameter(f"'{text}' names no encoder", param_hint="--model")
+        settings = {"model": model, **parse_options(text, filter(None, query.split("&")), forms, "layers=K")}
+        chosen += [settings] * (settings not in chosen)
+    parts = {one["model"]: Path(one["model"]).absolute().parts for one in chosen}
+    # The fewest last parts of their paths that tell them apart.
+    depth = next((d for d in range(1, 99) if len({p[-d:] for p in parts.values()}) == len(parts)), 0)
+    shown = {model: "/".join(parts[model][-depth:]) if depth else model for model in parts}
+    layers = [count_of(one["layers"], "layer") if "layers" in one else "" for one in chosen]
+    return {", ".join(filter(None, (shown[one["model"]], kept))): one for one, kept in zip(chosen, layers, strict=True)}
 
 
 def _split_measures(text: str) -> list[str]:

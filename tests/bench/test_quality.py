@@ -566,6 +566,19 @@ def test_encoders_have_a_table_each(tiny_encoder, tmp_path):
     assert result.exit_code == 2 and "layers are a matter of each --model" in result.stderr
 
 
+def test_encoders_of_one_name_are_told_apart_and_none_is_trained_twice(tiny_encoder, tmp_path):
+    arguments = ("--data", ODD, "--dataset", EVEN, "--losses", "infonce", "--max-steps", 1, "--out", tmp_path / "out")
+    for folder in ("one", "two"):
+        shutil.copytree(tiny_encoder, tmp_path / folder / "tiny")
+    models = [tmp_path / "one" / "tiny", tmp_path / "two" / "tiny", f"{tmp_path / 'two' / 'tiny'}?"]
+    result = invoke(*arguments, *(part for model in models for part in ("--model", model)))
+    assert result.exit_code == 0, result.stderr
+    encoders = json.loads((tmp_path / "out" / "quality.json").read_text())["encoders"]
+    assert [found["encoder"] for found in encoders] == ["one/tiny", "two/tiny"]
+    result = invoke(*arguments, "--model", "?layers=1")
+    assert result.exit_code == 2 and "'?layers=1' names no encoder" in result.stderr
+
+
 def test_the_first_command_measures_human_judgments(tiny_encoder, tmp_path):
     result = invoke("--model", tiny_encoder, "--max-steps", 1, "--losses", "infonce", "--out", tmp_path)
     assert result.exit_code == 0, result.stderr
