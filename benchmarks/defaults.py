@@ -79,17 +79,13 @@ def main(rows, lists):
     for name, options in ENCODERS.items():
         for rate in RATES:
             settings = FitSettings(data=lists, exclude=exclude, learning_rate=rate, interpolate=1.0, **options)
-            if any((row["encoder"], row["learning_rate"]) == (name, rate) for row in done):
+            told = {"encoder": name, "learning_rate": rate, "temperature": settings.temperature}
+            told |= {"epochs": settings.epochs, "lists": list(lists)}
+            if any(told.items() <= row.items() for row in done):
                 continue
             encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)
             own = {key: value.clone() for key, value in encoder.state_dict().items()}
-            row = {
-                "encoder": name,
-                "learning_rate": rate,
-                "temperature": settings.temperature,
-                "epochs": settings.epochs,
-            }
-            row |= {"lists": list(lists), "versions": versions(), "shares": {"0": measure(encoder, parts)}}
+            row = told | {"versions": versions(), "shares": {"0": measure(encoder, parts)}}
             with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
                 fit(settings, Path(folder, "run"), device="cpu")
                 trained = load_encoder(str(Path(folder, "run")), device="cpu").state_dict()

@@ -385,7 +385,7 @@ def test_json_is_one_document(tmp_path, tiny_encoder, monkeypatch, trainer):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found == json.loads((tmp_path / "fit.json").read_text())
-    assert found["memory"] == [] and found["settings"]["temperature"] == 0.05
+    assert found["memory"] == [] and found["settings"]["temperature"] == FitSettings().temperature
     assert found["rows"][0]["passages_per_s"] == spread(8000.0)
 
 

@@ -159,7 +159,7 @@ def test_instructions_stand_before_queries_alone(tiny_decoder, tmp_path):
 def run_settings(model: Path, lists: Path, **changes) -> FitSettings:
     options = {"data": (str(lists),), "model": str(model), "pooling": "last", "query_prefix": INSTRUCTION}
     options |= {"batch_lists": 6, "learning_rate": 3e-3, "temperature": 0.1, "precision": "float32"}
-    options |= {"epochs": 16, "document_max_length": 48, "query_max_length": 48}
+    options |= {"epochs": 16, "document_max_length": 48, "query_max_length": 48, "interpolate": 1.0}
     return FitSettings(**options | changes)
 
 

@@ -140,6 +140,7 @@ def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     settings = FitSettings(
         data=(str(tmp_path / "six.jsonl"),), model=str(model), loss=loss, batch_lists=6,
         epochs=60, learning_rate=1e-2, warmup=0.05, precision="float32", temperature=0.1, weight_decay=0.0,
+        interpolate=1.0,
     )  # fmt: skip
     result = fit(settings, tmp_path / "out", progress=False)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
