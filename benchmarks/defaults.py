@@ -13,7 +13,6 @@ import tempfile
 from pathlib import Path
 
 import click
-import torch
 
 from benchmarks.quality.plan import CRANFIELD_CODES, MINILM, THREE_LAYERS
 from benchmarks.script import Script
@@ -24,7 +23,7 @@ from gradret.encoder.load import load_encoder
 from gradret.evaluation.measures import evaluate
 from gradret.files import versions
 from gradret.settings import FitSettings
-from gradret.train.loop import fit
+from gradret.train.loop import copy_trained, fit, interpolated
 
 COLLECTIONS = {
     "scifact": "beir/scifact/train?queries=benchmarks/queries/dev-scifact.txt",
@@ -50,7 +49,8 @@ class Part(Collection):
         relevant = {d for grades in self.qrels.values() for d, grade in grades.items() if grade > 0}
         documents = list(whole.documents())
         others = random.Random(0).sample([d.doc_id for d in documents if d.doc_id not in relevant], OTHERS)
-        self._documents = [d for d in documents if d.doc_id in relevant or d.doc_id in set(others)]
+        kept = relevant.union(others)
+        self._documents = [d for d in documents if d.doc_id in kept]
         self.document_count = len(self._documents)
 
     def documents(self, start=0, characters=None):
@@ -84,14 +84,14 @@ def main(rows, lists):
             if any(told.items() <= row.items() for row in done):
                 continue
             encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)
-            own = {key: value.clone() for key, value in encoder.state_dict().items()}
+            own = copy_trained(encoder)
             row = told | {"versions": versions(), "shares": {"0": measure(encoder, parts)}}
             with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
                 fit(settings, Path(folder, "run"), device="cpu")
-                trained = load_encoder(str(Path(folder, "run")), device="cpu").state_dict()
+                encoder = load_encoder(str(Path(folder, "run")), device="cpu")
             for share in SHARES:
-                encoder.load_state_dict({k: torch.lerp(own[k], trained[k], share) for k in own})
-                row["shares"][f"{share:g}"] = measure(encoder, parts)
+                with interpolated(encoder, own, share):
+                    row["shares"][f"{share:g}"] = measure(encoder, parts)
             with open(rows, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             say(f"{name}, {rate:g}: " + json.dumps(row["shares"]))

@@ -649,13 +649,17 @@ def _parse_encoders(models: Sequence[str]) -> dict[str, dict]:
         if not model:
             raise click.BadParameter(f"'{text}' names no encoder", param_hint="--model")
         settings = {"model": model, **parse_options(text, filter(None, query.split("&")), forms, "layers=K")}
-        chosen += [settings] * (settings not in chosen)
+        if settings not in chosen:
+            chosen.append(settings)
     parts = {one["model"]: Path(one["model"]).absolute().parts for one in chosen}
     # The fewest last parts of their paths that tell them apart.
     depth = next((d for d in range(1, 99) if len({p[-d:] for p in parts.values()}) == len(parts)), 0)
     shown = {model: "/".join(parts[model][-depth:]) if depth else model for model in parts}
-    layers = [count_of(one["layers"], "layer") if "layers" in one else "" for one in chosen]
-    return {", ".join(filter(None, (shown[one["model"]], kept))): one for one, kept in zip(chosen, layers, strict=True)}
+    found = {}
+    for one in chosen:
+        kept = f", {count_of(one['layers'], 'layer')}" if "layers" in one else ""
+        found[shown[one["model"]] + kept] = one
+    return found
 
 
 def _split_measures(text: str) -> list[str]:

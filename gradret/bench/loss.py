@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,6 @@ class Row:
         truth: what the loss must equal: a Mixture, or a function as true_infonce; None where there is none.
         skipped: why it is not measured.
         external: whether another library computes it: where that fails or is wrong, the row is skipped alone.
-        more: whether it is measured on request alone.
     """
 
     name: str
@@ -92,7 +92,6 @@ class Row:
     truth: "Mixture | Callable | None" = None
     skipped: str | None = None
     external: bool = False
-    more: bool = True
 
 
 class Truth(NamedTuple):
@@ -404,18 +403,13 @@ def make_rows(workload: Lists | Embeddings, every: bool = False, rivals: str | N
     same rows.
     """
     inputs, lists = workload.inputs, isinstance(workload, Lists)
-    found = [Row(BASELINE, inputs, workload.infonce, true_infonce, more=False)]
-    for name, mixture in MIXTURES.items():
-        first = name == "default loss"
-        if not (first or every):
-            continue
-        for way in (False,) if lists else (False, True):
-            for raw in (False, True):
-                label = f"gradret {name}{', score matrix' * way}{', raw grades' * raw}"
-                more = not first or way
-                if every or not more:
-                    bound = workload.bind(mixture, raw=raw, matrix=way)
-                    found.append(Row(label, inputs, bound, mixture, more=more))
+    found = [Row(BASELINE, inputs, workload.infonce, true_infonce)]
+    ways = (False, True) if every and not lists else (False,)
+    for name in MIXTURES if every else ("default loss",):
+        for way, raw in product(ways, (False, True)):
+            bound = workload.bind(MIXTURES[name], raw=raw, matrix=way)
+            label = f"gradret {name}{', score matrix' * way}{', raw grades' * raw}"
+            found.append(Row(label, inputs, bound, MIXTURES[name]))
     if every and lists:
         gaussian = partial(gaussian_loss, workload.scores, workload.grades, temperature=TEMPERATURE, targets="softmax")
         skipped = refuse_gaussian("singular values", workload.shape[0], workload)

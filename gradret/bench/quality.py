@@ -83,13 +83,17 @@ def measure_quality(
     if not measures:
         raise GradretError("--measures names none; name one at least, such as nDCG@10")
     runs = {encoder: _plan_runs(encoder, rows, sources, seeds) for encoder, rows in settings.items()}
-    planned = [run for of_encoder in runs.values() for of_name in of_encoder.values() for run in of_name]
+    planned = _list_planned(runs)
     rows, error = do_runs(planned, out, measures=measures, device=device, fresh=fresh)
     document = make_document(runs, rows, measures, sources)
     with Rows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
         write_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
     return document, error
+
+
+def _list_planned(runs: Mapping[str, Mapping[str, Sequence["Run"]]]) -> list["Run"]:
+    return [run for of_encoder in runs.values() for of_name in of_encoder.values() for run in of_name]
 
 
 def _plan_runs(
@@ -482,7 +486,7 @@ def make_document(
         runs: encoder -> name of a row -> its runs.
         rows: key of a run -> its row of rows.jsonl.
     """
-    planned = [run for of_encoder in runs.values() for of_name in of_encoder.values() for run in of_name]
+    planned = _list_planned(runs)
     used = [rows[run.key] for run in planned if run.key in rows]
     sizes = {s: {k: c[k] for k in ("queries", "documents")} for r in used for s, c in r["collections"].items()}
     return {
@@ -627,8 +631,8 @@ def format_quality(document: dict) -> str:
             cells = {measure: (column, measure) for measure in measures}
             title = f"{name_column(column)}{sizes}, {seeds}"
             blocks.append(_format_block(document, found, title, cells, f"p ({measures[0]})"))
-    tested = (column.get("p") for found in document["encoders"] for row in found["rows"] for column in _columns_of(row))
-    if any(tested):
+    rows = (row for found in document["encoders"] for row in found["rows"])
+    if any(column.get("p") for row in rows for column in row["columns"].values()):
         note = f"p: paired randomisation test over queries against {document['baseline']}, Holm-corrected for the "
         blocks.append(textwrap.fill(note + "systems compared", LINE))
     if document["done"] < document["planned"]:
@@ -640,10 +644,6 @@ def _list_columns(document: dict) -> list[str]:
     """The collections, and with several MEAN, as far as anything is done."""
     rows = (row for found in document["encoders"] for row in found["rows"])
     return next((list(row["columns"]) for row in rows if row["columns"]), [])
-
-
-def _columns_of(row: dict) -> Iterable[dict]:
-    return row["columns"].values()
 
 
 def _format_block(document: dict, found: dict, title: str, cells: Mapping[str, tuple[str, str]], p_name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gradret.console import GradretError
 from gradret.data.collections import load_dataset, read_qrels, read_text, reading, tell_absent, unpacking
 from gradret.data.lists import Line, decode_json, number_lines, parse_id, query_key, read_lines
-from gradret.data.sources import BUNDLED, Source, find_path, parse_source, query_selector
+from gradret.data.sources import Source, find_path, parse_source, query_selector
 
 STANDARD_INPUT = "-"
 FORMS = {".jsonl": "json", ".json": "json", ".tsv": "tsv", ".csv": "csv", ".txt": "plain"}
@@ -79,8 +79,9 @@ def _open(name: str) -> tuple[str, Iterator[tuple[int, Query]]]:
         return name, _read_ir_datasets(name)
     if path.is_dir():
         numbered = _read_file(path / "queries.jsonl")
-        if name not in BUNDLED and path != Path(name):  # a directory with its split
-            judged, found = read_qrels(path, name.rpartition(":")[2]).keys(), list(numbered)
+        directory, colon, split = name.rpartition(":")
+        if colon and path == Path(directory):
+            judged, found = read_qrels(path, split).keys(), list(numbered)
             tell_absent(name, judged, judged - {query.query_id for _, query in found}, "queries")
             numbered = iter([(number, query) for number, query in found if query.query_id in judged])
         return str(path / "queries.jsonl"), numbered

@@ -280,13 +280,14 @@ class Generation:
             self._ask_plan(draft, part)
         else:
             draft.came.pop(part)
-            drawn = {*self._scale.briefs[part]} & {*DRAWN} & {*draft.plan}
-            for brief in drawn if problem.reason == "language" else ():  # it may be in that language, too
-                del draft.plan[brief]
-                draft.attempts[brief] = draft.attempts.get(brief, 1) + 1
-                self._ask_plan(draft, brief)
-                return True
-            self._ask_passage(draft, part)
+            brief = self._scale.briefs[part][-1:]
+            if problem.reason == "language" and {*brief} & {*DRAWN}:  # the brief may be in that language, too
+                (name,) = brief
+                del draft.plan[name]
+                draft.attempts[name] = draft.attempts.get(name, 1) + 1
+                self._ask_plan(draft, name)
+            else:
+                self._ask_passage(draft, part)
         return True
 
     def _write_borrowed(self, draft: Draft, grade: float, problem: Unusable) -> bool:

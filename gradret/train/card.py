@@ -13,8 +13,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from gradret.data.sources import BUNDLED
 from gradret.encoder.model import Encoder
-from gradret.settings import MEDQUAD, SAMPLE, FitSettings, spell_option
+from gradret.settings import FitSettings, spell_option
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]*[A-Za-z0-9]", re.ASCII)
 TAGS = ["sentence-transformers", "sentence-similarity", "feature-extraction", "gradret"]
@@ -119,7 +120,7 @@ def _hide_folder(name: str) -> str:
     """The last part of a local path, with its `:SPLIT` if it has one; other names as they are."""
     folder = name.rpartition(":")[0]
     path_like = re.match(r"[./~\\]|[A-Za-z]:[\\/]", name) or name.endswith((".jsonl", ".json", ".tsv", ".txt"))
-    if name in (SAMPLE, MEDQUAD) or not (path_like or os.path.exists(name) or (folder and os.path.isdir(folder))):
+    if name in BUNDLED or not (path_like or os.path.exists(name) or (folder and os.path.isdir(folder))):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return Path(name).resolve().name if last in ("", ".", "..", "~") else last
