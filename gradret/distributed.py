@@ -8,9 +8,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -89,10 +90,7 @@ class Processes:
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by the sum of everyone's, the same bits in every process."""
-        if self.size == 1:
-            return
-        with self._exchange():
-            _wait([dist.all_reduce(tensor, group=self._group, async_op=True) for tensor in tensors], tensors)
+        self._exchange_tensors(dist.all_reduce, tensors)
 
     def sum_number(self, value: float) -> float:
         """The sum of everyone's number."""
@@ -120,10 +118,7 @@ class Processes:
 
     def share_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite each tensor with the first process's."""
-        if self.size == 1:
-            return
-        with self._exchange():
-            _wait([dist.broadcast(tensor, src=0, group=self._group, async_op=True) for tensor in tensors], tensors)
+        self._exchange_tensors(partial(dist.broadcast, src=0), tensors)
 
     @contextmanager
     def agree(self) -> Iterator[None]:
@@ -146,6 +141,23 @@ class Processes:
             raise failure if self.is_first else GradretError(f"process {self.rank} of {self.size}: {failure}")
         raise ToldElsewhere(told[first])
 
+    def _exchange_tensors(self, start: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
+        """Start an exchange of each tensor, and wait until all are done.
+
+        On a GPU wait() only queues: what reads the tensor next blocks outside Python, where no signal is heard. So this
+        polls first, and a process whose peer has died still hears torchrun's SIGTERM, saves and says how to go on.
+        Where nobody sends one, nccl's watchdog ends the process after TIMEOUT, or as soon as it sees the broken
+        connection. That is an abort without a line of ours: what is left then is the last checkpoint.
+        """
+        if self.size == 1:
+            return
+        with self._exchange():
+            started = [start(tensor, group=self._group, async_op=True) for tensor in tensors]
+            for exchange, tensor in zip(started, tensors, strict=True):
+                while tensor.is_cuda and not exchange.is_completed():
+                    time.sleep(POLL_S)
+                exchange.wait()
+
     @contextmanager
     def _exchange(self) -> Iterator[None]:
         try:
@@ -157,20 +169,6 @@ class Processes:
             raise ProcessLost(
                 f"process {self.rank} of {self.size}: {what} ({reason[:120]}); look for its own message, if it left one"
             ) from error
-
-
-def _wait(exchanges: Sequence[Any], tensors: Sequence[Tensor]) -> None:
-    """Until the exchanges of these tensors are done.
-
-    On a GPU wait() only queues: what reads the tensor next blocks outside Python, where no signal is heard. So this
-    polls first, and a process whose peer has died still hears torchrun's SIGTERM, saves and says how to go on. Where
-    nobody sends one, nccl's watchdog ends the process after TIMEOUT, or as soon as it sees the broken connection. That
-    is an abort without a line of ours: what is left then is the last checkpoint.
-    """
-    for exchange, tensor in zip(exchanges, tensors, strict=True):
-        while tensor.is_cuda and not exchange.is_completed():
-            time.sleep(POLL_S)
-        exchange.wait()
 
 
 def _fill_buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -215,6 +213,7 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
     on_cuda = device.startswith("cuda")
     if on_cuda and not torch.cuda.is_available():
         raise GradretError(f"--device {device}: no CUDA device is there, or PyTorch was built without CUDA")
+    group = None
     if made_here:
         if on_cuda and torch.device(device).index < torch.cuda.device_count():
             torch.cuda.set_device(device)
@@ -224,8 +223,6 @@ def join_processes(device: str | None) -> Iterator[tuple[Processes, str | None]]
             group = dist.new_group(timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise GradretError(f"the processes could not find each other ({str(error).splitlines()[0]})") from error
-    else:
-        group = None
     yield Processes(dist.get_rank(), dist.get_world_size(), group), device
     if made_here:  # not after an error: with a process gone it may wait for ever
         dist.destroy_process_group()

@@ -169,6 +169,6 @@ def tell(declared: Field[Any]) -> str:
     else:
         shown = ", ".join(default) if isinstance(default, tuple) else str(default)
     notes = [f"default: {shown}"] if shown else []
-    if declaration.range is not None and declaration.range.high < inf:  # others say nothing new
-        notes.append(str(declaration.range))
+    if declaration.range is not None and not declaration.range.holds(inf):  # others say nothing new
+        notes.append(declaration.range.words)
     return f"{declaration.help} [{'; '.join(notes)}]" if notes else declaration.help

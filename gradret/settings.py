@@ -6,7 +6,7 @@ The options, `--help`, the refusal of unknown values and the records of runs are
 import math
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_origin
 
 SAMPLE = "sample"  # the bundled ranking lists
 MEDQUAD = "medquad"  # the bundled collection with human judgments
@@ -44,29 +44,19 @@ MEMORY, RUN = "Memory and processes", "Run"
 QUERIES, ENGINE, WRITTEN, SAMPLING = "Queries and output", "Model and engine", "What is written", "Sampling"
 
 
-@dataclass(frozen=True)
-class Range:
-    """Numbers from low to high; `above` and `below` leave the end itself out."""
+class Range(NamedTuple):
+    """Numbers that a setting can be: in words, and as a test."""
 
-    low: float
-    high: float = math.inf
-    above: bool = False
-    below: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        low = self.low < value if self.above else self.low <= value
-        return low and (value < self.high if self.below else value <= self.high)
-
-    def __str__(self) -> str:
-        if self.high == math.inf:
-            return f"above {self.low:g}" if self.above else f"{self.low:g} or above"
-        if not self.above and not self.below:
-            return f"{self.low:g} to {self.high:g}"
-        low = f"above {self.low:g}" if self.above else f"{self.low:g} or above"
-        return f"{low} and {'below' if self.below else 'at most'} {self.high:g}"
+    words: str
+    holds: Callable[[float], bool]
 
 
-ANY_COUNT, COUNT, POSITIVE, SHARE = Range(0), Range(1), Range(0, above=True), Range(0, 1)
+ANY_COUNT = Range("0 or above", lambda x: x >= 0)
+COUNT = Range("1 or above", lambda x: x >= 1)
+POSITIVE = Range("above 0", lambda x: x > 0)
+SHARE = Range("0 to 1", lambda x: 0 <= x <= 1)
+SHARE_ABOVE_0 = Range("above 0 and at most 1", lambda x: 0 < x <= 1)
+SHARE_BELOW_1 = Range("0 or above and below 1", lambda x: 0 <= x < 1)
 
 
 @dataclass(frozen=True)
@@ -121,9 +111,9 @@ TYPE_NAMES = {bool: "yes or no", int: "a whole number", float: "a number", str: 
 
 def list_types(declared: Field[Any]) -> list[type]:
     """Of its values, None left out; tuple for names."""
-    given = (declared.type,) if getattr(declared.type, "__origin__", None) is tuple else get_args(declared.type)
-    types = [getattr(one, "__origin__", one) for one in given or (declared.type,)]
-    return [one for one in types if one is not type(None)]
+    if get_origin(declared.type) is tuple:
+        return [tuple]
+    return [one for one in get_args(declared.type) or (declared.type,) if one is not type(None)]
 
 
 def parse_setting(declared: Field[Any], text: str) -> Any:
@@ -167,8 +157,8 @@ def find_fault(declared: Field[Any], value: Any) -> str | None:
     if not any(_is_of(value, kind) for kind in types):
         expected = [*(TYPE_NAMES[kind] for kind in types), *([choices] if choices else [])]
         return f"must be {' or '.join(expected)}, got {value!r}"
-    if declaration.range is not None and value not in declaration.range:
-        return f"must be {declaration.range}, got {value!r}"
+    if declaration.range is not None and not declaration.range.holds(value):
+        return f"must be {declaration.range.words}, got {value!r}"
     return None
 
 
@@ -345,7 +335,7 @@ class FitSettings:
         0.25,
         OPTIMISATION,
         "Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
-        range=Range(0, 1, above=True),
+        range=SHARE_ABOVE_0,
     )
 
     chunk: int | str | None = setting(
@@ -367,7 +357,7 @@ class FitSettings:
         0, MEMORY, "Train low-rank adapters of this rank in place of the weights; 0 trains these.", range=ANY_COUNT
     )
     lora_alpha: float = rare(32.0, MEMORY, "The adapters' scale, times the rank.", range=POSITIVE)
-    lora_dropout: float = rare(0.0, MEMORY, "Dropout before the adapters.", range=Range(0, 1, below=True))
+    lora_dropout: float = rare(0.0, MEMORY, "Dropout before the adapters.", range=SHARE_BELOW_1)
     lora_targets: tuple[str, ...] = rare(
         (), MEMORY, "Ends of the names of the linear layers that get adapters.", unset="all"
     )
@@ -392,9 +382,10 @@ class FitSettings:
             raise ValueError(f"positive_from is for loss infonce, not {self.loss}")
         if self.patience is not None and self.dev is None:
             raise ValueError(f"patience needs dev, a collection to measure; got patience {self.patience} without one")
-        for name, default in (("lora_targets", ()), ("lora_alpha", 32.0), ("lora_dropout", 0.0)):
-            if getattr(self, name) != default and not self.lora:
-                raise ValueError(f"{name} needs lora, the adapters' rank, above 0")
+        for declared in fields(self):
+            of_adapters = declared.name.startswith("lora_")
+            if of_adapters and not self.lora and getattr(self, declared.name) != declared.default:
+                raise ValueError(f"{declared.name} needs lora, the adapters' rank, above 0")
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
 
@@ -443,9 +434,7 @@ class GenSettings:
     temperature: float = setting(
         0.8, SAMPLING, "Temperature of sampling; 0 takes the likeliest token.", range=ANY_COUNT
     )
-    top_p: float = setting(
-        0.95, SAMPLING, "Share of the likeliest tokens that are drawn from.", range=Range(0, 1, above=True)
-    )
+    top_p: float = setting(0.95, SAMPLING, "Share of the likeliest tokens that are drawn from.", range=SHARE_ABOVE_0)
     max_tokens: int | None = setting(
         None, SAMPLING, "Tokens of a reply.", range=COUNT, unset="enough for the full length"
     )
