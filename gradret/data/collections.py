@@ -1,6 +1,7 @@
 """Collections: documents, queries and qrels, from a BEIR directory, ir_datasets or a ranking-list file."""
 
 import csv
+import json
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -295,10 +296,11 @@ class BeirCollection(Collection):
         self.qrels = read_qrels(directory, split)
         queries = directory / "queries.jsonl" if queries is None else queries
         texts: dict[str, str] = {}
-        for record, line in read_records(queries):
-            if texts.setdefault(record["_id"], record["text"]) != record["text"]:
+        for line in read_lines(queries):
+            query_id, text = parse_query(decode_json(line.text, line.where), line.where)
+            if texts.setdefault(query_id, text) != text:
                 raise GradretError(
-                    f"{line.where}: query id '{record['_id']}' had another text in an earlier line; "
+                    f"{line.where}: query id '{query_id}' had another text in an earlier line; "
                     "give every query an id of its own"
                 )
         self._keep_judged_queries(texts)
@@ -415,6 +417,18 @@ class ListCollection(Collection):
 def is_self_retrieving(*names: str) -> bool:
     """Whether one of these is a collection whose queries are among its documents: ArguAna or Quora."""
     return any(name.lower().removeprefix("beir-") in ("arguana", "quora") for name in names)
+
+
+def parse_query(record: object, where: str) -> tuple[str, str]:
+    """The id and the text of a query, as BEIR's files and files of lists name them; the text may be empty."""
+    keys = ("_id", "text") if isinstance(record, dict) and "_id" in record else ("query_id", "query")
+    query_id, text = (record.get(key) for key in keys) if isinstance(record, dict) else (None, None)
+    if query_id is None or not isinstance(text, str):
+        raise GradretError(
+            f"{where}: expected a JSON object with the strings _id and text, or query_id and query, "
+            f"got {json.dumps(record, ensure_ascii=False):.60}"
+        )
+    return parse_id(query_id, f"{where}: {keys[0]}"), text
 
 
 def read_records(path: Path, *, desc: str = "", characters: int | None = None) -> Iterator[tuple[dict[str, Any], Line]]:

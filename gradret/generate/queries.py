@@ -1,7 +1,6 @@
 """Queries to write passages for: from files, standard input, BEIR directories and ir_datasets."""
 
 import csv
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 
 from gradret.console import GradretError
-from gradret.data.collections import load_dataset, read_qrels, read_text, reading, tell_absent, unpacking
-from gradret.data.lists import Line, decode_json, number_lines, parse_id, query_key, read_lines
+from gradret.data.collections import load_dataset, parse_query, read_qrels, read_text, reading, tell_absent, unpacking
+from gradret.data.lists import Line, decode_json, number_lines, query_key, read_lines
 from gradret.data.sources import Source, find_path, parse_source, query_selector
 
 STANDARD_INPUT = "-"
@@ -100,7 +99,9 @@ def _parse_lines(lines: Iterable[Line], form: str | None) -> Iterator[tuple[int,
     lines = chain([first], lines)
     form = form or _guess_form(first.text)
     if form == "json":
-        yield from ((line.number, _parse_record(decode_json(line.text, line.where), line.where)) for line in lines)
+        yield from (
+            (line.number, Query(*parse_query(decode_json(line.text, line.where), line.where))) for line in lines
+        )
     elif form == "plain":
         yield from ((line.number, Query(str(line.number), line.text.strip())) for line in lines)
     else:
@@ -116,17 +117,6 @@ def _guess_form(first: str) -> str:
     names = {_plain_name(name.strip('" ')) for name in re.split("[,;]", first)}
     is_header = not names.isdisjoint(ID_NAMES) and not names.isdisjoint(TEXT_NAMES)
     return "csv" if is_header or first.startswith("sep=") else "plain"
-
-
-def _parse_record(record: object, where: str) -> Query:
-    keys = ("_id", "text") if isinstance(record, dict) and "_id" in record else ("query_id", "query")
-    query_id, text = (record.get(key) for key in keys) if isinstance(record, dict) else (None, None)
-    if query_id is None or not isinstance(text, str):
-        raise GradretError(
-            f"{where}: expected a JSON object with the strings _id and text, or query_id and query, "
-            f"got {json.dumps(record, ensure_ascii=False)[:60]}"
-        )
-    return Query(parse_id(query_id, f"{where}: {keys[0]}"), text)
 
 
 Row = tuple[Line, list[str]]  # of a table, with the line it begins in

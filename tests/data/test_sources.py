@@ -318,6 +318,9 @@ def test_sycls_layout_with_the_queries_of_another_collection(beir_directory, tmp
         (grade, f"of grade {grade}", f"q1_l_{grade}") for grade in (3, 2, 1, 0)
     ]
     assert open_collection(source).document_count == 4
+    given_to_gen = tmp_path / "queries.jsonl"
+    given_to_gen.write_text('{"query_id": "q1", "query": "why tides"}\n')
+    assert [*MixedLists([parse_source(f"{lists}:train?query_file={given_to_gen}")])] == [found]
     for name in ("sample", "cranfield"):
         for opened in (open_lists, open_collection):
             with pytest.raises(GradretError, match=f"^{name}: query_file is for a directory without queries.jsonl"):
