@@ -16,6 +16,7 @@ from gradret.distributed import ALONE, Processes
 from gradret.encoder.load import load_encoder
 from gradret.evaluation.measures import Evaluation, evaluate
 from gradret.loss.functions import mix_losses
+from gradret.loss.kernels import describe_backend
 from gradret.settings import DEFAULT_LOSS, FitSettings, count_steps, learning_rate_at
 from gradret.train import gradients as objective
 from gradret.train import loop as trainer
@@ -245,6 +246,15 @@ def test_queries_to_be_measured_are_not_trained_on(tiny_encoder, tmp_path, capsy
     assert "data: 48 lists, 192 passages, grades 0 to 3; 48 lists left out, whose query is one to be measured" in (
         capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "has_kernel"), [("kl", True), ("infonce", True), ("gaussian", False), ("ranknet:.5+contrast:.5", True)]
+)
+def test_the_path_of_a_loss_with_a_kernel_is_shown(tiny_encoder, tmp_path, capsys, loss, has_kernel):
+    fit(small(tiny_encoder, loss=loss), tmp_path / "out")
+    path = f" on {describe_backend('cpu')}" if has_kernel else ""
+    assert f"fit: {FitSettings(loss=loss).loss}{path}, 0 of 1 steps done" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
