@@ -519,7 +519,7 @@ def loss(shapes, every, dtype, repeats, chart, out, device, as_json):
     open_folder(out, "loss.json", *["loss.png"] * chart)
     (say if as_json else click.echo)(f"path: {describe_backend(where)}")
     path, command = Path(out, "loss.json"), {"command": command_line()}
-    options = {"device": where, "dtype": dtype, "repeats": repeats, "every": every}
+    options = {"device": device, "dtype": dtype, "repeats": repeats, "every": every}
     result = command | measure_speed(shapes, **options, keep=lambda result: write_json(path, command | result))
     if chart:
         draw_speed(result, Path(out, "loss.png"))
@@ -629,7 +629,7 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
         {name: {loss: replace(s, **own) for loss, s in systems.items()} for name, own in encoders.items()},
         datasets=datasets,
         seeds=seeds,
-        measures=_split_measures(measures),
+        measures=measures,
         out=out,
         device=device,
         fresh=fresh,
@@ -660,12 +660,6 @@ def _parse_encoders(models: Sequence[str]) -> dict[str, dict]:
         kept = f", {count_of(one['layers'], 'layer')}" if "layers" in one else ""
         found[shown[one["model"]] + kept] = one
     return found
-
-
-def _split_measures(text: str) -> list[str]:
-    from gradret.evaluation.measures import split_measures
-
-    return split_measures(text)
 
 
 @bench.command("eval", cls=Command, short_help="Measure one encoder on one collection.")

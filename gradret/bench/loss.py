@@ -26,10 +26,10 @@ from gradret.console import PATIENCE_S, GradretError, show_bar
 from gradret.encoder.load import choose_device
 from gradret.files import versions
 from gradret.loss.functions import gaussian_loss, mix_losses
-from gradret.loss.grades import PreparedGrades, prepare_grades
+from gradret.loss.grades import prepare_grades
 from gradret.loss.kernels import backend, describe_backend
 from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
-from gradret.settings import DEFAULT_GROUND, DEFAULT_LOSS, DEFAULT_ORDER, DEFAULT_TARGETS, parse_loss
+from gradret.settings import FitSettings
 
 TEMPERATURE = 0.05
 BASELINE = "InfoNCE"
@@ -50,26 +50,12 @@ ROW_S = 1.5  # timing a row takes about this long, if its fewest repeats allow i
 SAMPLE_S = 1e-3  # a sample is the mean of as many calls as fill this
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """A loss that the kernels compute, as `fit` spells it."""
-
-    loss: str
-    order: int
-    targets: str
-    ground: str
-
-    @property
-    def axis(self) -> dict[str, str]:
-        """What the grades are prepared with."""
-        return {"targets": self.targets, "ground": self.ground}
-
-
+# What the kernels compute. Of the settings count the loss, order, targets and ground.
 MIXTURES = {
-    "default loss": Mixture(DEFAULT_LOSS, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_GROUND),
-    "transport of it": Mixture("wasserstein", DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_GROUND),
-    "W1": Mixture("wasserstein", 1, "gain", "grade"),
-    "W2": Mixture("wasserstein", 2, "gain", "grade"),
+    "default loss": FitSettings(),
+    "transport of it": FitSettings(loss="wasserstein"),
+    "W1": FitSettings(loss="wasserstein", order=1, targets="gain", ground="grade"),
+    "W2": FitSettings(loss="wasserstein", order=2, targets="gain", ground="grade"),
 }
 
 
@@ -81,7 +67,7 @@ class Row:
         name: unique on its shape.
         inputs: what the loss is differentiated in.
         loss: computes the scalar loss, None when the row is skipped.
-        truth: what the loss must equal: a Mixture, or a function as true_infonce; None where there is none.
+        truth: what the loss must equal: one of MIXTURES, or a function as true_infonce; None where there is none.
         skipped: why it is not measured.
         external: whether another library computes it: where that fails or is wrong, the row is skipped alone.
     """
@@ -89,7 +75,7 @@ class Row:
     name: str
     inputs: tuple[Tensor, ...] = ()
     loss: Callable[[], Tensor] | None = None
-    truth: "Mixture | Callable | None" = None
+    truth: FitSettings | Callable | None = None
     skipped: str | None = None
     external: bool = False
 
@@ -108,7 +94,7 @@ class Truth(NamedTuple):
 def measure_speed(
     shapes: Sequence[Sequence[int]],
     *,
-    device: torch.device | str | None = None,
+    device: str | None = None,
     dtype: str = "float32",
     repeats: int = 30,
     every: bool = False,
@@ -119,7 +105,7 @@ def measure_speed(
 
     Args:
         shapes: (B, N) each, lists and documents per list, or (B, N, D), queries, documents and dimensions.
-        device: where the tensors are.
+        device: where the tensors are; None for the best there is.
         dtype: of scores and embeddings: "float32", "bfloat16" or "float16".
         repeats: samples of a row at most; slow rows take fewer, but three.
         every: whether rows beside the default loss and InfoNCE are measured.
@@ -133,23 +119,23 @@ def measure_speed(
     """
     began = time.monotonic()
     torch.set_num_threads(torch.get_num_threads())  # from here on fixed, whatever runs beside
-    device = choose_device(None if device is None else str(device))
-    if device.type == "cuda":
-        device = torch.empty(0, device=device).device  # with its number
-        torch.cuda.set_device(device)  # the timer's waiting and memory counts are the current device's
+    where = choose_device(device)
+    if where.type == "cuda":
+        where = torch.empty(0, device=where).device  # with its number
+        torch.cuda.set_device(where)  # the timer's waiting and memory counts are the current device's
     result = {
         "versions": versions(),
-        "path": backend(device),
-        "kernels": describe_backend(device),
-        "device": str(device),
+        "path": backend(where),
+        "kernels": describe_backend(where),
+        "device": str(where),
         "dtype": dtype,
         "temperature": TEMPERATURE,
         "threads": torch.get_num_threads(),
-        "peak_resolution_mib": memory.peak_resolution(device),
+        "peak_resolution_mib": memory.peak_resolution(where),
         "rows": [],
     }
     for shape in shapes:
-        result["rows"] += measure_shape(shape, device, dtype, repeats, every, rivals)
+        result["rows"] += measure_shape(shape, where, dtype, repeats, every, rivals)
         result["seconds"] = round(time.monotonic() - began, 1)
         keep(result)
     return result
@@ -158,10 +144,10 @@ def measure_speed(
 def measure_shape(
     shape: Sequence[int],
     device: torch.device,
-    dtype: str = "float32",
-    repeats: int = 30,
-    every: bool = False,
-    rivals: str | None = None,
+    dtype: str,
+    repeats: int,
+    every: bool,
+    rivals: str | None,
 ) -> list[dict]:
     """The rows of one shape; see measure_speed."""
     where = name_shape(shape)
@@ -217,7 +203,7 @@ def check_row(row: Row, truth: Truth | None) -> dict:
     loss_limit, gradient_limit = limits[str(row.inputs[0].dtype).removeprefix("torch.")]
     found = loss.item()
     loss_error = abs(found - truth.loss) / abs(truth.loss)
-    if not loss_error <= (loss_limit if isinstance(row.truth, Mixture) else OTHER_TOLERANCE):
+    if not loss_error <= (loss_limit if isinstance(row.truth, FitSettings) else OTHER_TOLERANCE):
         raise GradretError(f"the loss is {found:.8g}, float64 says {truth.loss:.8g}")
     errors = []
     for gradient, true in zip(gradients, truth.gradients, strict=True) if truth.gradients else ():
@@ -297,6 +283,11 @@ def find_percentiles(values: Sequence[float]) -> dict[str, float]:
 # --- tensors and rows of a shape
 
 
+def axis_of(mixture: FitSettings) -> dict[str, str]:
+    """What grades are prepared with."""
+    return {"targets": mixture.targets, "ground": mixture.ground}
+
+
 class Lists:
     """Lists of graded documents with their scores: cosine-like, higher for higher grades, of spread 3 in the softmax.
 
@@ -320,15 +311,15 @@ class Lists:
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
         self.inputs = (self.scores,)
 
-    def bind(self, mixture: Mixture, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
+    def bind(self, mixture: FitSettings, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
         """The loss of these scores, with grades as they are or prepared once."""
-        options = {"order": mixture.order, "temperature": TEMPERATURE} | (mixture.axis if raw else {})
-        grades = self.grades if raw else prepare_grades(self.grades, **mixture.axis)
+        options = {"order": mixture.order, "temperature": TEMPERATURE} | (axis_of(mixture) if raw else {})
+        grades = self.grades if raw else prepare_grades(self.grades, **axis_of(mixture))
         return partial(mix_losses, mixture.loss, self.scores, grades, **options)
 
     def infonce(self) -> Tensor:
         """With one positive per list, as PyTorch computes it."""
-        return infonce_of_positive(self.scores / TEMPERATURE, self.positive)
+        return nnf.cross_entropy(self.scores / TEMPERATURE, self.positive)
 
 
 def refuse_gaussian(what: str, size: int, lists: Lists) -> str | None:
@@ -371,24 +362,21 @@ class Embeddings:
         rows, columns, grades = self.graded
         return torch.zeros(self.shape[:2], device=self.device).index_put_((rows, columns), grades)
 
-    def bind(self, mixture: Mixture, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
+    def bind(self, mixture: FitSettings, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
         """The loss with scoring fused, or on a matrix of all scores; with grades as they are or prepared once."""
-        options = {"order": mixture.order, "temperature": TEMPERATURE} | (mixture.axis if raw else {})
+        options = {"order": mixture.order, "temperature": TEMPERATURE} | (axis_of(mixture) if raw else {})
         if matrix:
-            prepared = None if raw else prepare_grades(self.grades, **mixture.axis)
-            return partial(self._by_matrix, mixture.loss, prepared, **options)
-        graded = self.graded if raw else prepare_pairs(*self.graded, self.shape[:2], **mixture.axis)
+            queries, documents = self.inputs
+            prepared = None if raw else prepare_grades(self.grades, **axis_of(mixture))
+            # Raw grades are made in the call, as a matrix of all of them.
+            return lambda: mix_losses(mixture.loss, queries @ documents.T, prepared or self.grades, **options)
+        graded = self.graded if raw else prepare_pairs(*self.graded, self.shape[:2], **axis_of(mixture))
         return partial(wasserstein_retrieval_loss, *self.inputs, graded, loss=mixture.loss, **options)
-
-    def _by_matrix(self, loss: str, prepared: PreparedGrades | None, **options) -> Tensor:
-        """Without prepared grades, their matrix is made in the call."""
-        queries, documents = self.inputs
-        return mix_losses(loss, queries @ documents.T, prepared or self.grades, **options)
 
     def infonce(self) -> Tensor:
         """With one positive per query, on a matrix of all scores; the division is that of the queries."""
         queries, documents = self.inputs
-        return infonce_of_positive((queries / TEMPERATURE) @ documents.T, self.positive)
+        return nnf.cross_entropy((queries / TEMPERATURE) @ documents.T, self.positive)
 
 
 def make_workload(shape: Sequence[int], dtype: str, device: str) -> Lists | Embeddings:
@@ -423,11 +411,6 @@ def make_call(name: str, shape: Sequence[int], dtype: str, rivals: str | None) -
     return partial(run_once, next(row for row in rows if row.name == name))
 
 
-def infonce_of_positive(logits: Tensor, positive: Tensor) -> Tensor:
-    """F.cross_entropy of scores over the temperature (B, N) and the positives' columns (B,)."""
-    return nnf.cross_entropy(logits, positive)
-
-
 def gain_targets(grades: Tensor) -> Tensor:
     """(B, N): 2^grade - 1, over its sum along each row."""
     weights = torch.exp2(grades) - 1
@@ -438,12 +421,12 @@ def gain_targets(grades: Tensor) -> Tensor:
 # gives each list's loss (b,) and where its gradient is defined, None not to compare gradients.
 
 
-def find_truth(workload: Lists | Embeddings, truth: Mixture | Callable) -> Truth:
+def find_truth(workload: Lists | Embeddings, truth: FitSettings | Callable) -> Truth:
     """The mean of a truth over all lists, block by block; of a mixture also its gradients in the inputs."""
     device = "cpu" if workload.device.type == "mps" else workload.device  # which has no float64
     inputs = [x.detach().to(device, torch.float64).requires_grad_() for x in workload.inputs]
     grades, positive = workload.grades.to(device), workload.positive.to(device)
-    mixed = isinstance(truth, Mixture)
+    mixed = isinstance(truth, FitSettings)
     compute = partial(true_mixture, truth) if mixed else truth
     B, N = workload.shape[:2]
     size = B if truth is true_gaussian else max(1, TRUTH_ELEMENTS // N)  # the Gaussians are fitted over the batch
@@ -459,9 +442,9 @@ def find_truth(workload: Lists | Embeddings, truth: Mixture | Callable) -> Truth
     return Truth(total / B, tuple(x.grad for x in inputs), torch.cat(found)) if found else Truth(total / B)
 
 
-def true_mixture(mixture: Mixture, scores: Tensor, grades: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+def true_mixture(mixture: FitSettings, scores: Tensor, grades: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
     """Transport, by true_transport, and contrast, each times its weight; targets and ground are gain, grade or sqrt."""
-    weights, logits, y = parse_loss(mixture.loss), scores / TEMPERATURE, grades.double()
+    weights, logits, y = mixture.loss_weights, scores / TEMPERATURE, grades.double()
     places = {"grade": y, "sqrt": y.sqrt()}[mixture.ground]
     q = gain_targets(y) if mixture.targets == "gain" else y.sqrt() / y.sqrt().sum(-1, keepdim=True)
     value, defined = true_transport(torch.softmax(logits, -1), q, places, mixture.order)
@@ -552,17 +535,12 @@ def format_speed(result: dict) -> str:
 
 def draw_speed(result: dict, path: Path) -> None:
     """A PNG of forward and backward together: a group of bars per shape, a log axis, whiskers from 20 to 80 %."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     groups = {shape: [row for row in rows if not row["skipped"]] for shape, rows in _group_by_shape(result).items()}
     heights = [max(1, len(rows)) for rows in groups.values()]
-    figure, panels = plt.subplots(
-        len(groups),
-        figsize=(8, 1 + 0.25 * sum(heights) + 0.7 * len(groups)),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = Figure(figsize=(8, 1 + 0.25 * sum(heights) + 0.7 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), height_ratios=heights, squeeze=False)
     for axes, (shape, rows) in zip(panels[:, 0], groups.items(), strict=True):
         places = range(len(rows))
         medians = [row["both_ms"]["median"] for row in rows]
@@ -578,7 +556,6 @@ def draw_speed(result: dict, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1, 0].set_xlabel(f"forward + backward, ms ({result['kernels']})")
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _group_by_shape(result: dict) -> dict[str, list[dict]]:

@@ -32,7 +32,7 @@ from gradret.data.collections import Collection, IrDatasetsCollection
 from gradret.data.lists import decode_json, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
-from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures
+from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures, split_measures
 from gradret.files import sync_file, versions, write_json
 from gradret.settings import FitSettings
 from gradret.train.loop import check_loss_suits, fit
@@ -46,10 +46,9 @@ PER_QUERY_DIGITS = 4
 # What of the package decides a run's outcome. A row made by other code than this is not taken for the run's. The
 # compiled kernels are not among it: tests hold every path to the same loss, and a machine's build is its own.
 DECIDING = ("settings.py", "distributed.py", "data", "loss", "encoder", "evaluation", "train")
-ENCODER_FIELDS = ("model", *FitSettings().encoder_options)
 RECORDED = {  # fields of FitSettings that make two runs differ
     FIT: tuple(field.name for field in fields(FitSettings)),
-    UNTRAINED: (*ENCODER_FIELDS, "precision"),
+    UNTRAINED: ("model", *FitSettings().encoder_options, "precision"),
     BM25: (),
 }
 SET_OFF, PLAIN, EDGE = "#0b66c3", "#a9b4c0", "#3c4650"
@@ -60,10 +59,10 @@ def measure_quality(
     *,
     datasets: Sequence[str],
     seeds: int,
-    measures: Sequence[str],
+    measures: str,
     out: str | Path,
-    device: str | None = None,
-    fresh: bool = False,
+    device: str | None,
+    fresh: bool,
 ) -> tuple[dict, str | None]:
     """Train and measure every row with every seed, beside the untrained encoders; write quality.json and quality.png.
 
@@ -73,19 +72,16 @@ def measure_quality(
         settings: encoder -> name of a row -> its settings, alike but for what the rows are about; seed and exclude are
             replaced.
         datasets: collections to measure on, see sources.parse_source.
-        measures: names of ir_measures; the first is the one tested.
+        measures: names of ir_measures, separated by commas; the first is the one tested.
         out: an existing folder; several processes may share it.
         device, fresh: see do_runs.
     Returns: the document of quality.json, see make_document, and what was left undone and why, None if nothing was.
     Raises: GradretError, before the first run, when anything that a run needs is not there.
     """
-    measures, sources = tuple(parse_measures(measures, DEFAULT_DEPTH)), tuple(dict.fromkeys(datasets))
-    if not measures:
-        raise GradretError("--measures names none; name one at least, such as nDCG@10")
+    names, sources = tuple(parse_measures(split_measures(measures), DEFAULT_DEPTH)), tuple(dict.fromkeys(datasets))
     runs = {encoder: _plan_runs(encoder, rows, sources, seeds) for encoder, rows in settings.items()}
-    planned = _list_planned(runs)
-    rows, error = do_runs(planned, out, measures=measures, device=device, fresh=fresh)
-    document = make_document(runs, rows, measures, sources)
+    rows, error = do_runs(_list_planned(runs), out, measures=names, device=device, fresh=fresh)
+    document = make_document(runs, rows, names, sources)
     with Rows(Path(out, ROWS_FILE)).locked():  # processes that share a folder may end at the same time
         write_json(Path(out, "quality.json"), document)
         draw_quality(document, Path(out, "quality.png"))
@@ -241,27 +237,28 @@ class OpenedInputs:
     """Everything that runs read, each thing opened once and checked before the first run.
 
     Attributes:
-        collections: source -> collection, of those measured and those whose queries are not trained on.
         content: key of a run -> fingerprints of what its settings name: a row of other content is not the run's.
         lists: key of a run that trains -> how many lists it trains on.
     Raises: GradretError when anything cannot be read, or a package is not installed, that a run would need.
     """
 
     def __init__(self, runs: Sequence[Run]):
-        self.collections: dict[str, Collection] = {}
         self.content: dict[str, dict[str, str]] = {}
         self.lists: dict[str, int] = {}
         self._found: dict[tuple, Any] = {}
         for run in runs:
             for source in (*run.sources, *(run.settings.exclude if run.ranker == FIT else ())):
-                self._open(source)
+                self.open_collection(source)
             self._check(run)
+
+    def open_collection(self, source: str) -> Collection:
+        return self._once(("opened", source), lambda: open_collection(parse_source(source)))
 
     def digest_collection(self, source: str) -> str:
         """A fingerprint of a collection's queries, judgments and documents; of ir_datasets', of how many there are."""
 
         def digest() -> str:
-            collection = self.collections[source]
+            collection = self.open_collection(source)
             told = [collection.queries, collection.qrels, collection.document_count]
             known = isinstance(collection, IrDatasetsCollection)  # its files have one content for all
             documents = () if known else (f"\0{d.doc_id}\0{d.content}".encode() for d in collection.documents())
@@ -273,11 +270,6 @@ class OpenedInputs:
         if key not in self._found:
             self._found[key] = make()
         return self._found[key]
-
-    def _open(self, source: str) -> Collection:
-        if source not in self.collections:
-            self.collections[source] = open_collection(parse_source(source))
-        return self.collections[source]
 
     def _check(self, run: Run) -> None:
         """Fill in content and lists. What needs no reading, such as a measure's name, fit itself checks at once."""
@@ -302,7 +294,7 @@ class OpenedInputs:
 
     def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
         lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
-        measured = [self._open(s) for s in (*settings.exclude, settings.dev) if s is not None]
+        measured = [self.open_collection(s) for s in (*settings.exclude, settings.dev) if s is not None]
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
         summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
         # A file of queries that selects others changes what is kept, and no source.
@@ -326,7 +318,6 @@ def do_runs(
     measures: Sequence[str],
     device: str | None = None,
     fresh: bool = False,
-    progress: bool = True,
 ) -> tuple[dict[str, dict], str | None]:
     """Do the runs that have no row in `out`/rows.jsonl yet, and add one for each as it ends.
 
@@ -336,7 +327,6 @@ def do_runs(
     Args:
         device: as of fit.
         fresh: do runs again that are done already, after removing their rows.
-        progress: show bars on a terminal.
     Returns: key of a run -> its row, of those done by whomever; and a line on what was left undone by a signal or by
         runs that failed, None where all are done.
     Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row cannot be
@@ -364,10 +354,9 @@ def do_runs(
         for count, (number, run) in enumerate(todo, 1):
             title, row = f"run {number} of {len(runs)}: {run.title}", None
             try:
-                if stop.signal is None:
+                with suppress(GivenUp), stop.give_up(0):
                     say(title)
-                    with suppress(GivenUp), stop.give_up(0):
-                        row = measure_row(run, inputs, measures, device=device, progress=progress)
+                    row = measure_row(run, inputs, measures, device)
             except (Interrupted, KeyboardInterrupt):  # fit itself heard the signal, or a second one
                 pass
             except Exception as error:
@@ -395,14 +384,12 @@ def do_runs(
     return found, "; ".join(failures) or None
 
 
-def measure_row(
-    run: Run, inputs: OpenedInputs, measures: Sequence[str], *, device: str | None = None, progress: bool = True
-) -> dict:
+def measure_row(run: Run, inputs: OpenedInputs, measures: Sequence[str], device: str | None) -> dict:
     """Train what a run trains, measure it on its collections: its row but for "code" and "versions".
 
     Raises: GradretError; Interrupted.
     """
-    collections = {source: inputs.collections[source] for source in run.sources}
+    collections = {source: inputs.open_collection(source) for source in run.sources}
     facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.lists.get(run.key)}
     if run.ranker == BM25:
         where, precision = "cpu", None
@@ -410,15 +397,14 @@ def measure_row(
     else:
         with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
             if run.ranker == FIT:
-                result = fit(run.settings, Path(folder, "run"), device=device, progress=progress)
+                result = fit(run.settings, Path(folder, "run"), device=device)
                 facts |= {"fit_seconds": round(result.seconds, 1), "steps": result.steps}
                 trust = run.settings.trust_remote_code
                 encoder = load_encoder(str(result.out), device=device, trust_remote_code=trust)
             else:
                 encoder = load_encoder(run.settings.model, device=device, **run.settings.encoder_options)
             where, precision = encoder.device.type, choose_precision(run.settings.precision, encoder.device)
-            options = {"measures": measures, "precision": precision, "progress": progress}
-            found = {s: evaluate(encoder, c, **options) for s, c in collections.items()}
+            found = {s: evaluate(encoder, c, measures=measures, precision=precision) for s, c in collections.items()}
     kept = {}
     for source, result in found.items():
         say(f"{source}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.measures.items()))
@@ -696,7 +682,6 @@ def draw_quality(document: dict, path: Path) -> None:
     A panel has a bar per row, with whiskers of one sd.
     """
     import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     encoders, measure = document["encoders"], document["measures"][0]
@@ -704,7 +689,6 @@ def draw_quality(document: dict, path: Path) -> None:
     height = sum(1.2 + 0.27 * len(found["rows"]) for found in encoders)
     with matplotlib.rc_context({"text.parse_math": False, "font.size": 9}):  # a user's dollar sign opens no formula
         figure = Figure(figsize=(2.4 + 2.3 * len(columns), height), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(len(encoders), len(columns), squeeze=False, sharex=True, sharey="row")
         for line, found in zip(panels, encoders, strict=True):
             for axes, column in zip(line, columns, strict=True):

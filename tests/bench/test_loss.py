@@ -230,14 +230,14 @@ def test_a_wrong_loss_is_refused_before_timing(monkeypatch, name, row, shape, ch
 
 
 @pytest.mark.parametrize(
-    ("name", "row"),
+    ("home", "name", "row"),
     [
-        ("gaussian_loss", "gradret Gaussian"),
-        ("infonce_of_positive", "InfoNCE"),
+        (speed, "gaussian_loss", "gradret Gaussian"),
+        (Lists, "infonce", "InfoNCE"),
     ],
 )
-def test_the_other_losses_are_checked_too(monkeypatch, name, row):
-    monkeypatch.setattr(speed, name, double(getattr(speed, name)))
+def test_the_other_losses_are_checked_too(monkeypatch, home, name, row):
+    monkeypatch.setattr(home, name, double(getattr(home, name)))
     with pytest.raises(GradretError, match=f"^{row} on 4x16: the loss is"):
         measure_small((4, 16))
 
@@ -266,7 +266,7 @@ def no_peaks(monkeypatch):
 
 
 def measure_small(shape, *, dtype="float32"):
-    return speed.measure_shape(shape, CPU, dtype, 3, True)
+    return speed.measure_shape(shape, CPU, dtype, 3, True, None)
 
 
 def test_what_cannot_be_measured_says_why(monkeypatch):
@@ -431,7 +431,7 @@ def test_what_is_below_the_resolution_or_unknown_is_not_shown_as_a_number():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_rows():
-    document = speed.measure_speed([(64, 256), (32, 128, 16)], device=torch.device("cuda"), repeats=3, every=True)
+    document = speed.measure_speed([(64, 256), (32, 128, 16)], device="cuda", repeats=3, every=True)
     measured = [row for row in document["rows"] if not row["skipped"]]
     assert len(measured) == len(ROWS) + len(RETRIEVAL_ROWS)
     assert all(row["both_ms"]["median"] > 0 and row["peak_mib"] > 0 for row in measured)

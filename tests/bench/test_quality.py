@@ -60,7 +60,7 @@ def make_runs(encoder: Path, *, data: str = "sample.jsonl", sources=(EVEN, TWO_G
 
 
 def do(runs, out=".", **options):
-    return do_runs(runs, out, **{"measures": MEASURES, "progress": False} | options)
+    return do_runs(runs, out, **{"measures": MEASURES} | options)
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ def no_peaks(monkeypatch):
 
 
 def measure(rivals: str = "list_rivals", shape=(4, 16)) -> dict[str, dict]:
-    rows = speed.measure_shape(shape, torch.device("cpu"), repeats=3, rivals=f"benchmarks.speed.rivals:{rivals}")
-    return {row["row"]: row for row in rows}
+    measured = speed.measure_speed([shape], device="cpu", repeats=3, rivals=f"benchmarks.speed.rivals:{rivals}")
+    return {row["row"]: row for row in measured["rows"]}
 
 
 @pytest.mark.filterwarnings("ignore:The use of `x.T`")
