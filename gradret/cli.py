@@ -103,43 +103,33 @@ def parse_request_options(text):
     return found
 
 
+engine_option = partial(option, group=ENGINE)
 ENGINE_OPTIONS = options(
-    option(
+    engine_option(
         "--model",
-        group=ENGINE,
         metavar="FILE|HUB_REPO[:FILE]",
         help="GGUF model; with --endpoint, the name it is served by. [default: Qwen2.5-1.5B-Instruct, 1.1 GB]",
     ),
-    option(
-        "--endpoint",
-        group=ENGINE,
-        metavar="URL",
-        help="An OpenAI-compatible server's, such as http://localhost:8000/v1.",
-    ),
-    option("--sequences", group=ENGINE, default=16, type=POSITIVE, help="Replies written at once."),
-    option(
-        "--context", group=ENGINE, type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"
-    ),
-    option("--gpu-layers", group=ENGINE, default=-1, type=click.IntRange(min=-1), help="-1 for all."),
-    option("--threads", group=ENGINE, type=POSITIVE, help="[default: the processor's cores]"),
-    option(
+    engine_option("--endpoint", metavar="URL", help="An OpenAI-compatible server's, such as http://localhost:8000/v1."),
+    engine_option("--sequences", default=16, type=POSITIVE, help="Replies written at once."),
+    engine_option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
+    engine_option("--gpu-layers", default=-1, type=click.IntRange(min=-1), help="-1 for all."),
+    engine_option("--threads", type=POSITIVE, help="[default: the processor's cores]"),
+    engine_option(
         "--concurrency",
-        group=ENGINE,
         default=32,
         type=POSITIVE,
         help="Requests at once; fewer for a server that answers one after the other.",
     ),
-    option(
+    engine_option(
         "--timeout",
-        group=ENGINE,
         default=600.0,
         type=click.FloatRange(0, 86_400, min_open=True),
         help="Seconds a reply may take, its waiting in the server's queue included.",
     ),
-    option("--retries", group=ENGINE, default=6, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
-    option(
+    engine_option("--retries", default=6, type=click.IntRange(min=0), help="On 429, 5xx, no answer."),
+    engine_option(
         "--request-options",
-        group=ENGINE,
         type=Parsed("json", parse_request_options),
         metavar="JSON",
         help="More fields for each request's body; null leaves a field out.",
@@ -285,6 +275,8 @@ def gen(
     retry_rejects,
     mix_settings,
     shard,
+    model,
+    endpoint,
     scale,
     length,
     show_prompt,
@@ -312,31 +304,29 @@ def gen(
     from gradret.generate.replies import Checks
     from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
 
-    check_engine_options(ctx, given["endpoint"])
-    model = DEFAULT_LLM if given["model"] is None and not given["endpoint"] else given["model"]
+    check_engine_options(ctx, endpoint)
+    model = DEFAULT_LLM if model is None and not endpoint else model
     chosen = {name: value for name, value in collect_settings(given).items() if name in vars(GenSettings())}
     if length is not None:
         chosen["min_chars"], chosen["max_chars"] = length
     settings = make_settings(GenSettings, chosen)
-    scale = read_scale(scale) if scale else TREC_DL
-    prompts = Prompts(settings, scale)
+    prompts = Prompts(settings, read_scale(scale) if scale else TREC_DL)
     checks = Checks(settings, prompts.instructions)
-    wanted = read_queries(queries)
-    wanted = take_shard(wanted, shard) if shard else wanted
+    wanted = take_shard(read_queries(queries), shard or (1, 1))
     if show_prompt:
         query = next((q for q in wanted if q.text.strip()), Query("", ""))
         shown = [prompts.plan(query, part, thing="...") for part in prompts.plan_parts]
-        for request in [*shown, prompts.write(query, scale.grades[0], query.text)]:
+        for request in [*shown, prompts.write(query, prompts.scale.grades[0], query.text)]:
             for message in request.messages:
                 click.echo(f"[{message['role']}]\n{message['content']}\n")
         return
     with ExitStack() as stack:
         # First the files: a model is not loaded for nothing.
         journal = stack.enter_context(Journal(Path(out), rejects and Path(rejects)))
-        of_engine = {name: given[name] for name in (ENDPOINT_ONLY if given["endpoint"] else MODEL_ONLY)}
+        of_engine = {name: given[name] for name in (ENDPOINT_ONLY if endpoint else MODEL_ONLY)}
         with StopRequest() as stop:
-            opened = open_engine(prompts.kinds(), settings, model, given["endpoint"], **of_engine)
-            engine = stack.enter_context(closing(opened))
+            engine = open_engine(prompts.kinds(), settings, model, endpoint, **of_engine)
+            stack.enter_context(closing(engine))
         if stop.signal is not None:
             raise Interrupted("stopped before anything was asked for")
         record = settings_record(prompts, engine.identity, given["request_options"])
@@ -454,22 +444,16 @@ def export(source, form, out, positive_from, as_json):
     )
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def parse_shape(text):
-    """Whole numbers joined by x: lists x documents, or queries x documents x dimensions. Raises: ValueError."""
-    if not re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){1,2}", text):
-        raise ValueError(f"'{text}' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384")
-    numbers = tuple(map(int, text.split("x")))
-    if min(numbers) < 1 or numbers[1] < 2:
-        raise ValueError(f"'{text}' has too little: two documents and one of everything else at least")
-    return numbers
-
-
 def parse_shapes(text):
-    """Several, separated by commas. Raises: ValueError."""
-    shapes = tuple(parse_shape(part) for part in text.split(","))
+    """BxN of lists and documents, or BxNxD of queries, documents and dimensions, by commas. Raises: ValueError."""
+    shapes = []
+    for part in text.split(","):
+        if not re.fullmatch("[0-9]{1,9}(x[0-9]{1,9}){1,2}", part):
+            raise ValueError(f"'{part}' is not BxN or BxNxD in whole numbers, such as 512x2048 or 2048x16384x384")
+        shape = tuple(map(int, part.split("x")))
+        if min(shape) < 1 or shape[1] < 2:
+            raise ValueError(f"'{part}' has too little: two documents and one of everything else at least")
+        shapes.append(shape)
     if len(set(shapes)) < len(shapes):
         raise ValueError(f"'{text}': the same shape stands there twice")
     return shapes
@@ -484,7 +468,7 @@ def parse_shapes(text):
     help="Lists x documents per list, or queries x documents x dimensions to score, too.",
 )
 @option("--all", "every", is_flag=True, help="Time gradret's other losses, and other ways to them, too.")
-@option("--dtype", default="float32", type=click.Choice(DTYPES), help="Of the scores.")
+@option("--dtype", default="float32", type=click.Choice(("float32", "bfloat16", "float16")), help="Of the scores.")
 @option("--repeats", default=30, type=POSITIVE, help="Samples per row; slow rows take fewer.")
 @option("--chart", is_flag=True, help="Draw loss.png, too.")
 @option("--out", default="gradret-bench", type=click.Path(), help="Where loss.json and loss.png go.")
@@ -543,14 +527,7 @@ def bench():
 
 
 @bench.command(cls=Command, short_help="Train with each loss and compare (the default).")
-@option(
-    "--data",
-    group=FIRST,
-    multiple=True,
-    default=(SAMPLE,),
-    metavar="SOURCE",
-    help="Training lists, as of fit.",
-)
+@option("--data", group=FIRST, multiple=True, default=(SAMPLE,), metavar="SOURCE", help="Training lists, as of fit.")
 @option(
     "--dataset",
     "datasets",
@@ -616,9 +593,9 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
             settings = FitSettings(**taken, loss=loss)
         except ValueError as error:
             raise click.BadParameter(str(error), param_hint="--losses") from None
-        if settings.loss in {system.loss for system in systems.values()}:  # perhaps in another spelling
+        if settings.loss in systems:  # perhaps in another spelling
             raise click.UsageError(f"--losses {losses}: the same loss stands there twice")
-        systems[loss] = settings
+        systems[settings.loss] = settings
     refuse_unused(chosen, list(systems))
     require_matplotlib()
     open_folder(out, "quality.json", "quality.png")
@@ -711,8 +688,6 @@ def evaluate_command(
     gradret bench eval --model model --dataset beir/scifact/test
     gradret bench eval --model model --dataset cranfield --queries even --grade-map=-1=4,1=4,2=3,3=2,4=1
     """
-    from dataclasses import replace
-
     with show_wait("loading PyTorch"):
         from gradret.encoder.load import choose_precision, load_encoder
     from gradret.bench import format_table
@@ -723,13 +698,13 @@ def evaluate_command(
     from gradret.files import versions
 
     settings = make_settings(FitSettings, collect_settings(given))
-    flags = {"queries": queries, "drop_self": drop_self}
     with join_processes(device) as (processes, where):
         with processes.agree():
             names = list(parse_measures(split_measures(measures), depth))
             if run_file and processes.is_first:
                 check_writable(run_file)
-            flags["grades"] = parse_grade_map(grade_map) if grade_map else None
+            grades = parse_grade_map(grade_map) if grade_map else None
+            flags = {"queries": queries, "grades": grades, "drop_self": drop_self}
             source = replace(parse_source(dataset), **{k: v for k, v in flags.items() if v is not None})
             collection = open_collection(source)
             encoder = load_encoder(settings.model, device=where, **settings.encoder_options)

@@ -113,18 +113,13 @@ def _make_tables(document: dict[str, Any]) -> list[tuple[list[str], list[list[st
             shares = (found["kinds"].get(kind, {}).get("share") for found in pairs.values())
             rows.append([kind, str(counts["pairs"]), *(_tell(share, 3) for share in shares)])
         tables.append((["pairs in order", "pairs", *pairs], rows))
-    means = [
-        name for name in ("similarity", "judged") if any(one[name] is not None for one in document["grades"].values())
-    ]
+    grades, counts = document["grades"], ("lists", "passages", "characters", "words")
+    means = [m for m in ("similarity", "judged") if any(found[m] is not None for found in grades.values())]
     rows = [
-        [
-            grade,
-            *(f"{one[name]:.0f}" for name in ("lists", "passages", "characters", "words")),
-            *(_tell(one[name]) for name in means),
-        ]
-        for grade, one in document["grades"].items()
+        [grade, *(f"{found[count]:.0f}" for count in counts), *(_tell(found[mean]) for mean in means)]
+        for grade, found in grades.items()
     ]
-    tables.append((["grade", "lists", "passages", "characters", "words", *means], rows))
+    tables.append((["grade", *counts, *means], rows))
     return tables
 
 

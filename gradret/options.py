@@ -36,11 +36,10 @@ class Command(click.Command):
         groups: dict[str, list[tuple[str, str]]] = {}
         described = {}
         for parameter in self.get_params(ctx):
-            group, rows = (parameter.group, parameter.described) if isinstance(parameter, Option) else (RUN, None)
-            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
-            if record is not None:
+            if isinstance(parameter, click.Option) and (record := parameter.get_help_record(ctx)):
+                group = getattr(parameter, "group", RUN)  # click's own --help has none
                 groups.setdefault(group, []).append(record)
-            if rows:
+            if rows := getattr(parameter, "described", None):
                 described[f"Values of {parameter.opts[0]}"] = rows
         last = {RUN: groups.pop(RUN)}
         for heading, rows in (groups | last | described).items():
@@ -95,7 +94,7 @@ def setting_options(kind: type, *, only: Iterable[str] = (), without: Iterable[s
             made.append(option(names, is_flag=True, default=None, show_default=False, **more))
         else:
             many = list_types(declared) == [tuple]
-            choices = LOSSES if declared.name == "loss" else map(str, find_declaration(declared).choices)
+            choices = LOSSES if declared.name == "loss" else map(str, declaration.choices)
             type_ = click.STRING if many else Parsed(declared.name, partial(parse_setting, declared), choices)
             made.append(option(name, multiple=many, type=type_, metavar=show_metavar(declared), **more))
     return options(*made)

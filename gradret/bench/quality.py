@@ -237,28 +237,28 @@ class OpenedInputs:
     """Everything that runs read, each thing opened once and checked before the first run.
 
     Attributes:
+        code, versions: of the code that runs, whatever the checkout becomes meanwhile; see digest_code.
         content: key of a run -> fingerprints of what its settings name: a row of other content is not the run's.
         lists: key of a run that trains -> how many lists it trains on.
     Raises: GradretError when anything cannot be read, or a package is not installed, that a run would need.
     """
 
     def __init__(self, runs: Sequence[Run]):
+        self.code, self.versions = digest_code(), versions()
         self.content: dict[str, dict[str, str]] = {}
         self.lists: dict[str, int] = {}
         self._found: dict[tuple, Any] = {}
         for run in runs:
-            for source in (*run.sources, *(run.settings.exclude if run.ranker == FIT else ())):
-                self.open_collection(source)
             self._check(run)
 
-    def open_collection(self, source: str) -> Collection:
+    def open(self, source: str) -> Collection:
         return self._once(("opened", source), lambda: open_collection(parse_source(source)))
 
     def digest_collection(self, source: str) -> str:
         """A fingerprint of a collection's queries, judgments and documents; of ir_datasets', of how many there are."""
 
         def digest() -> str:
-            collection = self.open_collection(source)
+            collection = self.open(source)
             told = [collection.queries, collection.qrels, collection.document_count]
             known = isinstance(collection, IrDatasetsCollection)  # its files have one content for all
             documents = () if known else (f"\0{d.doc_id}\0{d.content}".encode() for d in collection.documents())
@@ -274,6 +274,8 @@ class OpenedInputs:
     def _check(self, run: Run) -> None:
         """Fill in content and lists. What needs no reading, such as a measure's name, fit itself checks at once."""
         settings, content = run.settings, self.content.setdefault(run.key, {})
+        for source in run.sources:
+            self.open(source)
         if run.ranker == BM25:
             import_bm25s()
             return
@@ -294,7 +296,7 @@ class OpenedInputs:
 
     def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
         lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
-        measured = [self.open_collection(s) for s in (*settings.exclude, settings.dev) if s is not None]
+        measured = [self.open(s) for s in (*settings.exclude, settings.dev) if s is not None]
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
         summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
         # A file of queries that selects others changes what is kept, and no source.
@@ -333,7 +335,6 @@ def do_runs(
         written.
     """
     stored, failures, stopped = Rows(Path(out, ROWS_FILE)), [], False
-    code, found_versions = digest_code(), versions()  # of the code that runs, whatever the checkout becomes meanwhile
     with StopRequest() as stop:
         inputs = None
         with suppress(GivenUp), stop.give_up(0):
@@ -343,7 +344,7 @@ def do_runs(
         if fresh:
             stored.drop({run.key for run in runs})
         there = stored.read()
-        done = choose_rows(there, runs, measures, code, inputs)
+        done = choose_rows(there, runs, measures, inputs)
         if done:
             say(f"{len(done)} of {len(runs)} runs are done already in {stored.path}; --fresh measures again")
         if stale := sum(run.key in there and run.key not in done for run in runs):
@@ -371,11 +372,11 @@ def do_runs(
                 stopped = True
                 break
             with stop.uninterrupted():
-                stored.append({**row, "code": code, "versions": found_versions})
+                stored.append(row)
             if left := len(todo) - count:
                 rest = tqdm.format_interval((time.monotonic() - began) / count * left)
                 say(f"{left} run{'s' if left > 1 else ''} to go, about {rest}")
-    found = choose_rows(stored.read(), runs, measures, code, inputs)
+    found = choose_rows(stored.read(), runs, measures, inputs)
     again = "the same command without --fresh" if fresh else "the same command"
     if len(failures) > 1:
         failures = [f"{len(failures)} runs failed, which {again} tries again: {'; '.join(failures)}"]
@@ -385,24 +386,23 @@ def do_runs(
 
 
 def measure_row(run: Run, inputs: OpenedInputs, measures: Sequence[str], device: str | None) -> dict:
-    """Train what a run trains, measure it on its collections: its row but for "code" and "versions".
+    """Train what a run trains, measure it on its collections: its row.
 
     Raises: GradretError; Interrupted.
     """
-    collections = {source: inputs.open_collection(source) for source in run.sources}
+    collections = {source: inputs.open(source) for source in run.sources}
     facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.lists.get(run.key)}
     if run.ranker == BM25:
         where, precision = "cpu", None
         found = {s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, measures) for s, c in collections.items()}
     else:
         with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
+            name, options = run.settings.model, run.settings.encoder_options
             if run.ranker == FIT:
                 result = fit(run.settings, Path(folder, "run"), device=device)
                 facts |= {"fit_seconds": round(result.seconds, 1), "steps": result.steps}
-                trust = run.settings.trust_remote_code
-                encoder = load_encoder(str(result.out), device=device, trust_remote_code=trust)
-            else:
-                encoder = load_encoder(run.settings.model, device=device, **run.settings.encoder_options)
+                name, options = str(result.out), {"trust_remote_code": run.settings.trust_remote_code}
+            encoder = load_encoder(name, device=device, **options)
             where, precision = encoder.device.type, choose_precision(run.settings.precision, encoder.device)
             found = {s: evaluate(encoder, c, measures=measures, precision=precision) for s, c in collections.items()}
     kept = {}
@@ -423,6 +423,8 @@ def measure_row(run: Run, inputs: OpenedInputs, measures: Sequence[str], device:
         **facts,
         "device": where,
         "precision": precision,
+        "code": inputs.code,
+        "versions": inputs.versions,
     }
 
 
@@ -430,21 +432,17 @@ def choose_rows(
     stored: Mapping[str, Sequence[dict]],
     runs: Sequence[Run],
     measures: Sequence[str],
-    code: str | None = None,
     inputs: OpenedInputs | None = None,
 ) -> dict[str, dict]:
     """Key of a run -> its latest row that has all collections and measures wanted, for the runs that have one.
 
     Args:
         stored: see Rows.read.
-        code: rows made by other code are left out, see digest_code; None takes them as they are.
-        inputs: rows of other data, encoders or collections than these are left out; None takes them as they are.
+        inputs: rows of other code, data, encoders or collections than these are left out; None takes them as they are.
     """
     found = {}
     for run in runs:
         for row in stored.get(run.key, ()):
-            if code is not None and row.get("code") != code:
-                continue
             there = [row["collections"].get(source, {}) for source in run.sources]
             wanted = all({*measures} <= c.get("measures", {}).keys() and measures[0] in c["per_query"] for c in there)
             if wanted and (inputs is None or _is_of(row, run, inputs)):
@@ -453,8 +451,9 @@ def choose_rows(
 
 
 def _is_of(row: dict, run: Run, inputs: OpenedInputs) -> bool:
-    measured = all(row["collections"][s].get("content") == inputs.digest_collection(s) for s in run.sources)
-    return measured and row.get("content") == inputs.content[run.key]
+    if row.get("code") != inputs.code or row.get("content") != inputs.content[run.key]:
+        return False
+    return all(row["collections"][s].get("content") == inputs.digest_collection(s) for s in run.sources)
 
 
 # --- what is made of rows
