@@ -9,7 +9,7 @@ from dataclasses import fields
 
 import pytest
 from click.testing import CliRunner
-from conftest import REPOSITORY, SAMPLE_FILE, list_record
+from conftest import REPOSITORY, list_record
 
 from gradret.cli import main
 from gradret.settings import FitSettings, spell_option
@@ -216,13 +216,6 @@ def test_help_shows_few_options_in_groups_and_the_other_settings_at_its_end():
     assert headings == ["Queries and output", "Model and engine", "What is written", "Sampling", "Run"]
 
 
-def test_lists_of_one_grade_are_kept_and_reported(write_jsonl, tiny_encoder, tmp_path):
-    data = write_jsonl("data.jsonl", [list_record("a"), list_record("b", (2, 2))])
-    result = invoke("fit", "--data", data, "--model", tiny_encoder, "--out", tmp_path / "out")
-    assert result.exit_code == 0
-    assert "data: 2 lists, 6 passages, grades 0 to 3; 1 list whose grades are all equal, kept\n" in result.stderr
-
-
 def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "cache"))
@@ -241,41 +234,6 @@ def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     assert table.splitlines()[2].split()[0] == "gradret-model"
     finished = invoke("fit", "--resume")
     assert finished.stdout == "gradret-model: already finished, 12 steps\n"
-
-
-def test_the_measures_are_those_of_ir_measures_on_the_written_run(tiny_encoder, tmp_path, monkeypatch):
-    import ir_measures
-
-    monkeypatch.setenv("GRADRET_CACHE", str(tmp_path / "cache"))
-    result = invoke("bench", "eval", "--model", tiny_encoder, "--run", tmp_path / "run", "--json")
-    lists = [json.loads(line) for line in SAMPLE_FILE.read_text().splitlines()]
-    qrels = {r["query_id"]: {f"{r['query_id']}/{i}": p["grade"] for i, p in enumerate(r["passages"], 1)} for r in lists}
-    measures = [ir_measures.parse_measure(m) for m in ("nDCG@10", "R@100", "RR@10")]
-    run = list(ir_measures.read_trec_run(str(tmp_path / "run")))
-    expected = {str(m): v for m, v in ir_measures.calc_aggregate(measures, qrels, run).items()}
-    assert json.loads(result.stdout)["measures"] == pytest.approx(expected, abs=1e-9)
-
-
-def test_quality_table_json_and_chart(tiny_encoder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    sources = ("--data", "sample?queries=odd", "--dataset", "sample?queries=even")
-    arguments = (*sources, "--model", tiny_encoder, "--max-steps", 2, "--seeds", 2, "--precision", "float32")
-    monkeypatch.setattr(sys, "argv", ["gradret", "bench", "it's"])
-    result = invoke("bench", *arguments)  # quality is what bench does without a command
-    assert result.exit_code == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0] == "sample?queries=even: 48 queries, 384 documents, 2 seeds"
-    assert lines[1].split() == [tiny_encoder.name, "nDCG@10", "R@100", "RR@10", "p", "(nDCG@10)"]
-    assert [line.split()[0] for line in lines[3:6]] == ["untrained", "infonce", "wasserstein:.15+contrast:.85"]
-    document = json.loads((tmp_path / "gradret-bench" / "quality.json").read_text())
-    assert document["command"] == """gradret bench 'it'"'"'s'"""
-    for row in document["encoders"][0]["rows"]:
-        column = row["columns"]["sample?queries=even"]
-        values = column["values"]["nDCG@10"]
-        assert len(values) == (1 if row["system"] == "untrained" else 2)
-        assert column["mean"]["nDCG@10"] == pytest.approx(sum(values) / len(values))
-        assert set(column["p"]) == (set() if row["system"] == "infonce" else {"infonce"})
-    assert (tmp_path / "gradret-bench" / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_report_without_its_extra_names_the_install_command(monkeypatch):

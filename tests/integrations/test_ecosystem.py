@@ -1,7 +1,6 @@
 """gradret's files open in other people's tools, and its measures are theirs."""
 
 import json
-import math
 
 import datasets
 import ir_measures
@@ -14,7 +13,7 @@ from ir_measures import RR, R, nDCG
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
-from gradret import FitSettings, evaluate, fit, load_encoder, read_lists, write_lists, write_run
+from gradret import FitSettings, evaluate, fit, load_encoder, read_lists, write_lists
 from gradret.cli import main
 from gradret.data.sources import open_collection, parse_source
 
@@ -146,11 +145,3 @@ def test_any_sentence_transformers_model_is_measured(trained):
     model.similarity_fn_name = "euclidean"
     with pytest.raises(ValueError, match="the model's similarity is 'euclidean'; only cosine and dot"):
         evaluate(model, "sample?queries=even", progress=False)
-
-
-def test_a_run_from_python_opens_in_trec_tools(trained, tmp_path):
-    found = evaluate(str(trained), "sample?queries=even", measures=["nDCG@10"], progress=False)
-    write_run(tmp_path / "run.txt", found.run)
-    run = list(ir_measures.read_trec_run(str(tmp_path / "run.txt")))
-    assert len(run) == sum(map(len, found.run.values()))
-    assert all(math.isclose(dict(found.run[line.query_id])[line.doc_id], line.score, rel_tol=1e-6) for line in run)
