@@ -1,10 +1,10 @@
-"""Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar mean over lists.
+"""Losses over graded lists. All take scores (B, N), grades (B, N) and a mask (B, N), and give a scalar.
 
-B is the number of lists, N the number of documents per list, absent ones included. `targets` says where a
-list's relevance mass belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); "sqrt", the root
-of y (0 below grade 0); or the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far
-mass is moved between two grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that
-0 to 1 is further than 2 to 3.
+That is a mean over lists, or what `reduction` says; gaussian_loss alone is one value of the whole batch. B is the
+number of lists, N the number of documents per list, absent ones included. `targets` says where a list's relevance mass
+belongs: "gain", w(y) = 2^y - 1 (0 below grade 0); "softmax", w(y) = exp(y); "sqrt", the root of y (0 below grade 0); or
+the weights themselves, (B, N), >= 0. Each row is normalised to 1. `ground` says how far mass is moved between two
+grades: "grade", |y - y'|; "gain", |2^y - 2^y'|; "sqrt", the same of their roots, so that 0 to 1 is further than 2 to 3.
 
 A document whose score is -inf takes part as absent. Only wasserstein_loss keeps its target mass, as the distance stays
 finite. A row without another score counts as 0.
@@ -26,7 +26,7 @@ from gradret.loss.grades import (
     result_dtype,
     weigh_grades,
 )
-from gradret.loss.mixture import FUSED, mix_lists
+from gradret.loss.one_pass import ONE_PASS, one_pass_loss
 from gradret.loss.reference import masked_softmax
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, LOSSES, parse_loss
 
@@ -66,7 +66,7 @@ def wasserstein_loss(
     Source: one-dimensional optimal transport, Peyré and Cuturi (2019), section 2.6; targets after SyCL,
         arXiv 2503.23239.
     """
-    return mix_lists({"wasserstein": 1}, scores, grades, order, temperature, targets, ground, mask, reduction)
+    return one_pass_loss({"wasserstein": 1}, scores, grades, order, temperature, targets, ground, mask, reduction)
 
 
 def gaussian_loss(
@@ -130,8 +130,7 @@ def infonce_loss(
         positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
     else:
         positive = grades >= positive_from
-    options = (DEFAULT_ORDER, temperature, positive.double(), DEFAULT_GROUND, mask, "mean")
-    return mix_lists({"contrast": 1}, scores, grades, *options)
+    return one_pass_loss({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
 
 
 def kl_loss(
@@ -148,8 +147,9 @@ def kl_loss(
     Args, Returns, Raises: as wasserstein_loss, without order.
     Source: ListNet, Cao et al. (ICML 2007).
     """
-    options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
-    return mix_lists({"kl": 1}, scores, grades, *options)
+    return one_pass_loss(
+        {"kl": 1}, scores, grades, temperature=temperature, targets=targets, mask=mask, reduction=reduction
+    )
 
 
 def contrast_loss(
@@ -171,8 +171,9 @@ def contrast_loss(
         as 0.
     Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
     """
-    options = (DEFAULT_ORDER, temperature, targets, DEFAULT_GROUND, mask, reduction)
-    return mix_lists({"contrast": 1}, scores, grades, *options)
+    return one_pass_loss(
+        {"contrast": 1}, scores, grades, temperature=temperature, targets=targets, mask=mask, reduction=reduction
+    )
 
 
 def ranknet_loss(
@@ -207,11 +208,10 @@ def mix_losses(loss: str, scores: Tensor, grades: Tensor, *, mask: Tensor | None
         options: settings of losses; each gets those that it takes.
     """
     weights, terms = parse_loss(loss), []
-    fused = {name: weights.pop(name) for name in FUSED if name in weights}
-    if fused:
-        taken = {name: options[name] for name in LOSSES["wasserstein"] if name in options}
-        defaults = wasserstein_loss.__kwdefaults__ or {}
-        terms.append(mix_lists(fused, scores, grades, **defaults | taken | {"mask": mask}))
+    together = {name: weights.pop(name) for name in ONE_PASS if name in weights}
+    if together:
+        taken = {key: value for key, value in options.items() if key in LOSSES["wasserstein"]}
+        terms.append(one_pass_loss(together, scores, grades, mask=mask, **taken))
     for name, weight in weights.items():
         taken = {key: value for key, value in options.items() if key in LOSSES[name]}
         terms.append(weight * LOSS_FUNCTIONS[name](scores, grades, mask=mask, **taken))

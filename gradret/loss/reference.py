@@ -1,4 +1,4 @@
-"""The losses of gradret.loss.mixture in plain PyTorch, for devices without a compiled kernel.
+"""The losses of gradret.loss.one_pass in plain PyTorch, for devices without a compiled kernel.
 
 Sums are made in float64 where the device has it.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from gradret.loss.grades import ABSENT, Tables, accumulation_dtype, normalize_mass, result_dtype
 
 
-def mix(
+def loss_and_gradient(
     scores: Tensor, tables: Tables, weights: Sequence[float], order: int, temperature: float, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of W_p^p along the grade axis, KL(q || p) and the contrast, and its gradient, list by list.

@@ -24,7 +24,7 @@ from gradret.loss.grades import (
     weigh_grades,
 )
 from gradret.loss.kernels import address, backend, compiled, current_stream
-from gradret.loss.mixture import FUSED, check_options, first_derivatives_only, mix_lists, reduce_lists
+from gradret.loss.one_pass import ONE_PASS, check_options, first_derivatives_only, one_pass_loss, reduce_lists
 from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE, parse_loss
 
 TILE_ROWS = 2048
@@ -193,7 +193,7 @@ def wasserstein_retrieval_loss(
     check_options(order, reduction)
     check_temperature(temperature)
     weights = parse_loss(loss)
-    if not weights.keys() <= set(FUSED):
+    if not weights.keys() <= set(ONE_PASS):
         raise ValueError(f"loss '{loss}': only wasserstein, kl and contrast are computed from embeddings")
     shape = (len(queries), len(documents))
     if not isinstance(grades, PreparedPairs):
@@ -227,8 +227,7 @@ def _compute_lists(
     short = of_pairs.new_full((rows * width,), -torch.inf)  # stands for no document
     short = short.index_copy(0, group.slots, of_pairs.index_select(0, group.members)).view(rows, width)
     short = torch.cat([short[:, :-1], others.index_select(0, group.rows)[:, None]], 1)  # (R, K + 1)
-    options = (order, temperature, DEFAULT_TARGETS, DEFAULT_GROUND, None, "none")  # targets and ground are prepared
-    return mix_lists(weights, short, group.grades, *options)
+    return one_pass_loss(weights, short, group.grades, order=order, temperature=temperature, reduction="none")
 
 
 class Folded(NamedTuple):

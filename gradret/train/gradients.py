@@ -19,7 +19,7 @@ from gradret.data.lists import hash64
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder, autocast, deal_chunks, plan_chunks
 from gradret.loss.functions import mix_losses
-from gradret.loss.mixture import FUSED
+from gradret.loss.one_pass import ONE_PASS
 from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
 from gradret.settings import LOSSES, FitSettings
 from gradret.train.batches import Batch, tokenize_batch
@@ -63,16 +63,16 @@ class Objective:
         return total
 
     @property
-    def is_fused(self) -> bool:
+    def skips_matrix(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        if self.floor is None or not self._losses <= set(FUSED):
+        if self.floor is None or not self._losses <= set(ONE_PASS):
             return False
         others_weigh = self.settings.targets == "softmax" or self.floor > 0  # other lists' documents have target mass
         return self._losses == {"wasserstein"} or not others_weigh
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
-        if self.is_fused:
+        if self.skips_matrix:
             return len(batch.queries)
         columns = batch.columns.shape[1] if self.floor is None else len(batch.documents)
         per_list = columns**2 if "ranknet" in self._losses else columns
@@ -80,7 +80,7 @@ class Objective:
 
     def _loss_of(self, queries: Tensor, documents: Tensor, batch: Batch, part: slice) -> Tensor:
         s, device = self.settings, queries.device
-        if self.is_fused:
+        if self.skips_matrix:
             shape = (len(queries), len(documents))
             given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)

@@ -29,7 +29,7 @@ from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import evaluate, parse_measures
 from gradret.files import versions
 from gradret.loss.kernels import describe_backend
-from gradret.loss.mixture import FUSED
+from gradret.loss.one_pass import ONE_PASS
 from gradret.settings import AUTO, FitSettings, count_steps, learning_rate_at
 from gradret.train.batches import Batch, draw_batches
 from gradret.train.card import write_card
@@ -310,7 +310,7 @@ class Trainer:
         self.gradients = self.make_gradients()
         if directory is not None:
             loss = self.settings.loss
-            if self.settings.loss_weights.keys() & {*FUSED, "infonce"}:  # a contrast, too
+            if self.settings.loss_weights.keys() & {*ONE_PASS, "infonce"}:  # a contrast, too
                 loss += f" on {describe_backend(self.encoder.device)}"
             chunk = f", {self.state.chunk} passages at once" if self.state.chunk else ""
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""

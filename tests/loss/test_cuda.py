@@ -5,7 +5,7 @@ import torch
 from plain import prepare_grades, prepare_pairs, wasserstein_loss, wasserstein_retrieval_loss
 
 from gradret.loss import kernels
-from gradret.loss.mixture import FUSED, mix_lists
+from gradret.loss.one_pass import ONE_PASS, one_pass_loss
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kernels.backend("cuda") != "cuda", reason="needs a CUDA device and kernels for it"
@@ -62,7 +62,8 @@ def test_mixtures_equal_float64_on_the_cpu(columns, kind, dtype, weights):
     results = []
     for s, g in ((scores.double().cpu(), prepare_grades(grades.cpu(), mask=mask.cpu())), (scores, prepared)):
         s.requires_grad_()
-        loss = mix_lists(dict(zip(FUSED, weights, strict=True)), s, g, 2, 0.5, "sqrt", "sqrt", None, "none")
+        mixture = dict(zip(ONE_PASS, weights, strict=True))
+        loss = one_pass_loss(mixture, s, g, temperature=0.5, reduction="none")
         results.append((loss.detach().cpu(), torch.autograd.grad(loss.sum(), s)[0].cpu()))
     (truth, slope), (loss, gradient) = results
     torch.testing.assert_close(loss, truth.float(), rtol=1e-4, atol=1e-6)

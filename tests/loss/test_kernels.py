@@ -11,7 +11,7 @@ from plain import prepare_grades, wasserstein_loss
 
 from gradret.loss import grades as grades_module
 from gradret.loss import kernels, reference
-from gradret.loss import mixture as ops
+from gradret.loss import one_pass as ops
 from gradret.loss.functions import mix_losses
 
 F64 = {"dtype": torch.float64}
@@ -134,8 +134,8 @@ def mixture_truth(scores, grades, mask, weights, order, temperature, share=None)
 
 def mixture_and_gradient(weights, scores, grades, order, temperature):
     scores = scores.detach().requires_grad_()
-    options = (order, temperature, "sqrt", "sqrt", None, "none")
-    loss = ops.mix_lists(dict(zip(ops.FUSED, weights, strict=True)), scores, grades, *options)
+    options = {"order": order, "temperature": temperature, "reduction": "none"}
+    loss = ops.one_pass_loss(dict(zip(ops.ONE_PASS, weights, strict=True)), scores, grades, **options)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
@@ -275,7 +275,7 @@ def test_errors_stay_within_those_of_pytorch_in_the_same_dtype(dtype, kind, orde
 def test_any_length(columns, kind, order):
     scores, grades, mask = make_lists(2, columns, kind, seed=2)
     tables = grades_module.make_tables(grades, "gain", "grade", mask)
-    expected, slope = reference.mix(scores, tables, (1, 0, 0), order, 0.5)
+    expected, slope = reference.loss_and_gradient(scores, tables, (1, 0, 0), order, 0.5)
     loss, gradient = loss_and_gradient(scores.float(), grades, mask, order, 0.5)
     # exact in float64, so what is left is the rounding of the scores themselves
     torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-7)
@@ -294,8 +294,8 @@ def test_the_level_form_equals_the_sorted_form(dtype, order):
         patch.setattr(kernels, "compiled", None)
         ordered = grades_module.make_tables(grades, "gain", "grade", mask)
     assert ordered.index.dtype == torch.int32
-    by_level = ops.mix(scores.to(dtype), levels, (1, 0, 0), order, 0.5, "none", True)
-    by_order = ops.mix(scores.to(dtype), ordered, (1, 0, 0), order, 0.5, "none", True)
+    by_level = ops.run_pass(scores.to(dtype), levels, (1, 0, 0), order, 0.5, "none", True)
+    by_order = ops.run_pass(scores.to(dtype), ordered, (1, 0, 0), order, 0.5, "none", True)
     tolerance = 8 * torch.finfo(dtype if dtype == torch.float64 else torch.float32).eps
     torch.testing.assert_close(by_level[0], by_order[0], rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(by_level[1], by_order[1], rtol=4 * torch.finfo(dtype).eps, atol=tolerance)
@@ -466,9 +466,9 @@ def op_samples(device):
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for reduction in ("none", "mean"):
             options = [0.25, 0.25, 0.5], 2, 0.5, reduction
-            yield ops.mix_op, (scores.to(dtype), *prepare_grades(grades).tables, *options)
-            yield ops.mix_grades_op, (scores.to(dtype), grades, mask, None, "gain", "sqrt", *options)
-            yield ops.mix_grades_op, (scores.to(dtype), grades, None, weights, None, "grade", *options)
+            yield ops.one_pass_op, (scores.to(dtype), *prepare_grades(grades).tables, *options)
+            yield ops.one_pass_of_grades_op, (scores.to(dtype), grades, mask, None, "gain", "sqrt", *options)
+            yield ops.one_pass_of_grades_op, (scores.to(dtype), grades, None, weights, None, "grade", *options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -500,7 +500,7 @@ def test_compiled_whole():
 
 def test_gradients_are_not_computed_when_nobody_asks(monkeypatch):
     asked = []
-    monkeypatch.setattr(ops, "mix", lambda *a: asked.append(a[-1]) or (torch.zeros(()), None))
+    monkeypatch.setattr(ops, "run_pass", lambda *a: asked.append(a[-1]) or (torch.zeros(()), None))
     wasserstein_loss(torch.zeros(2, 3), torch.zeros(2, 3))
     wasserstein_loss(torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3))
     with torch.no_grad():
@@ -619,4 +619,4 @@ def test_no_gradient_where_both_masses_are_equal_in_long_lists(kind):
 def test_the_registered_op_refuses_tables_of_other_lists():
     tables = prepare_grades(torch.zeros(2, 4)).tables
     with pytest.raises(ValueError, match="do not fit scores"):
-        ops.mix_op(torch.zeros(2, 400), *tables, [1.0, 0.0, 0.0], 1, 1.0, "mean")
+        ops.one_pass_op(torch.zeros(2, 400), *tables, [1.0, 0.0, 0.0], 1, 1.0, "mean")

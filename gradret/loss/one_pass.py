@@ -1,4 +1,4 @@
-"""The losses that one pass computes, and their weighted sums: dispatch to a kernel, autograd, torch.compile."""
+"""The losses that one pass over the scores computes, and their weighted sums: kernels, autograd, torch.compile."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from torch import Tensor
 from gradret.loss import reference
 from gradret.loss.grades import PreparedGrades, Tables, check_grades, check_scores, make_tables, result_dtype
 from gradret.loss.kernels import address, backend, compiled, current_stream
-from gradret.settings import DEFAULT_GROUND, DEFAULT_TARGETS
+from gradret.settings import DEFAULT_GROUND, DEFAULT_ORDER, DEFAULT_TARGETS, DEFAULT_TEMPERATURE
 
-FUSED = ("wasserstein", "kl", "contrast")
+ONE_PASS = ("wasserstein", "kl", "contrast")
 _SCALAR_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 TWICE = "losses of lists give first derivatives only: their gradient cannot be differentiated again"
 
@@ -25,18 +25,18 @@ def check_options(order: int, reduction: str) -> None:
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def mix_lists(
+def one_pass_loss(
     weights: Mapping[str, float],
     scores: Tensor,
     grades: Tensor | PreparedGrades,
-    order: int,
-    temperature: float,
-    targets: str | Tensor,
-    ground: str,
-    mask: Tensor | None,
-    reduction: str,
+    order: int = DEFAULT_ORDER,
+    temperature: float = DEFAULT_TEMPERATURE,
+    targets: str | Tensor = DEFAULT_TARGETS,
+    ground: str = DEFAULT_GROUND,
+    mask: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
-    """The sum of losses of FUSED, each times its weight; the rest as gradret.wasserstein_loss."""
+    """The sum of losses of ONE_PASS, each times its weight; the rest as gradret.wasserstein_loss."""
     check_options(order, reduction)
     check_scores(scores, grades, temperature)
     if not isinstance(grades, PreparedGrades):
@@ -47,13 +47,13 @@ def mix_lists(
         raise ValueError(f"grades must be on the scores' device, {scores.device}; got {grades.device}")
     if not torch.is_grad_enabled():
         scores = scores.detach()  # then no gradient is computed
-    shares = [float(weights.get(name, 0)) for name in FUSED]
+    shares = [float(weights.get(name, 0)) for name in ONE_PASS]
     options = (shares, int(order), float(temperature), reduction)
-    loss: Tensor = _Mixture.apply(scores, grades, targets, ground, mask, *options)  # type: ignore[no-untyped-call]
+    loss: Tensor = _OnePass.apply(scores, grades, targets, ground, mask, *options)  # type: ignore[no-untyped-call]
     return loss
 
 
-def mix(
+def run_pass(
     scores: Tensor,
     tables: Tables,
     weights: Sequence[float],
@@ -64,16 +64,21 @@ def mix(
 ) -> tuple[Tensor, Tensor | None]:
     """The reduced loss and its gradient (B, N), None if not needed, by the path that serves the device.
 
-    See reference.mix for the formulas and arguments. The gradient of float16 scores comes in float32: it waits for the
-    incoming gradient, a loss scale often, without which much of it would be 0 in float16.
+    The gradient of float16 scores comes in float32: it waits for the incoming gradient, a loss scale often, without
+    which much of it would be 0 in float16.
+
+    Args:
+        scores, tables, weights, order, temperature: see reference.loss_and_gradient, which has the formulas.
+        reduction: "mean" or "sum" over lists; "none" gives losses (B,), each row of the gradient being its list's.
+        needs_gradient: whether to compute it.
     """
     device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
     path = backend(device)
     scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
     if dtype != _gradient_dtype(scores) and (path != "cuda" or needs_gradient):
-        return mix(scores.float(), tables, weights, order, temperature, reduction, needs_gradient)
+        return run_pass(scores.float(), tables, weights, order, temperature, reduction, needs_gradient)
     if path == "torch" or (path == "cuda" and dtype == torch.float64):
-        loss, gradient = reference.mix(scores, tables, weights, order, temperature, scale)
+        loss, gradient = reference.loss_and_gradient(scores, tables, weights, order, temperature, scale)
         return reduce_lists(loss, reduction), gradient if needs_gradient else None
     if scores.stride(1) != 1 and columns > 1:
         scores = scores.contiguous()
@@ -114,8 +119,8 @@ def reduce_lists(loss: Tensor, reduction: str) -> Tensor:
     return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
-@torch.library.custom_op("gradret::mix_lists", mutates_args=())
-def mix_op(
+@torch.library.custom_op("gradret::one_pass", mutates_args=())
+def one_pass_op(
     scores: Tensor,
     index: Tensor,
     values: Tensor,
@@ -131,16 +136,16 @@ def mix_op(
     width = values.shape[1:] if index.dtype == torch.uint8 else scores.shape[1:]
     if index.shape != scores.shape or not scores.shape[:1] + width == values.shape == mass.shape == share.shape:
         raise ValueError(f"tables of lists {tuple(index.shape)} do not fit scores {tuple(scores.shape)}")
-    return cast(tuple[Tensor, Tensor], mix(scores, tables, weights, order, temperature, reduction, True))
+    return cast(tuple[Tensor, Tensor], run_pass(scores, tables, weights, order, temperature, reduction, True))
 
 
-@mix_op.register_fake
+@one_pass_op.register_fake
 def _(scores, index, values, mass, share, counts, weights, order, temperature, reduction):
     return _fake(scores, reduction)
 
 
-@torch.library.custom_op("gradret::mix_grades", mutates_args=())
-def mix_grades_op(
+@torch.library.custom_op("gradret::one_pass_of_grades", mutates_args=())
+def one_pass_of_grades_op(
     scores: Tensor,
     grades: Tensor,
     mask: Tensor | None,
@@ -153,10 +158,10 @@ def mix_grades_op(
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
     tables = make_tables(grades, targets or cast(Tensor, mass), ground, mask, result_dtype(scores))
-    return cast(tuple[Tensor, Tensor], mix(scores, tables, weights, order, temperature, reduction, True))
+    return cast(tuple[Tensor, Tensor], run_pass(scores, tables, weights, order, temperature, reduction, True))
 
 
-@mix_grades_op.register_fake
+@one_pass_of_grades_op.register_fake
 def _(scores, grades, mask, mass, targets, ground, weights, order, temperature, reduction):
     return _fake(scores, reduction)
 
@@ -199,20 +204,20 @@ def first_derivatives_only(backward):
     return checked
 
 
-class _Mixture(torch.autograd.Function):
-    """mix() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
+class _OnePass(torch.autograd.Function):
+    """run_pass() under autograd, reduced: the gradient is computed with the loss, backward only scales it."""
 
     @staticmethod
     def forward(ctx, scores, grades, targets, ground, mask, *options):
         prepared = isinstance(grades, PreparedGrades)
         if torch.compiler.is_compiling() and prepared:
-            loss, gradient = mix_op(scores, *grades.tables, *options)
+            loss, gradient = one_pass_op(scores, *grades.tables, *options)
         elif torch.compiler.is_compiling():
             kinds = (targets, None) if isinstance(targets, Tensor) else (None, targets)
-            loss, gradient = mix_grades_op(scores, grades, mask, *kinds, ground, *options)
+            loss, gradient = one_pass_of_grades_op(scores, grades, mask, *kinds, ground, *options)
         else:
             tables = grades.tables if prepared else make_tables(grades, targets, ground, mask, result_dtype(scores))
-            loss, gradient = mix(scores, tables, *options, ctx.needs_input_grad[0])
+            loss, gradient = run_pass(scores, tables, *options, ctx.needs_input_grad[0])
         ctx.save_for_backward(gradient)
         ctx.dtype = scores.dtype
         return loss
