@@ -46,7 +46,7 @@ from gradret.settings import DEFAULT_LOSS, PRECISIONS, FitSettings
 from gradret.train.batches import Batch, collate
 from gradret.train.gradients import Objective
 from gradret.train.loop import Inputs, Trainer
-from gradret.train.run import RunDirectory
+from gradret.train.run_directory import RunDirectory
 
 SAME_LOSS = 1e-4  # highest relative difference of both sides' losses, before anything is timed
 LOSS_REPEATS = 100

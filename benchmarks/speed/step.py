@@ -38,7 +38,7 @@ from gradret.loss import retrieval
 from gradret.settings import FitSettings
 from gradret.train import gradients
 from gradret.train.loop import Inputs, Trainer
-from gradret.train.run import RunDirectory
+from gradret.train.run_directory import RunDirectory
 
 PASSAGE_WORDS = (3, 40)
 PARTS = ("read", "encode", "score", "loss", "backward", "optimiser")

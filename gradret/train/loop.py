@@ -36,7 +36,16 @@ from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
 from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
-from gradret.train.run import BOARD, DEV, METRICS, RunDirectory, RunState, import_board, share_restored, step_name
+from gradret.train.run_directory import (
+    BOARD,
+    DEV,
+    METRICS,
+    RunDirectory,
+    RunState,
+    import_board,
+    share_restored,
+    step_name,
+)
 
 # So long a signal to end waits for the end of a step: those who send one wait half a minute, torchrun and others.
 STEP_GRACE_S = 8.0
@@ -78,7 +87,7 @@ def fit(
 
     Args:
         settings: see FitSettings.
-        out: the run's directory, see train/run.
+        out: the run's directory, see train/run_directory.
         resume: continue the unfinished run in `out`, if there is one; the number of processes may be another.
         device: None picks cuda (with several processes, that of the local rank), mps or cpu.
         progress: show a bar on a terminal.

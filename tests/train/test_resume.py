@@ -23,7 +23,7 @@ from gradret.settings import DEFAULT_LOSS, FitSettings
 from gradret.train import loop
 from gradret.train import run as run_module
 from gradret.train.loop import Trainer, check_alike, fit
-from gradret.train.run import RunDirectory
+from gradret.train.run_directory import RunDirectory
 
 STEPS = 12
 
