@@ -52,7 +52,7 @@ from gradret.loss import functions as losses
 from gradret.loss.functions import infonce_loss, kl_loss, wasserstein_loss
 from gradret.loss.grades import normalize_mass, place_grades, weigh_grades
 from gradret.settings import FitSettings, count_steps, learning_rate_at
-from gradret.train.batches import collate, draw_lists
+from gradret.train.batches import collate, draw_positions
 
 EVALUATED = ("beir/scifact/test", "cranfield?queries=even")  # reported elsewhere: their queries are not trained on
 MEASURE, DEPTH = "nDCG@10", 10
@@ -285,7 +285,7 @@ def train(vectors: Vectors, setting: dict, seed: int) -> Network:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, fit)
-        drawn = draw_lists(step, count=count, size=min(fit.batch_lists, count), seed=seed)
+        drawn = draw_positions(step, count=count, size=min(fit.batch_lists, count), seed=seed)
         batch = collate([vectors.lists[i] for i in drawn])
         queries = network(torch.stack([vectors.queries[text] for text in batch.queries]))  # (B, D)
         documents = network(torch.stack([vectors.documents[text] for text in batch.documents]))  # (N, D)

@@ -7,7 +7,7 @@ from gradret.console import GradretError, count_of
 from gradret.data.lists import Passage, RankingList, read_lists
 from gradret.data.sources import MixedLists, check_lists, find_path, parse_source
 from gradret.settings import SAMPLE
-from gradret.train.batches import draw_lists
+from gradret.train.batches import draw_positions
 
 WORDS = (12, 200)  # of a made passage
 QUERY_WORDS = (4, 12)
@@ -78,7 +78,9 @@ def draw_fit_batches(lists: Sequence[RankingList], count: int, size: int, seed: 
     """
     if len(lists) < size:
         raise GradretError(f"{len(lists)} lists are too few for a batch of {size}; give more, or fewer to a batch")
-    batches = [[lists[i] for i in draw_lists(step, count=len(lists), size=size, seed=seed)] for step in range(count)]
+    batches = [
+        [lists[i] for i in draw_positions(step, count=len(lists), size=size, seed=seed)] for step in range(count)
+    ]
     for batch in batches:
         texts = passage_texts(batch)
         if len(set(texts)) < len(texts):

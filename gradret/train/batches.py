@@ -15,7 +15,7 @@ from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 
 
-def draw_lists(step: int, *, count: int, size: int, seed: int) -> list[int]:
+def draw_positions(step: int, *, count: int, size: int, seed: int) -> list[int]:
     """Positions of the `size` lists of a step, out of `count`.
 
     Epochs are seeded permutations laid end to end, and step s takes places s * size onwards: every list comes
@@ -54,10 +54,10 @@ class Batch:
         mask = self.mask[rows]
         return mask.nonzero()[:, 0], self.columns[rows][mask], self.grades[rows][mask]
 
-    def spread_grades(self, floor: float, rows: slice = slice(None)) -> Tensor:
-        """(B, N) grades of every document for every list, or for some: its own, `floor` for the other lists'."""
+    def spread_grades(self, default_grade: float, rows: slice = slice(None)) -> Tensor:
+        """(B, N) grades of every document for every list, or for some; those of other lists have the default grade."""
         row, column, grade = self.list_pairs(rows)
-        grades = torch.full((len(self.mask[rows]), len(self.documents)), floor, dtype=torch.float32)
+        grades = torch.full((len(self.mask[rows]), len(self.documents)), default_grade, dtype=torch.float32)
         grades[row, column] = grade
         return grades
 
@@ -102,11 +102,11 @@ def draw_batches(
     seed: int,
     in_batch: bool,
 ) -> Iterator[Batch]:
-    """The step's micro-batches of `batch_lists` lists each, read as they are asked for; see draw_lists and collate.
+    """The step's micro-batches of `batch_lists` lists each, read as they are asked for; see collate.
 
     Each of several processes reads all of them: that costs less than to tell the others what was read.
     """
-    positions = draw_lists(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
+    positions = draw_positions(step, count=len(kept), size=batch_lists * accumulate, seed=seed)
     for start in range(0, len(positions), batch_lists):
         drawn = [lists[int(kept[position])] for position in positions[start : start + batch_lists]]
         yield collate(drawn, in_batch=in_batch)

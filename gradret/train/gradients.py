@@ -32,11 +32,11 @@ class Objective:
 
     Args:
         settings: loss, order, temperature, targets, ground and positive_from are used.
-        floor: grade of the other lists' documents; None: a list has its own documents alone.
+        default_grade: of the other lists' documents; None: a list has its own documents alone.
     """
 
-    def __init__(self, settings: FitSettings, floor: float | None):
-        self.settings, self.floor = settings, floor
+    def __init__(self, settings: FitSettings, default_grade: float | None):
+        self.settings, self.default_grade = settings, default_grade
         self._losses = settings.loss_weights.keys()
 
     def backward(
@@ -65,16 +65,17 @@ class Objective:
     @property
     def skips_matrix(self) -> bool:
         """Whether scores go straight into the loss, without a matrix of them."""
-        if self.floor is None or not self._losses <= set(ONE_PASS):
+        if self.default_grade is None or not self._losses <= set(ONE_PASS):
             return False
-        others_weigh = self.settings.targets == "softmax" or self.floor > 0  # other lists' documents have target mass
+        # Where other lists' documents have target mass, wasserstein alone needs no matrix.
+        others_weigh = self.settings.targets == "softmax" or self.default_grade > 0
         return self._losses == {"wasserstein"} or not others_weigh
 
     def _block_rows(self, batch: Batch) -> int:
         """How many lists at once."""
         if self.skips_matrix:
             return len(batch.queries)
-        columns = batch.columns.shape[1] if self.floor is None else len(batch.documents)
+        columns = batch.columns.shape[1] if self.default_grade is None else len(batch.documents)
         per_list = columns**2 if "ranknet" in self._losses else columns
         return max(1, BLOCK_ELEMENTS // per_list)
 
@@ -82,15 +83,15 @@ class Objective:
         s, device = self.settings, queries.device
         if self.skips_matrix:
             shape = (len(queries), len(documents))
-            given = {"default_grade": self.floor, "targets": s.targets, "ground": s.ground}
+            given = {"default_grade": self.default_grade, "targets": s.targets, "ground": s.ground}
             pairs = prepare_pairs(*batch.list_pairs(part), shape, **given)
             options = {"loss": s.loss, "order": s.order, "temperature": s.temperature}
             return wasserstein_retrieval_loss(queries, documents, pairs.to(device), **options)
-        if self.floor is None:
+        if self.default_grade is None:
             columns, grades, mask = (t[part].to(device) for t in (batch.columns, batch.grades, batch.mask))
             scores = (documents[columns] @ queries[:, :, None]).squeeze(-1)  # (b, n, D) (b, D, 1): (b, n)
         else:
-            grades, mask = batch.spread_grades(self.floor, part).to(device), None
+            grades, mask = batch.spread_grades(self.default_grade, part).to(device), None
             scores = queries @ documents.T  # (b, N)
         options = {name: getattr(s, name) for taken in LOSSES.values() for name in taken}
         return mix_losses(s.loss, scores, grades, mask=mask, **options)
@@ -103,7 +104,8 @@ class BatchGradients:
     Attributes:
         encoder: trained, on its device.
         precision: "float32" or "bfloat16" (autocast).
-        chunk: texts encoded at once, see encoder/model.plan_chunks.
+        chunk: what is encoded at once: the tokens of so many texts as long as the longest, see
+            encoder/model.plan_chunks.
         cached: whether chunks are encoded twice instead of keeping their activations.
         processes: who share each batch.
     """
@@ -125,12 +127,12 @@ class BatchGradients:
         tokens = tokenize_batch(batch, encoder, self.processes)
         lengths = [len(text) for text in tokens]
         plan = plan_chunks(lengths, self.chunk)
-        mine = deal_chunks(plan, lengths, self.processes.size)[self.processes.rank]
-        cached = self.cached and len(mine) > 1  # the activations of one chunk fit
+        own_chunks = deal_chunks(plan, lengths, self.processes.size)[self.processes.rank]
+        cached = self.cached and len(own_chunks) > 1  # the activations of one chunk fit
         kept: list[Tensor] = []
         embeddings = torch.zeros((len(tokens), encoder.dimension), dtype=encoder.dtype, device=encoder.device)
         with autocast(encoder.device, self.precision), torch.set_grad_enabled(not cached):
-            for number in mine:
+            for number in own_chunks:
                 embedded = self._embed(tokens, plan[number], seed, number)
                 embeddings[plan[number]] = embedded.detach()
                 if not cached:
@@ -144,7 +146,7 @@ class BatchGradients:
         loss = torch.tensor(own, dtype=torch.float64)
         self.processes.sum_tensors([gradients, loss])
         with autocast(encoder.device, self.precision):
-            for number in mine:
+            for number in own_chunks:
                 embedded = self._embed(tokens, plan[number], seed, number) if cached else kept.pop(0)
                 with torch.autocast(encoder.device.type, enabled=False):
                     embedded.backward(gradients[plan[number]])

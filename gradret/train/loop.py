@@ -1,10 +1,11 @@
 """The whole life of a training run, from its settings to the saved encoder, alone or in torchrun's processes.
 
 `fit` is the story in short: `Inputs` reads what the settings name, `RunDirectory` claims the directory, `Trainer`
-finds out what fits into memory, restores the last checkpoint and makes the steps. A run ends finished, or with one line
+restores the last checkpoint, finds out what fits into memory and makes the steps. A run ends finished, or with one line
 that says what is saved and how to go on: after SIGINT or SIGTERM, out of memory, with a loss or gradient that is not
-finite, with a full disk, or when another of its processes has ended. Killed at any moment, it loses nothing that was
-done before its last checkpoint.
+finite, with a full disk, or when another of its processes has ended. A second signal, more than two seconds after the
+first, ends it without that line, but never while it saves. Killed at any moment, it loses nothing that was done before
+its last checkpoint.
 """
 
 import math
@@ -12,10 +13,10 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,41 +94,38 @@ def fit(
         progress: show a bar on a terminal.
         tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
             folder goes on with it.
-        processes: that have joined already, each with its device; None: those that torchrun started.
+        processes: that have processes already, each with its device; None: those that torchrun started.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
         when another of the processes has ended; TypeError for settings or a directory that are none.
     """
     if not isinstance(settings, FitSettings) or not isinstance(out, str | Path):
         raise TypeError(f"expected FitSettings and a directory, got {settings!r:.100} and {out!r:.100}")
-    if processes is None:
-        with join_processes(device) as (joined, device):
-            options = {"resume": resume, "progress": progress, "tensorboard": tensorboard}
-            return fit(settings, out, device=device, processes=joined, **options)
-    began, out = time.monotonic(), Path(out)
-    tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
-    with processes.agree():
-        if tensorboard:
-            import_board()
-        inputs = Inputs(settings, processes, device, resume=resume)
-    found = processes.gather_objects((inputs.content, inputs.precision))
-    directory = None
-    with processes.agree():
-        check_alike(found)
-        if processes.is_first:
-            directory = RunDirectory(out, inputs.settings, inputs.content, resume=resume)
-    try:
-        done = read_result(directory, settings) if directory is not None and directory.finished else None
-        done = processes.broadcast(done)
-        trainer = None if done is not None else Trainer(inputs, directory, out, progress and processes.is_first)
-        if directory is not None and tensorboard:
-            directory.open_board()  # of the steps that the trainer has kept
-        if trainer is None:
-            return cast(FitResult, done)
-        trainer.loop()
-        return trainer.finish(began)
-    finally:
-        if directory is not None:
-            directory.close()
+    with join_processes(device) if processes is None else nullcontext((processes, device)) as (processes, device):
+        began, out = time.monotonic(), Path(out)
+        tensorboard = tensorboard or (resume and (out / BOARD).is_dir())
+        with processes.agree():
+            if tensorboard:
+                import_board()
+            inputs = Inputs(settings, processes, device, resume=resume)
+        found = processes.gather_objects((inputs.content, inputs.precision))
+        directory = None
+        with processes.agree():
+            check_alike(found)
+            if processes.is_first:
+                directory = RunDirectory(out, inputs.settings, inputs.content, resume=resume)
+        try:
+            done = read_result(directory, settings) if directory is not None and directory.finished else None
+            done = processes.broadcast(done)
+            trainer = None if done is not None else Trainer(inputs, directory, out, progress and processes.is_first)
+            if directory is not None and tensorboard:
+                directory.open_board()  # of the steps that the trainer has kept
+            if trainer is None:
+                return cast(FitResult, done)
+            trainer.loop()
+            return trainer.finish(began)
+        finally:
+            if directory is not None:
+                directory.close()
 
 
 def read_result(directory: RunDirectory, settings: FitSettings) -> FitResult:
@@ -321,7 +319,7 @@ class Trainer:
             loss = self.settings.loss
             if self.settings.loss_weights.keys() & {*ONE_PASS, "infonce"}:  # a contrast, too
                 loss += f" on {describe_backend(self.encoder.device)}"
-            chunk = f", {self.state.chunk} passages at once" if self.state.chunk else ""
+            chunk = f", {self.state.chunk} texts at once" if self.state.chunk else ""
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""
             done = f"{self.state.step} of {inputs.steps} steps done"
             say(f"data: {inputs.describe()}")
@@ -347,12 +345,13 @@ class Trainer:
 
     def make_gradients(self) -> BatchGradients:
         s, inputs, chunk = self.settings, self.inputs, self.state.chunk
-        floor = None
+        default_grade = None
         if s.in_batch:
             mined = inputs.mining.grade if inputs.mining is not None else 0.0
-            floor = min(0.0, inputs.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
+            default_grade = min(0.0, inputs.summary.lowest, mined) if s.in_batch_grade is None else s.in_batch_grade
+        objective = Objective(s, default_grade)
         group = chunk or GROUPS.get(self.encoder.device.type, GROUPS["cuda"])
-        return BatchGradients(self.encoder, Objective(s, floor), inputs.precision, group, bool(chunk), self.processes)
+        return BatchGradients(self.encoder, objective, inputs.precision, group, bool(chunk), self.processes)
 
     def loop(self) -> None:
         state, steps, patience = self.state, self.inputs.steps, self.settings.patience
@@ -436,7 +435,7 @@ class Trainer:
             share = math.ceil((len(batch.queries) + len(batch.documents)) / self.processes.size)
             held = min(self.state.chunk or share, share)
             raise GradretError(
-                f"step {self.state.step + 1}: out of memory with {held} passages at once; try half: "
+                f"step {self.state.step + 1}: out of memory with {held} texts at once; try half: "
                 f"{self.resume_command()} --chunk {max(1, held // 2)}"
             ) from error
 
@@ -565,14 +564,14 @@ class Trainer:
             Interrupted,
         )
 
-    def end_together(self) -> None:
+    def end_together(self) -> NoReturn:
         """Checkpoint and end after a signal, between two steps."""
         with self.stop.uninterrupted():
             with self.processes.agree():  # the others wait: once one has ended, torchrun gives the rest half a minute
                 self.save_step()
             raise self.stopped()
 
-    def end_alone(self, error: GivenUp | ProcessLost) -> None:
+    def end_alone(self, error: GivenUp | ProcessLost) -> NoReturn:
         """Checkpoint and end without a word to the others, who may be anywhere, or gone.
 
         The first process saves the last whole step: nothing of the one that was cut short is in the weights. A process

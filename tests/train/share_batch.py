@@ -20,17 +20,19 @@ SHARED = ("fused", "infonce", "gaussian")
 
 
 def find_all_gradients(encoder: Encoder, batch: Batch, processes: Processes) -> dict[str, torch.Tensor]:
-    """Loss and gradients of the losses in SHARED, with dropout, as `loss/floor/type/parameter`."""
+    """Loss and gradients of the losses in SHARED, with dropout, as `loss/default_grade/type/parameter`."""
     found = {}
     for name in SHARED:
         options = LOSSES[name]
-        for floor in (0.0, None):
+        for default_grade in (0.0, None):
             encoder.train().zero_grad(set_to_none=True)
             settings = FitSettings(**PLAIN | options)
-            gradients = BatchGradients(encoder, Objective(settings, floor), "float32", 4, floor is not None, processes)
+            gradients = BatchGradients(
+                encoder, Objective(settings, default_grade), "float32", 4, default_grade is not None, processes
+            )
             loss = gradients.accumulate(batch, "0/0/0")
             processes.sum_gradients(list(encoder.parameters()))
-            here = f"{name}/{floor}/{encoder.dtype}".replace("torch.", "")
+            here = f"{name}/{default_grade}/{encoder.dtype}".replace("torch.", "")
             found[f"{here}/loss"] = torch.tensor(loss, dtype=torch.float64)
             found |= {f"{here}/{n}": p.grad for n, p in encoder.named_parameters() if p.grad is not None}
     return found

@@ -48,10 +48,10 @@ def shared(request, tiny_encoder, tmp_path_factory) -> tuple[dict, Path]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("float64", 1e-12)])
-@pytest.mark.parametrize("floor", [0.0, None])
+@pytest.mark.parametrize("default_grade", [0.0, None])
 @pytest.mark.parametrize("loss", SHARED)
-def test_gradients_are_those_of_one_process(alone, shared, loss, floor, dtype, tolerance):
-    here = f"{loss}/{floor}/{dtype}/"
+def test_gradients_are_those_of_one_process(alone, shared, loss, default_grade, dtype, tolerance):
+    here = f"{loss}/{default_grade}/{dtype}/"
     expected, found = ({k: v for k, v in part.items() if k.startswith(here)} for part in (alone[0], shared[0]))
     assert found.keys() == expected.keys()
     assert found.pop(here + "loss").item() == pytest.approx(expected.pop(here + "loss").item(), rel=tolerance)

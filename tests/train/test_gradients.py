@@ -40,12 +40,18 @@ def make_batch(count: int = 6) -> Batch:
 
 
 def find_gradients(
-    encoder: Encoder, batch: Batch, *, chunk: int = 4, cached: bool = False, floor: float | None = 0.0, **options
+    encoder: Encoder,
+    batch: Batch,
+    *,
+    chunk: int = 4,
+    cached: bool = False,
+    default_grade: float | None = 0.0,
+    **options,
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and the gradient of each parameter, in training mode."""
     settings = FitSettings(**PLAIN | options)
     encoder.train().zero_grad(set_to_none=True)
-    gradients = BatchGradients(encoder, Objective(settings, floor), "float32", chunk, cached)
+    gradients = BatchGradients(encoder, Objective(settings, default_grade), "float32", chunk, cached)
     loss = gradients.accumulate(batch, "0/0/0")
     return loss, {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
@@ -60,17 +66,17 @@ def assert_same(found: tuple, expected: tuple, tolerance: float) -> None:
     assert difference <= tolerance * norm
 
 
-@pytest.mark.parametrize("floor", [0.0, None])
+@pytest.mark.parametrize("default_grade", [0.0, None])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, floor, tmp_path):
+def test_the_gradient_is_that_of_the_loss_of_the_scores(loss, default_grade, tmp_path):
     """Against autograd through one pass over the unsorted texts."""
     encoder = load_encoder(str(make_tiny_encoder(tmp_path, dropout=0.0)))
     batch, options = make_batch(), LOSSES[loss]
-    found = find_gradients(encoder, batch, floor=floor, **options)
+    found = find_gradients(encoder, batch, default_grade=default_grade, **options)
     encoder.zero_grad(set_to_none=True)
     scores = encoder.score(encoder(batch.queries, "query"), encoder(batch.documents, "document"))
     grades, mask = batch.spread_grades(0.0), None
-    if floor is None:
+    if default_grade is None:
         scores, grades, mask = scores.gather(1, batch.columns), batch.grades, batch.mask
     settings = PLAIN | options
     value = mix_losses(settings.pop("loss"), scores, grades, mask=mask, **settings)
@@ -115,11 +121,11 @@ def test_chunks_of_like_length_change_nothing(chunk, tmp_path):
 @pytest.mark.parametrize("loss", ["infonce", "ranknet", "part kl softmax", "fused"])
 def test_blocks_of_rows_change_nothing(loss, tiny_encoder, monkeypatch):
     encoder, batch = load_encoder(str(tiny_encoder)).double(), make_batch()  # sums in another order
-    for floor in (0.0, None):
-        whole = find_gradients(encoder, batch, floor=floor, **LOSSES[loss])
+    for default_grade in (0.0, None):
+        whole = find_gradients(encoder, batch, default_grade=default_grade, **LOSSES[loss])
         with monkeypatch.context() as patch:
             patch.setattr(objective, "BLOCK_ELEMENTS", 50)
-            assert_same(find_gradients(encoder, batch, floor=floor, **LOSSES[loss]), whole, 1e-9)
+            assert_same(find_gradients(encoder, batch, default_grade=default_grade, **LOSSES[loss]), whole, 1e-9)
 
 
 def test_losses_over_all_pairs_hold_one_block_of_scores(monkeypatch):

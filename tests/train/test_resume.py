@@ -20,8 +20,7 @@ from forked import ForkedPython, run_forked
 from gradret.cli import main
 from gradret.console import GradretError
 from gradret.settings import DEFAULT_LOSS, FitSettings
-from gradret.train import loop
-from gradret.train import run as run_module
+from gradret.train import loop, run_directory
 from gradret.train.loop import Trainer, check_alike, fit
 from gradret.train.run_directory import RunDirectory
 
@@ -129,7 +128,7 @@ def cut_at(step: int, patch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def full_disk(monkeypatch):
     """From the second checkpoint on there is no space left, halfway through the file."""
-    save, calls = run_module.save_file, []
+    save, calls = run_directory.save_file, []
 
     def fail(tensors, path, metadata):
         calls.append(path)
@@ -138,9 +137,9 @@ def full_disk(monkeypatch):
             raise OSError(28, "No space left on device")
         save(tensors, path, metadata)
 
-    monkeypatch.setattr(run_module, "save_file", fail)
+    monkeypatch.setattr(run_directory, "save_file", fail)
     yield
-    monkeypatch.setattr(run_module, "save_file", save)
+    monkeypatch.setattr(run_directory, "save_file", save)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tiny_encoder, tmp_path, full_disk, monkeypatch):

@@ -20,19 +20,19 @@ from gradret.loss.kernels import describe_backend
 from gradret.settings import DEFAULT_LOSS, FitSettings, count_steps, learning_rate_at
 from gradret.train import gradients as objective
 from gradret.train import loop as trainer
-from gradret.train.batches import collate, draw_batches, draw_lists
+from gradret.train.batches import collate, draw_batches, draw_positions
 from gradret.train.gradients import BatchGradients
 from gradret.train.loop import Inputs, fit, make_optimizer
 
 
 def test_every_list_comes_once_an_epoch_and_steps_are_full():
-    drawn = [draw_lists(step, count=10, size=4, seed=0) for step in range(5)]
+    drawn = [draw_positions(step, count=10, size=4, seed=0) for step in range(5)]
     assert all(len(d) == 4 for d in drawn)
     flat = [i for d in drawn for i in d]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert draw_lists(0, count=10, size=4, seed=1) != drawn[0]
-    wrapped = draw_lists(1, count=3, size=7, seed=0)  # places 7 to 13: the third list of epoch 2 to the second of 4
+    assert draw_positions(0, count=10, size=4, seed=1) != drawn[0]
+    wrapped = draw_positions(1, count=3, size=7, seed=0)  # places 7 to 13: the third list of epoch 2 to the second of 4
     assert len(wrapped) == 7
     assert sorted(wrapped[2:5]) == [0, 1, 2]
 
@@ -271,7 +271,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeyp
     with pytest.raises(GradretError) as error:
         fit(settings, tmp_path / "out")
     kept = [r.query_id for r in read_lists(SAMPLE_FILE)]
-    ids = ", ".join(kept[i] for i in draw_lists(3, count=96, size=2, seed=0))
+    ids = ", ".join(kept[i] for i in draw_positions(3, count=96, size=2, seed=0))
     shown = "nan" if math.isnan(value) else str(value)
     assert str(error.value).replace("-inf", "inf") == (
         f"step 4: loss is {shown}; lists: {ids}; last good checkpoint: "
@@ -480,9 +480,9 @@ def test_out_of_memory_ends_with_the_chunk_to_try(tiny_encoder, tmp_path, monkey
         with pytest.raises(GradretError) as error:
             fit(small(tiny_encoder), out)
         assert str(error.value) == (
-            f"step 1: out of memory with 20 passages at once; try half: gradret fit --out {out} --resume --chunk 10"
+            f"step 1: out of memory with 20 texts at once; try half: gradret fit --out {out} --resume --chunk 10"
         )
-        with pytest.raises(GradretError, match="step 1: out of memory with 10 passages at once; .* --chunk 5$"):
+        with pytest.raises(GradretError, match="step 1: out of memory with 10 texts at once; .* --chunk 5$"):
             fit(small(tiny_encoder, chunk=10), out, resume=True)
         assert json.loads((out / "gradret.json").read_text())["settings"]["chunk"] == 10
         patch.setattr(BatchGradients, "accumulate", lambda *a: 1 / 0)
