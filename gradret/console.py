@@ -157,8 +157,9 @@ class StopRequest:
 
     def _handle(self, number: int, frame: Any) -> None:
         # Supervisors send one signal to a process and to its group: what comes at once is no second thought.
-        again = self.signal is not None and time.monotonic() - self._heard_s > SECOND_THOUGHT_S
-        self._heard_s = time.monotonic() if self.signal is None else self._heard_s
+        again = self.waited_s > SECOND_THOUGHT_S
+        if self.signal is None:
+            self._heard_s = time.monotonic()
         self.signal = number
         if again and not self._deaf:
             raise KeyboardInterrupt

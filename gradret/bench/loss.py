@@ -283,11 +283,6 @@ def find_percentiles(values: Sequence[float]) -> dict[str, float]:
 # --- tensors and rows of a shape
 
 
-def axis_of(mixture: FitSettings) -> dict[str, str]:
-    """What grades are prepared with."""
-    return {"targets": mixture.targets, "ground": mixture.ground}
-
-
 class Lists:
     """Lists of graded documents with their scores: cosine-like, higher for higher grades, of spread 3 in the softmax.
 
@@ -311,11 +306,9 @@ class Lists:
         self.scores = scores.clamp_(-1, 1).to(getattr(torch, dtype)).requires_grad_()
         self.inputs = (self.scores,)
 
-    def bind(self, mixture: FitSettings, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
-        """The loss of these scores, with grades as they are or prepared once."""
-        options = {"order": mixture.order, "temperature": TEMPERATURE} | (axis_of(mixture) if raw else {})
-        grades = self.grades if raw else prepare_grades(self.grades, **axis_of(mixture))
-        return partial(mix_losses, mixture.loss, self.scores, grades, **options)
+    def score(self) -> Tensor:
+        """(B, N), as they are."""
+        return self.scores
 
     def infonce(self) -> Tensor:
         """With one positive per list, as PyTorch computes it."""
@@ -362,16 +355,10 @@ class Embeddings:
         rows, columns, grades = self.graded
         return torch.zeros(self.shape[:2], device=self.device).index_put_((rows, columns), grades)
 
-    def bind(self, mixture: FitSettings, *, raw: bool, matrix: bool = False) -> Callable[[], Tensor]:
-        """The loss with scoring fused, or on a matrix of all scores; with grades as they are or prepared once."""
-        options = {"order": mixture.order, "temperature": TEMPERATURE} | (axis_of(mixture) if raw else {})
-        if matrix:
-            queries, documents = self.inputs
-            prepared = None if raw else prepare_grades(self.grades, **axis_of(mixture))
-            # Raw grades are made in the call, as a matrix of all of them.
-            return lambda: mix_losses(mixture.loss, queries @ documents.T, prepared or self.grades, **options)
-        graded = self.graded if raw else prepare_pairs(*self.graded, self.shape[:2], **axis_of(mixture))
-        return partial(wasserstein_retrieval_loss, *self.inputs, graded, loss=mixture.loss, **options)
+    def score(self) -> Tensor:
+        """(B, N), of every query and document."""
+        queries, documents = self.inputs
+        return queries @ documents.T
 
     def infonce(self) -> Tensor:
         """With one positive per query, on a matrix of all scores; the division is that of the queries."""
@@ -392,17 +379,27 @@ def make_rows(workload: Lists | Embeddings, every: bool = False, rivals: str | N
     """
     inputs, lists = workload.inputs, isinstance(workload, Lists)
     found = [Row(BASELINE, inputs, workload.infonce, true_infonce)]
-    ways = (False, True) if every and not lists else (False,)
+    ways = {"": not lists} | ({", score matrix": False} if every and not lists else {})  # way -> whether it is fused
     for name in MIXTURES if every else ("default loss",):
-        for way, raw in product(ways, (False, True)):
-            bound = workload.bind(MIXTURES[name], raw=raw, matrix=way)
-            label = f"gradret {name}{', score matrix' * way}{', raw grades' * raw}"
-            found.append(Row(label, inputs, bound, MIXTURES[name]))
+        for (way, fused), raw in product(ways.items(), (False, True)):
+            bound = bind_loss(workload, MIXTURES[name], raw=raw, fused=fused)
+            found.append(Row(f"gradret {name}{way}{', raw grades' * raw}", inputs, bound, MIXTURES[name]))
     if every and lists:
         gaussian = partial(gaussian_loss, workload.scores, workload.grades, temperature=TEMPERATURE, targets="softmax")
         skipped = refuse_gaussian("singular values", workload.shape[0], workload)
         found.append(Row("gradret Gaussian", inputs, gaussian, true_gaussian, skipped))
     return [*found, *(pkgutil.resolve_name(rivals)(workload) if rivals else [])]
+
+
+def bind_loss(workload: Lists | Embeddings, mixture: FitSettings, *, raw: bool, fused: bool) -> Callable[[], Tensor]:
+    """The loss with scoring fused, or of a matrix of all scores; with grades as they are or prepared once."""
+    axis = {"targets": mixture.targets, "ground": mixture.ground}
+    options = {"order": mixture.order, "temperature": TEMPERATURE} | (axis if raw else {})
+    if fused:
+        graded = workload.graded if raw else prepare_pairs(*workload.graded, workload.shape[:2], **axis)
+        return partial(wasserstein_retrieval_loss, *workload.inputs, graded, loss=mixture.loss, **options)
+    prepared = None if raw else prepare_grades(workload.grades, **axis)
+    return lambda: mix_losses(mixture.loss, workload.score(), prepared or workload.grades, **options)
 
 
 def make_call(name: str, shape: Sequence[int], dtype: str, rivals: str | None) -> Callable:
