@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from benchmarks.quality.development import DEVELOPMENT
+from benchmarks.quality.earlier_development import EARLIER_DEVELOPMENT
 from benchmarks.script import Script
 from gradret.data.collections import Collection
 from gradret.data.lists import RankingList, decode_json, query_words
@@ -230,12 +230,12 @@ class Vectors:
 
 def embed() -> Vectors:
     """Embed the plan's lists, without those with the words of a measured or evaluated query, and its collections."""
-    opened = {name: open_collection(parse_source(source)) for name, source in DEVELOPMENT.collections.items()}
+    opened = {name: open_collection(parse_source(source)) for name, source in EARLIER_DEVELOPMENT.collections.items()}
     measured = [*opened.values(), *(open_collection(parse_source(source)) for source in EVALUATED)]
     words = {query_words(text) for collection in measured for text in collection.queries.values()}
-    mixed = MixedLists([parse_source(source) for source in DEVELOPMENT.data["lists"]])
+    mixed = MixedLists([parse_source(source) for source in EARLIER_DEVELOPMENT.data["lists"]])
     lists = [mixed[int(i)] for i in check_lists(mixed, refuse_negative=True, exclude=words).kept]
-    options = dict(DEVELOPMENT.encoders["three-layers"])
+    options = dict(EARLIER_DEVELOPMENT.encoders["three-layers"])
     encoder = load_encoder(options.pop("model"), device="cpu", **options)
     precision = choose_precision(FitSettings().precision, encoder.device)
 

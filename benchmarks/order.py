@@ -13,7 +13,7 @@ from itertools import combinations
 import click
 import torch
 
-from benchmarks.quality.reported import REPORTED
+from benchmarks.quality.earlier import EARLIER
 from benchmarks.script import Script, command_line
 from gradret import Encoder, RankingList, load_encoder, read_lists
 from gradret.encoder.load import choose_precision
@@ -51,8 +51,8 @@ def main(files):
     """Print what the reported plan's encoders do with the lists of all files."""
     lists = [ranking for file in files for ranking in read_lists(file)]
     result = {"command": command_line("benchmarks.order"), "versions": versions(), "lists": len(lists)}
-    for name, choice in REPORTED.encoders.items():
-        settings = FitSettings(**REPORTED.settings | choice)
+    for name, choice in EARLIER.encoders.items():
+        settings = FitSettings(**EARLIER.settings | choice)
         encoder = load_encoder(settings.model, **settings.encoder_options)
         precision = choose_precision(settings.precision, encoder.device)
         result[name] = {"precision": precision} | measure_order(encoder, lists, precision)

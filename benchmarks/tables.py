@@ -1,14 +1,16 @@
-"""Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md.
+"""Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md and HISTORY.md.
 
-    python -m benchmarks.tables quality [--measure R@100]    the main tables
-    python -m benchmarks.tables ablations                    what each setting does
-    python -m benchmarks.tables apart                        SciFact's claims that no list is near to
+    python -m benchmarks.tables quality [--measure R@100]    systems by collection
+    python -m benchmarks.tables leads                        how far the default loss is ahead of each other system
     python -m benchmarks.tables loss|fit|step|gen [FILE.json]  speed of losses, of training, of writing lists
     python -m benchmarks.tables defaults                     learning rates and shares of the way, by encoder
     python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
+    python -m benchmarks.tables earlier [--measure R@100]    the earlier plan's main tables
+    python -m benchmarks.tables ablations                    what each setting did there
+    python -m benchmarks.tables apart                        SciFact's claims that no list was near to there
 
-The first three read results/quality/rows.jsonl (or --rows), defaults results/dev/defaults.jsonl, look
-results/lists/*/look.json, the others results/NAME-cpu.json. Needs no data.
+Those of quality read results/reported/rows.jsonl or results/earlier/rows.jsonl (or --rows), defaults
+results/development/defaults.jsonl, look results/lists/*/look.json, the others results/NAME-cpu.json. Needs no data.
 """
 
 import json
@@ -17,14 +19,24 @@ from pathlib import Path
 import click
 import numpy as np
 
+from benchmarks.quality import PLANS
 from benchmarks.quality.plan import MEASURES, list_sources
 from benchmarks.quality.report import Results, show_cell, show_setting, write_table
-from benchmarks.quality.reported import REPORTED
 from benchmarks.script import RESULTS, Script
 from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p
+from gradret.bench.significance import compare_systems, find_differences
 from gradret.files import read_object
 
+RESAMPLES = 10_000
 COLUMNS = {  # experiment, its column -> shown
+    **{
+        (experiment, column): "mean of the four" if column == MEAN else column
+        for experiment in ("main", "aligned")
+        for column in ("SciFact", "Cranfield", "NPL", "MedQuAD", MEAN)
+    },
+    ("held-out", "sample"): "held-out lists",
+}
+EARLIER_COLUMNS = {
     ("main", "SciFact test"): "SciFact",
     ("main", "Cranfield, even"): "Cranfield",
     ("main", MEAN): "mean of both",
@@ -45,23 +57,27 @@ CACHED = ", cached"
 # --- quality
 
 
-def write_quality(results: Results, measure: str) -> list[str]:
+def write_quality(results: Results, measure: str, shown_columns: dict, leads: bool = False) -> list[str]:
     """For each encoder its systems' means and spreads; of the measure tested also how far the primary one is ahead.
 
     Systems of one label stand for one another: each has its experiment's data.
+
+    Args:
+        shown_columns: experiment and column -> what the table calls it.
+        leads: whether a second table says how far the primary system is ahead, of the measure that is tested.
     """
     plan, lines = results.plan, []
     for encoder in plan.encoders:
         found = {
             (line["experiment"], line["column"], line["system"]): line
             for _, line in results.find(encoder=encoder).iterrows()
-            if line["experiment"] in {experiment for experiment, _ in COLUMNS}
+            if line["experiment"] in {experiment for experiment, _ in shown_columns}
         }
-        columns = [column for column in COLUMNS if (*column, plan.primary) in found]
+        columns = [column for column in shown_columns if (*column, plan.primary) in found]
         if not columns:
             continue
         labels: dict[str, list[str]] = {}
-        for experiment, _ in COLUMNS:
+        for experiment in dict.fromkeys(experiment for experiment, _ in columns):
             for system in plan.experiments[experiment].systems:
                 labels.setdefault(plan.systems[system].label, []).append(system)
         rows = {
@@ -71,9 +87,9 @@ def write_quality(results: Results, measure: str) -> list[str]:
             ]
             for label, systems in labels.items()
         }
-        shown = [COLUMNS[column] for column in columns]
+        shown = [shown_columns[column] for column in columns]
         lines += [*[""] * bool(lines), *write_table(f"{measure}, {encoder}", shown, rows)]
-        if measure == plan.measures[0]:
+        if leads and measure == plan.measures[0]:
             rows = {}
             for baseline in plan.baselines:
                 cells = [_show_lead(plan, found, column, baseline, measure) for column in columns]
@@ -92,6 +108,35 @@ def _show_lead(plan, found: dict, column: tuple[str, str], baseline: str, measur
     ahead = sum(a > b for a, b in zip(values, others * len(values) if len(others) == 1 else others, strict=True))
     difference = ours["mean"][measure] - theirs["mean"][measure]
     return f"{difference:+.4f} ({show_p(ours['p'][baseline]['randomisation_holm'])}; {ahead}/{len(values)})"
+
+
+def write_leads(results: Results, experiment: str, encoder: str) -> list[str]:
+    """How far the primary system is ahead of each other one, by collection and on their mean.
+
+    The interval is a bootstrap's over queries, 95 %; p the paired randomisation test's, corrected (Holm) for the rows.
+    """
+    plan, sources = results.plan, list_sources(results.plan, experiment)
+    cells = {c.system: c for c in results.cells if (c.experiment, c.encoder) == (experiment, encoder)}
+    per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.is_done(cell)}
+    ours = per_query.pop(plan.primary)
+    samples = {name: [find_differences(ours[s], theirs[s]) for s in sources] for name, theirs in per_query.items()}
+    tested, rows = compare_systems({MEAN: samples})[MEAN], {}
+    for name, sample in samples.items():
+        means = [float(differences.mean()) for differences in sample]
+        low, high = find_interval(sample)
+        p = show_p(tested[name]["randomisation_holm"])
+        shown = [*(f"{mean:+.3f}" for mean in (*means, np.mean(means))), f"{low:+.3f} to {high:+.3f}", p]
+        rows[plan.systems[name].label] = shown
+    names = [*(n for n, source in plan.collections.items() if source in sources), "mean", "95 %", "p"]
+    return write_table(f"{plan.systems[plan.primary].label} ahead of, {encoder}", names, rows)
+
+
+def find_interval(sample: list[np.ndarray]) -> tuple[float, float]:
+    """95 % of the mean over collections of their mean differences, queries drawn anew within each."""
+    random = np.random.default_rng(0)
+    drawn = [d[random.integers(0, len(d), (RESAMPLES, len(d)))].mean(1) for d in sample]
+    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def write_ablations(results: Results) -> list[str]:
@@ -236,10 +281,13 @@ def write_defaults(results: list[dict]) -> list[str]:
 SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
 
 
+QUALITY, EARLIER = ("quality", "leads"), ("earlier", "ablations", "apart")
+
+
 @click.command(cls=Script)
-@click.argument("table", type=click.Choice(("quality", "ablations", "apart", "defaults", "look", *SPEED)))
+@click.argument("table", type=click.Choice((*QUALITY, "defaults", "look", *SPEED, *EARLIER)))
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--rows", type=click.Path(path_type=Path), help="Of quality, ablations and apart: a rows.jsonl.")
+@click.option("--rows", type=click.Path(path_type=Path), help="Of tables of quality: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
 def main(table, file, rows, measure):
     """Print a table made of committed results."""
@@ -249,17 +297,30 @@ def main(table, file, rows, measure):
         found = sorted((RESULTS / "lists").glob("*/look.json"))
         lines = write_look({path.parent.name: read_object(path) for path in found})
     elif table == "defaults":
-        lines = write_defaults([*map(json.loads, (RESULTS / "dev" / "defaults.jsonl").read_text().splitlines())])
+        path = RESULTS / "development" / "defaults.jsonl"
+        lines = write_defaults([*map(json.loads, path.read_text().splitlines())])
     else:
-        path = rows or RESULTS / "quality" / ROWS_FILE
-        if table == "quality":
-            lines = write_quality(Results(REPORTED, path, {experiment for experiment, _ in COLUMNS}), measure)
-        elif table == "ablations":
-            lines = write_ablations(Results(REPORTED, path, [n for n, e in REPORTED.experiments.items() if e.vary]))
-        else:
-            chosen = set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split())
-            lines = write_apart(Results(REPORTED, path, ["main"]), chosen)
+        lines = write_rows(table, rows, measure)
     click.echo("\n".join(lines))
+
+
+def write_rows(table: str, path: Path | None, measure: str) -> list[str]:
+    """A table of quality."""
+    name = "earlier" if table in EARLIER else "reported"
+    plan, path = PLANS[name], path or RESULTS / name / ROWS_FILE
+    varied = [experiment for experiment, chosen in plan.experiments.items() if chosen.vary]
+    columns = EARLIER_COLUMNS if table == "earlier" else COLUMNS
+    shown = {"ablations": varied, "apart": ["main"]}.get(table, {experiment for experiment, _ in columns})
+    results = Results(plan, path, shown)
+    if table == "ablations":
+        return write_ablations(results)
+    if table == "apart":
+        return write_apart(results, set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split()))
+    if table == "leads":
+        done = {(c.experiment, c.encoder) for c in results.cells if c.system == plan.primary and results.is_done(c)}
+        tables = [write_leads(results, *place) for place in sorted(done) if place[0] != "held-out"]
+        return [line for lines in tables for line in ["", *lines]][1:]
+    return write_quality(results, measure, columns, leads=table == "earlier")
 
 
 if __name__ == "__main__":

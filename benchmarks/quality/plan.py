@@ -1,12 +1,13 @@
 """What is measured: encoders, systems, data, collections, and the experiments that join them into runs.
 
-This module says what a plan is and which runs it needs. `reported` and `development` are the two plans there are.
+This module says what a plan is and which runs it needs; the plans themselves are in modules of their own, see PLANS.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 
-from benchmarks.quality.controls import register
+from benchmarks.quality.losses import register
 from gradret.bench.quality import BM25, FIT, UNTRAINED, Run
 from gradret.settings import FitSettings
 
@@ -102,10 +103,15 @@ def list_cells(plan: Plan) -> list[Cell]:
 
 
 def list_runs(plan: Plan) -> list[Run]:
-    """Every run once, in the order of the cells, with the collections of all cells that show it."""
+    """Every run once, with the collections of all cells that show it.
+
+    Experiment by experiment and encoder by encoder; in each the first seed of all systems first, so that what is done
+    is a table at any time.
+    """
     found: dict[str, Run] = {}
-    for cell in list_cells(plan):
-        for run in cell.runs:
+    for _, cells in groupby(list_cells(plan), lambda cell: (cell.experiment, cell.encoder)):
+        runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: run.settings.seed)
+        for run in runs:
             before = found.get(run.key)
             sources = (*before.sources, *run.sources) if before else run.sources
             found[run.key] = replace(before or run, sources=tuple(dict.fromkeys(sources)))
@@ -145,14 +151,23 @@ def _add_option(source: str, option: str) -> str:
     return f"{source}{'&' if '?' in source else '?'}{option}" if option else source
 
 
-# What both plans have: all-MiniLM-L6-v2 and its first three layers, the lists, the judgments of their queries.
+# What several plans have.
 MINILM = {"model": "sentence-transformers/all-MiniLM-L6-v2", "document_max_length": 128}
 THREE_LAYERS = MINILM | {"layers": 3}
+PARAPHRASE = {"model": "encoders/paraphrase-MiniLM-L3-v2", "document_max_length": 128}
 CRANFIELD_CODES = "grades=-1:4,1:4,2:3,3:2,4:1"  # from 1, a complete answer, to 4; -1 is the source paper
-LISTS = {"scifact": "graded/scifact.jsonl", "cranfield": "graded/cranfield.jsonl"}
+LARGE_MODELS = {"scifact": "graded/scifact.jsonl", "cranfield": "graded/cranfield.jsonl"}  # lists: who wrote them
+LISTS = {  # of gradret gen, for the same queries and others
+    name: f"benchmarks/results/lists/{name}:train?query_file={queries}"
+    for name, queries in (
+        *LARGE_MODELS.items(),
+        ("npl", "beir/npl/queries.jsonl"),
+        ("medquad", "queries/medquad-train.jsonl"),
+    )
+}
 LABELS = {
-    "scifact": f"beir/scifact/train?queries={LISTS['scifact']}&grades=1:3",
-    "cranfield": f"cranfield?queries={LISTS['cranfield']}&{CRANFIELD_CODES}&sample=4",
+    "scifact": f"beir/scifact/train?queries={LARGE_MODELS['scifact']}&grades=1:3",
+    "cranfield": f"cranfield?queries={LARGE_MODELS['cranfield']}&{CRANFIELD_CODES}&sample=4",
 }
 MEASURES = ("nDCG@10", "R@100", "RR@10")
 SETTINGS = {"epochs": 2.0, "temperature": 0.02, "targets": "sqrt", "ground": "sqrt", "interpolate": 1.0}
@@ -164,7 +179,12 @@ def mix(other: str, share: float) -> str:
     return f"wasserstein:{1 - share:.4g}+{other}:{share:.4g}"
 
 
-SYSTEMS = {  # of both plans
+def each(name: str, *values: object) -> dict[object, dict]:
+    """A setting that takes each of the values, as Experiment.values."""
+    return {value: {name: value} for value in values}
+
+
+SYSTEMS = {  # of all plans
     "untrained": System("untrained", ranker=UNTRAINED),
     "infonce": System("InfoNCE, highest grade positive", {"loss": "infonce"}),
     "infonce-2": System("InfoNCE, grades 2 and 3 positive", {"loss": "infonce", "positive_from": 2.0}),

@@ -257,8 +257,8 @@ def _draw_curves(axes, plan: Plan, experiment, frame: pd.DataFrame) -> None:
 @click.option("--charts", type=click.Path(path_type=Path), metavar="DIR", help="Draw every experiment, too.")
 def main(plan, rows, charts):
     """Print every experiment as a Markdown table, and which code made the rows."""
-    folder, chosen = PLANS[plan]
-    results = Results(chosen, rows or RESULTS / folder / ROWS_FILE)
+    chosen = PLANS[plan]
+    results = Results(chosen, rows or RESULTS / plan / ROWS_FILE)
     for name in chosen.experiments:
         click.echo("\n".join([*write_experiment(results, name), ""]))
         if charts:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.run [--plan development] [--out DIR] [--shard i/n]
 
-Run from the repository, with the lists in graded/ and an ir_datasets home that has cranfield and beir/scifact. It does
+Run from the repository, with the data that benchmarks/README.md names. It does
 the plan's runs that have no row in DIR/rows.jsonl made by this code: stopped at any moment, the same command does the
 rest, on any number of machines with --shard. Prints each run's measures as it ends.
 """
@@ -27,8 +27,7 @@ from gradret.generate.queries import parse_shard
 @click.option("--device", help="As of fit.")
 def main(plan, out, shard, fresh, device):
     """Do the plan's runs that have no row yet; stopped at any moment, the same command does the rest."""
-    folder, chosen = PLANS[plan]
-    out = out or RESULTS / folder
+    chosen, out = PLANS[plan], out or RESULTS / plan
     out.mkdir(parents=True, exist_ok=True)
     first, step = parse_shard(shard)
     runs = list_runs(chosen)[first - 1 :: step]

@@ -1,6 +1,7 @@
 """The plans of quality: their runs, which rows they find, and the tables and charts of the committed results."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -8,9 +9,7 @@ from conftest import REPOSITORY
 
 from benchmarks import tables
 from benchmarks.quality import PLANS, report, run
-from benchmarks.quality.development import DEVELOPMENT
 from benchmarks.quality.plan import Experiment, Plan, System, list_cells, list_runs
-from benchmarks.quality.reported import REPORTED
 from benchmarks.script import RESULTS
 from gradret.bench.quality import FIT, UNTRAINED, Rows, choose_rows
 from gradret.settings import FitSettings
@@ -73,14 +72,31 @@ def test_what_is_varied():
     assert found["hot", 0.9].temperature == 0.9
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_every_run_has_a_committed_row(plan):
-    folder, chosen = PLANS[plan]
-    runs = list_runs(chosen)
-    stored = Rows(RESULTS / folder / "rows.jsonl").read()
-    assert len(runs) == {"reported": 412, "development": 159}[plan]
+@pytest.mark.parametrize(("name", "count"), [("earlier", 412), ("earlier-development", 159)])
+def test_every_run_of_the_earlier_plans_has_a_committed_row(name, count):
+    runs = list_runs(PLANS[name])
+    stored = Rows(RESULTS / name / "rows.jsonl").read()
+    assert len(runs) == count
     assert stored.keys() == {run.key for run in runs}
-    assert choose_rows(stored, runs, chosen.measures).keys() == stored.keys()
+    assert choose_rows(stored, runs, PLANS[name].measures).keys() == stored.keys()
+
+
+@pytest.mark.parametrize("name", ["reported", "development"])
+def test_every_committed_row_is_a_run_of_the_plan(name):
+    stored = Rows(RESULTS / name / "rows.jsonl").read()
+    assert stored.keys() <= {run.key for run in list_runs(PLANS[name])}
+
+
+def test_what_is_done_first_is_a_table_at_any_time():
+    runs = list_runs(make_plan(experiments={"main": Experiment("Main", seeds=2)}))
+    titles = [run.title for run in runs if "small" in run.title]
+    assert titles == [
+        "untrained (small)",
+        "infonce, seed 0 (small, lists)",
+        "ours, seed 0 (small, lists)",
+        "infonce, seed 1 (small, lists)",
+        "ours, seed 1 (small, lists)",
+    ]
 
 
 def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
@@ -90,10 +106,11 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     assert not ids["dev-cranfield"] & ids["held-out-cranfield"]
     assert not ids["dev-scifact"] & ids["held-out-scifact"]
     assert all(int(i) % 2 for i in ids["dev-cranfield"] | ids["held-out-cranfield"])  # the even ones are reported
-    for plan in (REPORTED, DEVELOPMENT):
+    for plan in PLANS.values():
         assert all({*run.settings.exclude} == {*plan.collections.values()} for run in list_runs(plan))
-    assert not {*REPORTED.collections.values()} & {*DEVELOPMENT.collections.values()}
-    assert not any("test" in source or "even" in source for source in DEVELOPMENT.collections.values())
+    for reported, tuned in (("reported", "development"), ("earlier", "earlier-development")):
+        assert not {*PLANS[reported].collections.values()} & {*PLANS[tuned].collections.values()}
+        assert not any(part in source for source in PLANS[tuned].collections.values() for part in ("test", "even"))
 
 
 @pytest.mark.parametrize(
@@ -104,16 +121,17 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["step"], 17),
         (["gen"], 5),
         (["fit"], 14),
-        (["quality"], 55),
-        (["quality", "--measure", "R@100"], 33),
-        (["quality", "--measure", "RR@10"], 33),
+        (["earlier"], 55),
+        (["earlier", "--measure", "R@100"], 33),
+        (["earlier", "--measure", "RR@10"], 33),
         (["ablations"], 66),
     ],
 )
-def test_the_tables_of_the_readme_are_the_results(arguments, lines):
+def test_the_tables_of_the_pages_are_the_results(arguments, lines):
     table = CliRunner().invoke(tables.main, arguments).stdout.strip()
     assert len(table.splitlines()) == lines
-    text = (REPOSITORY / "benchmarks" / "README.md").read_text()
+    page = "HISTORY.md" if arguments[0] in tables.EARLIER else "README.md"
+    text = (REPOSITORY / "benchmarks" / page).read_text()
     assert [part for part in table.split("\n\n") if part not in text] == []
 
 
@@ -127,9 +145,9 @@ def test_the_claims_apart_from_any_list():
 
 
 def test_the_report_shows_tests_and_how_far_curves_fall(tmp_path, monkeypatch):
-    kept = {name: REPORTED.experiments[name] for name in ("control", "noise")}
-    monkeypatch.setattr(report, "PLANS", {"reported": ("quality", Plan(**{**vars(REPORTED), "experiments": kept}))})
-    result = CliRunner().invoke(report.main, ["--charts", str(tmp_path)])
+    kept = {name: PLANS["earlier"].experiments[name] for name in ("control", "noise")}
+    monkeypatch.setitem(report.PLANS, "earlier", replace(PLANS["earlier"], experiments=kept))
+    result = CliRunner().invoke(report.main, ["--plan", "earlier", "--charts", str(tmp_path)])
     assert result.exit_code == 0, result.output
     lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in result.stdout.splitlines() if "|" in line}
     assert lines["| InfoNCE, highest grade positive"][-2:] == ["+0.0218", "<0.001 |"]
@@ -167,7 +185,7 @@ def test_a_shard_does_its_own_runs(tmp_path, monkeypatch):
         return {run.key: {} for run in runs}, None
 
     monkeypatch.setattr(run, "do_runs", do_runs)
-    monkeypatch.setattr(run, "PLANS", {"reported": ("quality", make_plan())})
+    monkeypatch.setitem(run.PLANS, "reported", make_plan())
     for shard in ("1/2", "2/2"):
         result = CliRunner().invoke(run.main, ["--shard", shard, "--out", str(tmp_path)])
         assert result.stdout == f"5 of 5 runs are done: {tmp_path}/rows.jsonl\n"
@@ -176,5 +194,5 @@ def test_a_shard_does_its_own_runs(tmp_path, monkeypatch):
 
 
 def test_a_row_of_the_committed_ones_is_whole():
-    row = json.loads((RESULTS / "quality" / "rows.jsonl").read_text().splitlines()[-1])
+    row = json.loads((RESULTS / "earlier" / "rows.jsonl").read_text().splitlines()[-1])
     assert row["versions"]["commit"] and "code" not in row and "defaults" not in row
