@@ -28,9 +28,9 @@ COLLECTIONS = {
     "sample": "sample",
 }
 FOUR = tuple(COLLECTIONS)[:4]
-# So that the loss can tell a query's own list. With the weights below, the part of its gradient that orders a list's own
-# passages is a third of the contrast's. At equal weights that of W2 is 1/28 of it, of CRPS 1/72 (three layers before
-# training, 64 lists of SciFact).
+# So that the loss can tell a query's own list. With the weights below, that part of its gradient which orders the
+# list's own passages is a third of the contrast's. At equal weights that of W2 is 1/28 of it, of CRPS 1/72 (three
+# layers before training, 64 lists of SciFact).
 OWN_LIST = {"in_batch_grade": -1.0}
 OTHERS = {  # of a collection, the lists for the three others
     name: tuple(source for other, source in LISTS.items() if other != name.lower()) for name in FOUR
