@@ -14,7 +14,7 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -29,11 +29,11 @@ from gradret.bench import format_table
 from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, command_line, count_of, say
 from gradret.data.collections import Collection, IrDatasetsCollection
-from gradret.data.lists import decode_json, query_words
+from gradret.data.lists import decode_json, open_file, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures, split_measures
-from gradret.files import sync_file, versions, write_json
+from gradret.files import sync_file, versions, write_json, writing
 from gradret.settings import FitSettings
 from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
@@ -180,7 +180,7 @@ class Rows:
     def append(self, row: dict) -> None:
         """Write a row at the end and wait until it is on the disk."""
         line = json.dumps(row, ensure_ascii=False) + "\n"
-        with self._explained(), self.locked(), open(self.path, "ab+") as file:
+        with writing(self.path), self.locked(), open(self.path, "ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # what a kill, or a full disk, has cut short
             file.write(line.encode())
@@ -189,7 +189,7 @@ class Rows:
 
     def drop(self, keys: set[str]) -> None:
         """Remove the rows of these runs."""
-        with self._explained(), self.locked():
+        with writing(self.path), self.locked():
             kept = [line for line, row in self._read_lines() if find_key(row["run"]) not in keys]
             part = self.path.with_suffix(".part")
             part.write_bytes(b"".join(kept))
@@ -198,9 +198,11 @@ class Rows:
 
     def _read_lines(self) -> Iterator[tuple[bytes, dict]]:
         """Every whole line with its newline, and what it holds."""
-        with self._explained():
-            data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        if not self.path.exists():
+            return
+        with open_file(self.path) as file:
+            lines = file.read().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
             where = f"{self.path}:{number}"
             try:
                 row = decode_json(line, where)
@@ -209,13 +211,6 @@ class Rows:
             if not _is_row(row):
                 raise GradretError(f"{where}: is no row of gradret bench; remove the line, or name another --out")
             yield line + b"\n", row
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise GradretError(f"{self.path}: cannot be read or written ({error.strerror})") from None
 
 
 def _is_row(row: object) -> bool:
@@ -599,24 +594,21 @@ LINE, COLUMN = 110, 15  # characters of a line and of a column's name
 
 def format_quality(document: dict) -> str:
     """Tables for a terminal, by encoder: with several collections one of the first measure, then one per collection."""
-    measures = document["measures"]
-    columns = _list_columns(document)
-    seeds = count_of(max(row["wanted"] for found in document["encoders"] for row in found["rows"]), "seed")
+    measures, columns = document["measures"], _list_columns(document)
+    rows = [row for found in document["encoders"] for row in found["rows"]]
+    seeds = count_of(max(row["wanted"] for row in rows), "seed")
     blocks = []
     for found in document["encoders"]:
         if len(columns) != 1:
             cells = {name_column(column): (column, measures[0]) for column in columns}
             blocks.append(_format_block(document, found, f"{measures[0]}, {seeds}", cells, "p"))
         for column in columns:
-            size = document["collections"].get(column)
-            sizes = ""
-            if size:
+            title = name_column(column)
+            if size := document["collections"].get(column):
                 queries = count_of(size["queries"], "query", "queries")
-                sizes = f": {queries}, {count_of(size['documents'], 'document')}"
+                title += f": {queries}, {count_of(size['documents'], 'document')}"
             cells = {measure: (column, measure) for measure in measures}
-            title = f"{name_column(column)}{sizes}, {seeds}"
-            blocks.append(_format_block(document, found, title, cells, f"p ({measures[0]})"))
-    rows = (row for found in document["encoders"] for row in found["rows"])
+            blocks.append(_format_block(document, found, f"{title}, {seeds}", cells, f"p ({measures[0]})"))
     if any(column.get("p") for row in rows for column in row["columns"].values()):
         note = f"p: paired randomisation test over queries against {document['baseline']}, Holm-corrected for the "
         blocks.append(textwrap.fill(note + "systems compared", LINE))

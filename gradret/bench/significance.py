@@ -6,7 +6,7 @@ collection it is the plain mean. Tests are two-sided.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ ROUNDING = 1e-9  # below what a measure kept to 4 digits can differ by, above th
 TIE = 1e-11  # of the sum of the weights: two sums of the same terms in another order differ by less
 
 Sample = Sequence[np.ndarray]
-Key = TypeVar("Key")
 
 
 def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> np.ndarray:
@@ -27,7 +26,7 @@ def find_differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> 
     return differences
 
 
-def compare_systems(families: Mapping[Key, Mapping[str, Sample]]) -> dict[Key, dict[str, dict[str, float | None]]]:
+def compare_systems(families: Mapping[Any, Mapping[str, Sample]]) -> dict[Any, dict[str, dict[str, float | None]]]:
     """p-values of several systems against one baseline, in one or more families of tests.
 
     Args:

@@ -408,7 +408,7 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(GradretError, match=r"file/rows\.jsonl: cannot be read or written \("):
+    with pytest.raises(GradretError, match=r"file/rows\.jsonl: cannot be written \("):
         Rows(tmp_path / "file" / "rows.jsonl").append({})
 
 
