@@ -42,7 +42,6 @@ from gradret.options import (
 from gradret.settings import (
     DATA,
     DEFAULT_ENCODER,
-    DEFAULT_LLM,
     DEFAULT_LOSS,
     DEFAULT_MEASURES,
     ENCODER,
@@ -305,7 +304,6 @@ def gen(
     from gradret.generate.run import NO_REPLY, format_summary, generate, open_engine, settings_record
 
     check_engine_options(ctx, endpoint)
-    model = DEFAULT_LLM if model is None and not endpoint else model
     chosen = {name: value for name, value in collect_settings(given).items() if name in vars(GenSettings())}
     if length is not None:
         chosen["min_chars"], chosen["max_chars"] = length

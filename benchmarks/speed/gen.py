@@ -118,7 +118,8 @@ def measure_engine(
         "repeats": repeats,
         "max_tokens": max_tokens,
         "prompt_tokens": {
-            part: engine.count_shared(kind) for part, kind in zip((*prompts.plan_parts, "write"), kinds, strict=True)
+            part: sum(map(len, engine.model.split_prompt(kind.messages)))
+            for part, kind in zip((*prompts.plan_parts, "write"), kinds, strict=True)
         },
         "rows": rows,
         "ratios": ratios,

@@ -60,7 +60,7 @@ KEPT = "what is written is kept, run the same command again to go on"
 REFUSED_ALL = "what is written is kept, mend the request options or the model"
 
 
-def is_refusal(status: int, message: str) -> bool:
+def refuses_request(status: int, message: str) -> bool:
     """Whether a server will never take a request."""
     return status in REFUSED or (status in REFUSED_BY_NAME and any(name.search(message) for name in NAMES.values()))
 
@@ -79,7 +79,7 @@ class PatientClient(openai.DefaultAsyncHttpxClient):
             response = await asyncio.wait_for(super().send(request, **options), deadline_s)
         except asyncio.TimeoutError:
             raise httpx2.ReadTimeout(f"no answer within {deadline_s:g} s", request=request) from None
-        if is_refusal(response.status_code, response.text):
+        if refuses_request(response.status_code, response.text):
             response.headers["x-should-retry"] = "false"
         elif response.status_code == 200 and request.url.path.endswith("/chat/completions"):
             try:
@@ -108,7 +108,7 @@ class Failure:
     @property
     def refused(self) -> bool:
         """Whether the request is at fault."""
-        return self.status is not None and is_refusal(self.status, self.message)
+        return self.status is not None and refuses_request(self.status, self.message)
 
     @property
     def passing(self) -> bool:

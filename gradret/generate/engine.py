@@ -1,6 +1,6 @@
 """What `gen` asks of a language model and what comes back, whichever engine answers.
 
-A new engine is one more file beside llama.py and endpoint.py, and one more branch in run.open_engine.
+A new engine is one more file beside llama.py and endpoint.py, a branch of run.open_engine, and its options in cli.py.
 """
 
 from collections.abc import Sequence

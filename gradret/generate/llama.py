@@ -526,11 +526,6 @@ class LlamaEngine:
                 f"{last_error('no reason given')}); lower --sequences or --gpu-layers"
             )
 
-    def count_shared(self, kind: Request) -> int:
-        """Tokens of the prompt that requests of a kind share."""
-        head = self._heads[_head_key(kind)]
-        return len(head.before) + len(head.after)
-
     @property
     def free(self) -> int:
         return sum(slot.request is None for slot in self._slots)

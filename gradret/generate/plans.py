@@ -90,7 +90,7 @@ def pick(choices: Sequence, draw: random.Random):
     return choices[int(draw.random() * len(choices))]
 
 
-def find_fault(
+def find_brief_fault(
     query: str, name: str, text: str, others: Mapping[str, str], *, longest: int, shown: Iterable[str] = ()
 ) -> str | None:
     """Why a grade cannot be written from a brief, as what a sentence says of it; None if it can.

@@ -9,10 +9,11 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gradret.console import GradretError
 from gradret.data.lists import GRADE_LIMIT, decode_json, decode_text, hash64, open_file
-from gradret.generate.engine import Form, Request
+from gradret.generate.engine import Request
 from gradret.generate.plans import BRIEFS, DRAWN, THING_CHARS, TOPIC_CHARS, draw_far, draw_near, pick
 from gradret.generate.queries import Query
 from gradret.generate.replies import make_form, make_text_form
@@ -245,8 +246,16 @@ class Style:
     level: str
 
 
+class Key(NamedTuple):
+    """What a request is for: the part of a plan, the passage of a grade, or a judgment, ("judge", passage's number)."""
+
+    query_id: str
+    attempt: int
+    part: str | float | tuple[str, int]
+
+
 class Prompts:
-    """Makes every request of a run. The key of each is (query id, attempt, part).
+    """Makes every request of a run, see Key.
 
     All messages but the last are the same for every query. Those that write passages are the same for every grade, too,
     and know nothing of grades.
@@ -340,8 +349,9 @@ class Prompts:
         briefs = self.plan_parts[part]
         bounds = {name: self._brief_chars.get(name, TOPIC_CHARS) for name in briefs}
         # In Han and kana a token is one or two characters.
-        tokens = sum(high // 2 + 24 for _, high in bounds.values())
-        return self._request(query, attempt, part, _ask(asked), tokens, seed, make_form(bounds))
+        tokens = self.settings.max_tokens or sum(high // 2 + 24 for _, high in bounds.values())
+        messages = (*self._heads[part], _ask(asked))
+        return Request(Key(query.query_id, attempt, part), messages, tokens, seed, make_form(bounds))
 
     def write(self, query: Query, grade: float, subject: str, attempt: int = 1, model: str = "") -> Request:
         """The request for a passage on a subject."""
@@ -353,17 +363,18 @@ class Prompts:
             max(settings.min_chars, round(0.75 * target)), min(settings.max_chars, round(1.5 * target))
         )
         seed = draw_seed(query, settings.seed, model, attempt, grade)
-        message = {"role": "user", "content": "\n".join(lines)}
-        return self._request(query, attempt, grade, message, settings.max_chars // 2 + 24, seed, form)
+        messages = (*self._heads["write"], {"role": "user", "content": "\n".join(lines)})
+        tokens = settings.max_tokens or settings.max_chars // 2 + 24
+        return Request(Key(query.query_id, attempt, grade), messages, tokens, seed, form)
 
     def judge(self, query: Query, passages: Sequence[str]) -> list[Request]:
         """The requests that grade a query's passages, each without telling what it was written for.
 
-        Their parts are ("judge", the passage's number); the choices are Scale.labels.
+        Their choices are Scale.labels.
         """
         return [
             Request(
-                (query.query_id, 1, ("judge", number)),
+                Key(query.query_id, 1, ("judge", number)),
                 (*self._heads["judge"], _ask({"query": query.text, "passage": passage})),
                 1,
                 choices=self.scale.labels,
@@ -386,14 +397,6 @@ class Prompts:
         # A model misses a length by a fifth without trying; only lengths that leave it room are drawn.
         words = range(math.ceil(1.25 * low / WORD_CHARS), math.floor(high / 1.25 / WORD_CHARS) + 1)
         return Style(*(pick(choices, rng) for choices in (words or [self._words], GENRES, LEVELS)))
-
-    def _request(
-        self, query: Query, attempt: int, part: object, message: dict, tokens: int, seed: int, form: Form
-    ) -> Request:
-        head = self._heads[part if isinstance(part, str) else "write"]
-        return Request(
-            (query.query_id, attempt, part), (*head, message), self.settings.max_tokens or tokens, seed, form
-        )
 
 
 def draw_seed(query: Query, seed: int, model: str, attempt: int, part: object) -> int:

@@ -17,11 +17,11 @@ from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, cou
 from gradret.data.lists import JUDGED, Passage, RankingList, grades_agree
 from gradret.generate.engine import Engine, Reply, Request
 from gradret.generate.journal import Journal
-from gradret.generate.plans import DRAWN, content_words, find_fault, pick, split_sentences, trim, weave
+from gradret.generate.plans import DRAWN, content_words, find_brief_fault, pick, split_sentences, trim, weave
 from gradret.generate.prompts import PROMPT_VERSION, Prompts, Scale, draw_seed
 from gradret.generate.queries import Query
 from gradret.generate.replies import MARKUP, Checks, Unusable, clean_text, drop_thoughts, parse_object, quote_reply
-from gradret.settings import GenSettings
+from gradret.settings import DEFAULT_LLM, GenSettings
 
 # Why a query got no list, besides the reasons of replies.Unusable.
 NO_REPLY = "no reply"  # the one reason that a later run tries again
@@ -39,7 +39,8 @@ def open_engine(
 
     Args:
         kinds: of Prompts.kinds.
-        model: a GGUF file or hub repository, see llama.locate_gguf; with an endpoint, the name it is served by.
+        model: a GGUF file or hub repository, see llama.locate_gguf, None for the default one; with an endpoint, the
+            name it is served by.
         options: of endpoint.Endpoint or llama.LlamaEngine.
 
     Raises: GradretError when the engine cannot be used, or its package is not installed.
@@ -51,7 +52,7 @@ def open_engine(
         return Endpoint(endpoint, model=model, **options)
     from gradret.generate.llama import LlamaEngine, locate_gguf
 
-    return LlamaEngine(locate_gguf(model or ""), kinds, **options)
+    return LlamaEngine(locate_gguf(DEFAULT_LLM if model is None else model), kinds, **options)
 
 
 def settings_record(prompts: Prompts, model: str, request_options: dict | None = None) -> dict:
@@ -169,7 +170,7 @@ class Generation:
         draft = self._find_draft(reply.request)
         if draft is None:
             return
-        part = reply.request.key[2]
+        part = reply.request.key.part
         if reply.finish == "error":
             self.summary.lasting += reply.lasting
             self._reject(draft, NO_REPLY, reply.error)
@@ -227,7 +228,7 @@ class Generation:
             # Of the other request's briefs some may have come, or not.
             others = {other: draft.plan[other] for other in (*names, "thing") if other in draft.plan}
             longest, shown = self._prompts.longest(name), self._prompts.shown
-            if fault := find_fault(draft.query.text, name, brief, others, longest=longest, shown=shown):
+            if fault := find_brief_fault(draft.query.text, name, brief, others, longest=longest, shown=shown):
                 problem = problem or Unusable("bad plan", f"the brief '{name}' {fault}: {quote_reply(brief)}")
             else:
                 draft.plan[name] = brief

@@ -10,7 +10,7 @@ from gradret.generate.plans import (
     content_words,
     draw_far,
     draw_near,
-    find_fault,
+    find_brief_fault,
     split_sentences,
     trim,
     weave,
@@ -60,7 +60,7 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
     others = {"answer": "They add a wave.", "broader": "the history of headphones", "thing": "headphones"}
     others.pop(name, None)
     longest = 220 if name == "answer" else 70
-    assert find_fault(QUERY, name, text, others, longest=longest) == complaint
+    assert find_brief_fault(QUERY, name, text, others, longest=longest) == complaint
 
 
 @pytest.mark.parametrize(
@@ -84,21 +84,21 @@ def test_a_brief_is_good_or_has_a_reason(name, text, complaint):
 )
 def test_the_thing_is_less_than_the_query(query, thing, complaint):
     # An example may be about the same.
-    assert find_fault(query, "thing", thing, {}, longest=40, shown=[thing]) == complaint
+    assert find_brief_fault(query, "thing", thing, {}, longest=40, shown=[thing]) == complaint
 
 
 @pytest.mark.parametrize(("query", "plan"), PLANNED)
 def test_the_examples_are_good_plans(query, plan):
     found = {}
     for name, text in plan.items():
-        assert find_fault(query, name, text, found, longest=220) is None
+        assert find_brief_fault(query, name, text, found, longest=220) is None
         found[name] = text
 
 
 @pytest.mark.parametrize(("asked", "query"), PLANNED_NEAR)
 def test_the_examples_of_other_aspects_are_good(asked, query):
     assert asked["aspect"] in ASPECTS
-    assert find_fault(f"how {asked['thing']} works", "near", query, {"thing": asked["thing"]}, longest=70) is None
+    assert find_brief_fault(f"how {asked['thing']} works", "near", query, {"thing": asked["thing"]}, longest=70) is None
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_the_examples_of_other_aspects_are_good(asked, query):
     ],
 )
 def test_a_thing_may_be_a_short_word(thing, near):
-    assert find_fault(f"{thing} work", "near", near, {"thing": thing}, longest=70) is None
+    assert find_brief_fault(f"{thing} work", "near", near, {"thing": thing}, longest=70) is None
 
 
 def test_no_brief_repeats_an_example():
     shown = [PLANNED[0][1]["answer"], "street noise and house prices"]
     for name, text in zip(("answer", "far"), shown, strict=True):
-        assert find_fault("tulips", name, text, {}, longest=220, shown=shown) == "repeats an example"
+        assert find_brief_fault("tulips", name, text, {}, longest=220, shown=shown) == "repeats an example"
 
 
 def test_content_is_stems_without_what_says_nothing():

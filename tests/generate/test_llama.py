@@ -278,7 +278,7 @@ def test_samplers_are_freed(make_engine, monkeypatch):
 
 def test_a_query_of_just_the_room(make_engine):
     engine = make_engine(sequences=2)
-    shared = engine.count_shared(request(0))
+    shared = sum(map(len, engine.model.split_prompt(request(0).messages)))
     room = engine.context_tokens - shared - 60
     fits = request(0, "?" * (room - 14))
     tokens = len(engine.model.tokenize(fits.messages[-1]["content"], special=False))
