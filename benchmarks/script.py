@@ -6,13 +6,11 @@ from pathlib import Path
 
 import click
 
-from gradret.console import GradretError
-
 RESULTS = Path(__file__).with_name("results")
 
 
 class Script(click.Command):
-    """A command that ends with one line and exit code 1 where a list, a collection or a package is missing."""
+    """A command that ends with one line and exit code 1 where a package is missing."""
 
     def __init__(self, *arguments, **options):
         options.setdefault("context_settings", {"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -21,8 +19,6 @@ class Script(click.Command):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except GradretError as error:
-            raise click.ClickException(str(error)) from error
         except ModuleNotFoundError as error:
             if error.name is None or error.name.split(".")[0] in ("gradret", "benchmarks"):
                 raise  # a bug of ours

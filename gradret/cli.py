@@ -15,7 +15,6 @@ from gradret.console import (
     GradretError,
     Interrupted,
     StopRequest,
-    ToldElsewhere,
     be_quiet,
     command_line,
     count_of,
@@ -743,7 +742,7 @@ def evaluate_command(
 
 
 class Commands(click.Group):
-    """A group whose commands end with one line and exit code 1 on a GradretError, shown in the order of their use."""
+    """A group whose commands are shown in the order of their use."""
 
     def list_commands(self, ctx):
         return list(self.commands)
@@ -755,16 +754,8 @@ class Commands(click.Group):
             if "gradret.distributed" in sys.modules and count_processes() > 1:
                 from gradret.distributed import end_process
 
-                end_process(end.code if isinstance(end.code, int) else int(end.code is not None))
+                end_process(end.code)  # a number, from click
             raise
-
-    def invoke(self, ctx):
-        try:
-            return super().invoke(ctx)
-        except ToldElsewhere:
-            ctx.exit(1)
-        except GradretError as error:
-            raise click.ClickException(str(error)) from error
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})

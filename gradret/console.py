@@ -8,13 +8,15 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:  # imported when the first bar is shown: --quiet has to come before, see be_quiet
     from tqdm import tqdm
 
 
-class GradretError(Exception):
+class GradretError(click.ClickException):
     """Bad input or a failed operation that the user can mend: one line, exit code 1, no traceback.
 
     The message says where, what was expected, what came and what to do.
@@ -30,6 +32,9 @@ class Interrupted(GradretError):
 
 class ToldElsewhere(GradretError):
     """This process ends with another one, whose line tells why: exit code 1, nothing printed."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        pass
 
 
 class ProcessLost(GradretError):
