@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from conftest import SAMPLE_FILE
+from forked import ForkedPython
 
 import gradret
 import gradret.bench.quality
@@ -374,7 +374,6 @@ def test_bm25_keeps_the_order_of_ties_and_leaves_out_the_query_itself(beir_direc
 
 
 APPENDER = """
-import sys
 from gradret.bench.quality import Rows
 row = {"run": {"ranker": "bm25", "settings": {}}, "collections": {}, "versions": {}, "device": "x" * 100_000}
 row |= dict.fromkeys(("fit_seconds", "steps", "lists"))
@@ -384,8 +383,10 @@ for _ in range(20):
 
 
 def test_two_processes_append_to_one_file(tmp_path):
-    processes = [subprocess.Popen([sys.executable, "-c", APPENDER], cwd=tmp_path) for _ in range(2)]
-    assert [process.wait() for process in processes] == [0, 0]
+    (tmp_path / "appender.py").write_text(APPENDER)
+    for process in [ForkedPython(["appender.py"], folder=tmp_path) for _ in range(2)]:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
     (rows,) = Rows(tmp_path / "rows.jsonl").read().values()
     assert len(rows) == 40
 
