@@ -78,6 +78,7 @@ def measure_engine(
     options |= {"temperature": settings.temperature, "top_p": settings.top_p}
     kinds = [replace(kind, max_tokens=max_tokens) for kind in prompts.kinds()]
     engine = LlamaEngine(model, kinds, sequences=sequences, **options)
+    shared = [sum(map(len, engine.model.split_prompt(kind.messages))) for kind in kinds]  # tokens of each kind's prompt
     loop = ChatLoop(model, engine.context_tokens, **options)
     written = []
     for query in queries:
@@ -117,10 +118,7 @@ def measure_engine(
         "loop_queries": loop_queries,
         "repeats": repeats,
         "max_tokens": max_tokens,
-        "prompt_tokens": {
-            part: sum(map(len, engine.model.split_prompt(kind.messages)))
-            for part, kind in zip((*prompts.plan_parts, "write"), kinds, strict=True)
-        },
+        "prompt_tokens": dict(zip((*prompts.plan_parts, "write"), shared, strict=True)),
         "rows": rows,
         "ratios": ratios,
     }
