@@ -341,10 +341,10 @@ class FitSettings:
     chunk: int | str | None = setting(
         None,
         MEMORY,
-        "Gradient caching: so many passages in memory at once, however large the batch; auto: as many as fit.",
+        "Gradient caching: so many texts in memory at once, however large the batch; auto: as many as fit.",
         choices=(AUTO,),
         range=COUNT,
-        metavar="PASSAGES|auto",
+        metavar="TEXTS|auto",
         unset="all of a batch",
     )
     precision: str = setting(
