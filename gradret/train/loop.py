@@ -37,16 +37,7 @@ from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
 from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
-from gradret.train.run_directory import (
-    BOARD,
-    DEV,
-    METRICS,
-    RunDirectory,
-    RunState,
-    import_board,
-    share_restored,
-    step_name,
-)
+from gradret.train.run_directory import BOARD, DEV, METRICS, RunDirectory, RunState, import_board, share_restored
 
 # So long a signal to end waits for the end of a step: those who send one wait half a minute, torchrun and others.
 STEP_GRACE_S = 8.0
@@ -507,8 +498,7 @@ class Trainer:
 
     def save_step(self) -> None:
         """Write a checkpoint if this step has none."""
-        last = self.directory.last_checkpoint if self.directory is not None else None
-        if last is None or last.name != step_name(self.state.step):
+        if self.directory is not None and not self.directory.checkpoint_of(self.state.step).exists():
             self.save()
 
     def finish(self, began: float) -> FitResult:

@@ -166,6 +166,10 @@ class RunDirectory:
         """The newest whole checkpoint's directory."""
         return max((folder for folder in self._find_checkpoints() if folder.suffix != ".part"), default=None)
 
+    def checkpoint_of(self, step: int) -> Path:
+        """Where a step's is, or will be; names sort as steps do."""
+        return self._checkpoints / f"step-{step:09d}"
+
     def _find_checkpoints(self) -> list[Path]:
         """Whole and torn ones; whatever else lies there is nobody's."""
         return [path for path in self._checkpoints.glob("step-*") if path.is_dir()]
@@ -230,7 +234,7 @@ class RunDirectory:
         Raises: GradretError when it cannot be written; the last one is then untouched.
         """
         previous = self.last_checkpoint
-        target = self._checkpoints / step_name(state.step)
+        target = self.checkpoint_of(state.step)
         part = target.with_suffix(".part")
         try:
             if previous == target:  # this step's weights are there; what changed is what dev made of them
@@ -336,11 +340,6 @@ def import_board() -> Any:
     with needing("--tensorboard", "tensorboard", "tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
     return SummaryWriter
-
-
-def step_name(step: int) -> str:
-    """The name of a step's checkpoint; names sort as steps do."""
-    return f"step-{step:09d}"
 
 
 def _name_run(settings: dict[str, Any], content: dict[str, str]) -> str:
