@@ -104,8 +104,7 @@ class BatchGradients:
     Attributes:
         encoder: trained, on its device.
         precision: "float32" or "bfloat16" (autocast).
-        chunk: what is encoded at once: the tokens of so many texts as long as the longest, see
-            encoder/model.plan_chunks.
+        chunk: the tokens that are encoded at once, as those of so many longest texts; see encoder/model.plan_chunks.
         cached: whether chunks are encoded twice instead of keeping their activations.
         processes: who share each batch.
     """
