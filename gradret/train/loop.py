@@ -85,7 +85,7 @@ def fit(
         progress: show a bar on a terminal.
         tensorboard: write the run's curves for TensorBoard, too, to `out`/tensorboard; a resumed run that has such a
             folder goes on with it.
-        processes: that have processes already, each with its device; None: those that torchrun started.
+        processes: that have joined already, each with its device; None: those that torchrun started.
     Raises: GradretError on bad data, a loss that is not finite, too little memory, a full disk, SIGINT or SIGTERM, or
         when another of the processes has ended; TypeError for settings or a directory that are none.
     """
