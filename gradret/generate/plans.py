@@ -21,7 +21,7 @@ BRIEFS = {
 DRAWN = ("near", "far")  # briefs with a request of their own, for which an aspect or a field is drawn
 AROUND = {"broader": 1, "near": 0}  # briefs that say more of the thing, and how many of the query's other words at most
 TOPIC_CHARS = (6, 70)  # of a brief that is a search query
-THING_CHARS = (1, 40)
+THING_CHARS = (1, 60)  # names of diseases have over 40
 
 # What near and far briefs are about. The model that writes them does not see the query: told it, a small one says the
 # query once more in other words, or mixes the two.
