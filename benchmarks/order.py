@@ -3,7 +3,7 @@
     python -m benchmarks.order LISTS.jsonl ... > FILE.json
 
 A loss that only sharpens what an encoder ranks first, such as the plan's sorted masses, trains it on that order. Prints
-one JSON document, with the reported plan's encoders.
+one JSON document, with the earlier plan's encoders.
 """
 
 import json
@@ -21,7 +21,7 @@ from gradret.files import versions
 from gradret.settings import FitSettings
 
 
-def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "float32") -> dict:
+def count_pairs(encoder: Encoder, lists: list[RankingList], precision: str = "float32") -> dict:
     """How passages of one list with different grades are ordered by their scores.
 
     Returns:
@@ -48,14 +48,14 @@ def measure_order(encoder: Encoder, lists: list[RankingList], precision: str = "
 @click.command(cls=Script)
 @click.argument("files", nargs=-1, required=True)
 def main(files):
-    """Print what the reported plan's encoders do with the lists of all files."""
+    """Print what the earlier plan's encoders do with the lists of all files."""
     lists = [ranking for file in files for ranking in read_lists(file)]
     result = {"command": command_line("benchmarks.order"), "versions": versions(), "lists": len(lists)}
     for name, choice in EARLIER.encoders.items():
         settings = FitSettings(**EARLIER.settings | choice)
         encoder = load_encoder(settings.model, **settings.encoder_options)
         precision = choose_precision(settings.precision, encoder.device)
-        result[name] = {"precision": precision} | measure_order(encoder, lists, precision)
+        result[name] = {"precision": precision} | count_pairs(encoder, lists, precision)
     click.echo(json.dumps(result, indent=2))
 
 

@@ -204,6 +204,13 @@ def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
     """
     settings = make_settings(FitSettings, (stored or {}) | chosen)
     refuse_unused(chosen, [settings.loss])
+    for name, needed, there in (
+        ("dev_every", "--dev", settings.dev is not None),
+        ("dev_measure", "--dev", settings.dev is not None),
+        ("in_batch_grade", "--in-batch", settings.in_batch),
+    ):
+        if name in chosen and not there:
+            raise click.UsageError(f"{name} has no use without {needed}; leave it out")
     return settings
 
 
@@ -561,7 +568,7 @@ def bench():
 @DEVICE
 @MEASURES
 @option("--fresh", is_flag=True, help="Do the runs again that are in --out already.")
-@set_option(FitSettings)
+@set_option(FitSettings, without=("layers", "dev_measure", "checkpoint_every"))
 @QUIET
 @JSON
 def quality(data, datasets, models, losses, seeds, out, device, measures, fresh, as_json, **given):
@@ -581,8 +588,6 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
     from gradret.bench import require_matplotlib
 
     chosen, encoders = collect_settings(given) | {"data": data}, _parse_encoders(models)
-    if "layers" in chosen:
-        raise click.UsageError("layers are a matter of each --model, such as --model ENCODER?layers=3")
     systems = {}
     for loss in losses.split(","):
         try:

@@ -50,12 +50,19 @@ class GivenUp(BaseException):
 
 def count_processes() -> int:
     """How many processes torchrun, or a launcher that sets the same variables, has started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+    return _read_number("WORLD_SIZE", 1) if "RANK" in os.environ else 1
 
 
 def is_first_process() -> bool:
     """Whether this is the process that shows and writes: the only one, or torchrun's first."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return _read_number("RANK", 0) == 0
+
+
+def _read_number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise GradretError(f"{variable} is '{text}'; expected a number, as torchrun sets it; else unset it")
+    return int(text)
 
 
 def count_of(number: int, one: str, many: str | None = None) -> str:
@@ -87,7 +94,7 @@ def needing(what: str, package: str, extra: str, *modules: str) -> Iterator[None
 
 
 SECOND_THOUGHT_S = 2.0
-PATIENCE_S = 2  # work that is done sooner needs no progress bar
+BAR_DELAY_S = 2  # work that is done sooner needs no progress bar
 
 _quiet = False
 # What libraries look at when they are imported: tqdm, which ir_datasets uses, the hub's client and transformers.

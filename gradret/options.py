@@ -100,14 +100,16 @@ def setting_options(kind: type, *, only: Iterable[str] = (), without: Iterable[s
     return options(*made)
 
 
-def set_option(kind: type, group: str | None = None) -> Decorator:
+def set_option(kind: type, group: str | None = None, *, without: Iterable[str] = ()) -> Decorator:
     """--set NAME=VALUE, for the settings without an option of their own, all of them or those of a group."""
     rare = {
         declared.name: declared
         for declared in fields(kind)
-        if not find_declaration(declared).has_option and group in (None, find_declaration(declared).group)
+        if not find_declaration(declared).has_option
+        and declared.name not in without
+        and group in (None, find_declaration(declared).group)
     }
-    rest = () if group else (declared for declared in fields(kind) if declared.name not in rare)
+    rest = () if group else (declared for declared in fields(kind) if find_declaration(declared).has_option)
     own = {declared.name: spell_option(declared) for declared in rest}
 
     def parse(text: str) -> tuple[str, Any]:

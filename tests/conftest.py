@@ -66,13 +66,16 @@ def make_tiny_encoder(directory: Path, *, dropout: float = 0.1) -> Path:
 
 @pytest.fixture(autouse=True)
 def known_losses():
-    """The table of losses is as it was after a test of plans, which register one more."""
+    """The table of losses is as it was after a test of plans, which register more."""
     from gradret.settings import LOSSES
 
     before = dict(LOSSES)
     yield
     LOSSES.clear()
     LOSSES.update(before)
+    if functions := sys.modules.get("gradret.loss.functions"):
+        for name in functions.LOSS_FUNCTIONS.keys() - before.keys():
+            del functions.LOSS_FUNCTIONS[name]
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,13 @@ def test_no_help_of_a_command_is_cut_off(group):
     assert "Commands:" in help_text and "..." not in help_text.partition("Commands:")[2]
 
 
+def test_a_launchers_variable_that_is_no_number_is_told(monkeypatch):
+    monkeypatch.setenv("RANK", "x")
+    result = invoke("fit", "--loss", "kl")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "RANK is 'x'; expected a number, as torchrun sets it; else unset it" in result.stderr
+
+
 def test_usage_errors_exit_with_2():
     assert invoke("fit", "--loss", "hinge").exit_code == 2
     result = invoke("fit", "--temperature", "nan")
@@ -63,6 +70,9 @@ def test_usage_errors_exit_with_2():
             ("--loss", "infonce", "--targets", "gain"),
             "--targets is for --loss wasserstein, gaussian, kl, contrast, not infonce; leave it out",
         ),
+        (("--dev-every", "5"), "dev_every has no use without --dev; leave it out"),
+        (("--set", "dev_measure=RR@10"), "dev_measure has no use without --dev; leave it out"),
+        (("--no-in-batch", "--set", "in_batch_grade=1"), "in_batch_grade has no use without --in-batch; leave it out"),
     ):
         result = invoke("fit", *options)
         assert (result.exit_code, message in result.stderr) == (2, True)

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from gradret import console
 from gradret.cli import main
-from gradret.console import PATIENCE_S, GivenUp, StopRequest, be_quiet, say, show_bar
+from gradret.console import BAR_DELAY_S, GivenUp, StopRequest, be_quiet, say, show_bar
 from gradret.evaluation.measures import evaluate
 
 
@@ -122,12 +122,12 @@ def test_the_next_command_is_not_quiet(capsys):
 def test_a_bar_is_hidden_when_asked_for_or_quiet(monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(console, "_quiet", False)
-    assert not show_bar(range(3), delay=PATIENCE_S).disable
+    assert not show_bar(range(3), delay=BAR_DELAY_S).disable
     assert show_bar(range(3), shown=False).disable
     be_quiet(True)
     assert show_bar(range(3)).disable
     be_quiet(False)
-    assert not show_bar(range(3), delay=PATIENCE_S).disable
+    assert not show_bar(range(3), delay=BAR_DELAY_S).disable
 
 
 def test_bars_of_libraries_are_hidden_too_and_nothing_of_theirs_is_replaced():

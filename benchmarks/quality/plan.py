@@ -128,7 +128,7 @@ def _make_runs(plan: Plan, experiment: Experiment, encoder: str, name: str, valu
     sources = tuple(plan.collections[shown] for shown in experiment.collections or plan.collections)
     option = varied.pop("source", "")
     data = system.data or experiment.data
-    register()  # the loss `sorted`, which only these plans have
+    register()  # losses that only these plans have
     settings = FitSettings(
         **plan.settings
         | plan.encoders[encoder]

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from gradret.bench import format_table, memory
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, show_bar
 from gradret.encoder.load import choose_device
 from gradret.files import versions
 from gradret.loss.functions import gaussian_loss, mix_losses
@@ -30,6 +30,7 @@ from gradret.loss.grades import prepare_grades
 from gradret.loss.kernels import backend, describe_backend
 from gradret.loss.retrieval import prepare_pairs, wasserstein_retrieval_loss
 from gradret.settings import FitSettings
+from gradret.train.memory import is_out_of_memory
 
 TEMPERATURE = 0.05
 BASELINE = "InfoNCE"
@@ -151,11 +152,16 @@ def measure_shape(
 ) -> list[dict]:
     """The rows of one shape; see measure_speed."""
     where = name_shape(shape)
-    workload = make_workload(shape, dtype, str(device))
+    try:
+        workload = make_workload(shape, dtype, str(device))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise GradretError(f"--shapes {where}: does not fit into memory; give a smaller one") from None
+        raise
     truths: dict = {None: None}
     entries, measured = [], []
     rows = make_rows(workload, every, rivals)
-    for row in show_bar(rows, desc=f"{where}: checking", unit="row", delay=PATIENCE_S, leave=False):
+    for row in show_bar(rows, desc=f"{where}: checking", unit="row", delay=BAR_DELAY_S, leave=False):
         entry = {"shape": list(shape), "dtype": dtype, "row": row.name, "skipped": row.skipped}
         later = ("forward_ms", "both_ms", "repeats", "times_infonce", "peak_mib", "peak_reason")
         entry |= dict.fromkeys((*later, "gradient_finite", "loss_error", "gradient_errors"))
@@ -176,7 +182,7 @@ def measure_shape(
         peaks = memory.measure_cpu_peaks("gradret.bench.loss:make_call", [row.name for row in rows], arguments)
     else:
         peaks = ((None, f"PyTorch counts no peak on {device.type}") for _ in rows)
-    bar = show_bar(peaks, total=len(rows), desc=f"{where}: memory", unit="row", delay=PATIENCE_S, leave=False)
+    bar = show_bar(peaks, total=len(rows), desc=f"{where}: memory", unit="row", delay=BAR_DELAY_S, leave=False)
     for (_, entry, _), taken, (peak, reason) in zip(measured, times, bar, strict=True):
         entry |= taken | {"peak_mib": peak, "peak_reason": reason}
     baseline = next((entry["both_ms"] for entry in entries if entry["row"] == BASELINE), None)
@@ -254,7 +260,7 @@ def time_in_turns(rows: Sequence[Row], steps_s: Sequence[float], repeats: int, w
     every = [max(1, min(repeats // fewest, round(repeats * step_s / ROW_S))) for step_s in steps_s]
     samples: list[list[tuple[float, ...]]] = [[] for _ in rows]
     turns = range(repeats if rows else 0)
-    for turn in show_bar(turns, desc=f"{where}: timing", unit="round", delay=PATIENCE_S, leave=False):
+    for turn in show_bar(turns, desc=f"{where}: timing", unit="round", delay=BAR_DELAY_S, leave=False):
         for pair, apart, found in zip(timers, every, samples, strict=True):
             if turn % apart == 0:
                 # Its warm-up also clears what the row before left in caches and in waiting threads.

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, show_bar
 from gradret.data.collections import BEIR_HEADER
 from gradret.data.lists import DocumentNames, Passage, RankingList, format_list
 from gradret.data.sources import Source, open_lists, parse_source
@@ -72,7 +72,7 @@ def _write(lists: Sequence[RankingList], form: str, out: Path, positive_from: fl
     documents, judgements = DocumentNames(), 0
     files: dict[str, TextIO] = {}
     with ExitStack() as closing:
-        for ranking_list in show_bar(lists, desc="exporting", unit="list", delay=PATIENCE_S):
+        for ranking_list in show_bar(lists, desc="exporting", unit="list", delay=BAR_DELAY_S):
             judged, new = documents.name(ranking_list)
             judgements += len(ranking_list.passages if form == "lists" else judged)
             for name, line in _format(form, ranking_list, judged, new, positive_from):

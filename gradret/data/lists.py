@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeGuard
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, show_bar
 from gradret.files import write_whole
 
 GRADE_LIMIT = 1000  # 2^grade still fits a float64
@@ -290,7 +290,7 @@ def read_lines(path: str | os.PathLike[str], *, desc: str = "", characters: int 
     """
     with open_file(path) as file:
         bar_options: dict[str, Any] = {"total": os.fstat(file.fileno()).st_size, "unit": "B", "unit_scale": True}
-        with show_bar(shown=bool(desc), desc=desc, delay=PATIENCE_S, **bar_options) as bar:
+        with show_bar(shown=bool(desc), desc=desc, delay=BAR_DELAY_S, **bar_options) as bar:
             try:
                 shortened = None if characters is None else shorten_lines(file, characters)
                 for line in number_lines(shortened or file, str(path), file.tell if shortened else None):

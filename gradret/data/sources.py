@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, GradretError, count_of, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, count_of, show_bar
 from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection, choose_split
 from gradret.data.lists import (
     JUDGED,
@@ -459,7 +459,7 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
     """
     kept, best, worst = array("q"), array("d"), array("d")
     passages, longest, empty, disagreeing, excluded = 0, "", 0, 0, 0
-    for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=PATIENCE_S):
+    for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=BAR_DELAY_S):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
         if not grades:

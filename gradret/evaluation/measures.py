@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from gradret.console import PATIENCE_S, GradretError, say, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, say, show_bar
 from gradret.data.collections import Collection
 from gradret.data.sources import open_collection, parse_source
 from gradret.distributed import ALONE, Processes
@@ -144,7 +144,7 @@ def measure_run(
         say(f"{collection.name}: grades that are not whole are rounded for the measures, halves upwards")
     numbers: dict[str, str] = {}
     qrels, scores = {}, {}
-    bar: dict[str, Any] = {"shown": progress, "unit": "query", "delay": PATIENCE_S}
+    bar: dict[str, Any] = {"shown": progress, "unit": "query", "delay": BAR_DELAY_S}
     for number, query_id in enumerate(show_bar(collection.queries, desc="reading the ranking", **bar), 1):
         judged = collection.qrels[query_id].items()
         qrels[str(number)] = {_number(numbers, doc_id): math.floor(grade + 0.5) for doc_id, grade in judged}

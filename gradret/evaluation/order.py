@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, show_bar
+from gradret.console import BAR_DELAY_S, show_bar
 from gradret.data.lists import (
     JUDGED,
     MIN_SHINGLES,
@@ -134,7 +134,7 @@ def measure_order(
     table = array("d")  # six columns, by passage
     repeats = RepeatFinder()
     waiting = iter(lists)
-    with show_bar(total=total, desc="scoring passages", unit="list", delay=PATIENCE_S) as bar:
+    with show_bar(total=total, desc="scoring passages", unit="list", delay=BAR_DELAY_S) as bar:
         while block := list(islice(waiting, BLOCK)):
             for ranking_list, scores in zip(block, score_lists(block, embedder, batch_size), strict=True):
                 for passage, score in zip(ranking_list.passages, scores.tolist(), strict=True):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from gradret.console import PATIENCE_S, GradretError, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, show_bar
 from gradret.data.collections import Collection
 from gradret.data.lists import PIECE, quote
 from gradret.distributed import ALONE, Processes
@@ -235,7 +235,7 @@ def find_store(
     old vector.
     """
     digest, doc_ids = hashlib.blake2b(digest_size=16), []
-    options: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
+    options: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": BAR_DELAY_S}
     with show_bar(shown=progress, desc="looking over documents", **options) as bar:
         documents = collection.documents(0, encoder.longest_text)
         while block := list(islice(documents, ENCODE_BLOCK)):
@@ -349,7 +349,7 @@ def top_k(
         rows = torch.from_numpy(queries[start : start + QUERY_BLOCK]).to(device)
         best, positions = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=device)
         blocks = range(0, len(documents), block)
-        for first in show_bar(blocks, shown=progress, desc="searching", unit="block", delay=PATIENCE_S):
+        for first in show_bar(blocks, shown=progress, desc="searching", unit="block", delay=BAR_DELAY_S):
             part = torch.from_numpy(np.array(documents[first : first + block])).to(device)
             # What is held so far stands to the left: earlier documents, so "leftmost first" is "earlier first".
             scores = torch.cat([best, rows @ part.T], 1)
@@ -430,7 +430,7 @@ def write_run(
 def _format_run(
     path: str | os.PathLike[str], run: Mapping[str, Sequence[tuple[str, float]]], tag: str
 ) -> Iterator[str]:
-    for query_id, ranking in show_bar(run.items(), desc=f"writing {path}", unit="query", delay=PATIENCE_S):
+    for query_id, ranking in show_bar(run.items(), desc=f"writing {path}", unit="query", delay=BAR_DELAY_S):
         for rank, (doc_id, score) in enumerate(ranking, 1):
             if any(not isinstance(i, str) or i.split() != [i] for i in (query_id, doc_id)):
                 raise GradretError(f"{path}: a TREC run cannot hold the ids '{query_id}' and '{doc_id}': white space")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
-from gradret.console import PATIENCE_S, GradretError, say, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, say, show_bar
 from gradret.data.lists import RankingList, decode_json, format_list, parse_list, query_key
 from gradret.files import open_folder, read_object, write_json, writing
 from gradret.generate.queries import Query
@@ -162,7 +162,7 @@ class Journal:
         size = os.fstat(fd).st_size
         with (
             open(path, "rb") as file,
-            show_bar(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=PATIENCE_S) as bar,
+            show_bar(total=size, unit="B", unit_scale=True, desc=f"reading {path.name}", delay=BAR_DELAY_S) as bar,
         ):
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"

@@ -21,7 +21,17 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from gradret.console import GivenUp, GradretError, Interrupted, ProcessLost, StopRequest, ToldElsewhere, say, show_bar
+from gradret.console import (
+    GivenUp,
+    GradretError,
+    Interrupted,
+    ProcessLost,
+    StopRequest,
+    ToldElsewhere,
+    count_of,
+    say,
+    show_bar,
+)
 from gradret.data.lists import RankingList, query_words
 from gradret.data.sources import SOFTMAX_ADVICE, ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.distributed import Processes, join_processes
@@ -112,8 +122,10 @@ def fit(
                 directory.open_board()  # of the steps that the trainer has kept
             if trainer is None:
                 return cast(FitResult, done)
-            trainer.loop()
-            return trainer.finish(began)
+            with trainer.stop:
+                trainer.loop()
+                with trainer.stop.uninterrupted():  # all steps are done, and it takes a moment
+                    return trainer.finish(began)
         finally:
             if directory is not None:
                 directory.close()
@@ -188,15 +200,14 @@ class Inputs:
         """The data, for people."""
         text, mining = str(self.summary), self.mining
         if self.lists.colliding_ids:
-            text += (
-                f"; {self.lists.colliding_ids} query ids stand for different queries in different sources: kept apart"
-            )
+            ids = count_of(self.lists.colliding_ids, "query id")
+            text += f"; kept apart: {ids} of different queries in different sources"
         spared = len(self.summary.kept) - len(self.miner.rows) if self.miner is not None else 0
         if mining is not None and spared:
-            text += f"; {spared} lists get no mined passages: their best grade is no higher than {mining.grade:g}"
+            text += f"; no mined passages: {count_of(spared, 'list')} without a grade above {mining.grade:g}"
         if self.settings.contrasts and find_lowest_added(self.settings, self.summary, mining) > 0:
             bare = int((self.summary.worst > 0).sum())
-            text += f"; {bare} lists have no contrast: all their grades are above 0" if bare else ""
+            text += f"; no contrast: {count_of(bare, 'list')} with all grades above 0" if bare else ""
         return text
 
     def epoch_at(self, step: int) -> float:
@@ -346,7 +357,7 @@ class Trainer:
 
     def loop(self) -> None:
         state, steps, patience = self.state, self.inputs.steps, self.settings.patience
-        with self.stop, show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar:
+        with show_bar(shown=self.progress, total=steps, initial=state.step, desc="fit", unit="step") as bar:
             try:
                 while True:
                     # First of all, and summed: all processes must stop before the same exchange, whoever heard first.

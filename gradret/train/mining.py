@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gradret.console import PATIENCE_S, GradretError, needing, show_bar
+from gradret.console import BAR_DELAY_S, GradretError, needing, show_bar
 from gradret.data.collections import (
     Collection,
     Document,
@@ -128,7 +128,7 @@ def index_bm25(collection: Collection) -> Ranker:
     """
     bm25s = import_bm25s()
     tokenizer = bm25s.tokenization.Tokenizer()
-    bar: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": PATIENCE_S}
+    bar: dict[str, Any] = {"total": collection.document_count, "unit": "doc", "delay": BAR_DELAY_S}
     contents = (document.content for document in show_bar(collection.documents(), desc="indexing for BM25", **bar))
     tokens = [np.array(t, np.int32) for t in tokenizer.streaming_tokenize(contents, allow_empty=False)]
     vocabulary = tokenizer.get_vocab_dict()
@@ -139,7 +139,7 @@ def index_bm25(collection: Collection) -> Ranker:
     def rank(queries: list[str], depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
         rankings = []
         tokenized = tokenizer.streaming_tokenize(queries, update_vocab=False, allow_empty=False)
-        for words in show_bar(tokenized, total=len(queries), desc="ranking by BM25", unit="query", delay=PATIENCE_S):
+        for words in show_bar(tokenized, total=len(queries), desc="ranking by BM25", unit="query", delay=BAR_DELAY_S):
             scores = index.get_scores_from_ids(words) if words else np.zeros(0, np.float32)
             found = np.flatnonzero(scores)
             if len(found) > depth:  # those that are as good as the last of the best, too: the earlier ones win
@@ -189,7 +189,7 @@ class Pool(Collection):
         self._read = read
         keys, has_words, ids = array("Q"), bytearray(), array("Q")
         digest = hashlib.blake2b(digest_size=16)
-        for passage in show_bar(read(), desc="reading documents to mine from", unit="doc", delay=PATIENCE_S):
+        for passage in show_bar(read(), desc="reading documents to mine from", unit="doc", delay=BAR_DELAY_S):
             doc_id, content = passage.doc_id or "", passage.content
             digest.update(f"{doc_id}\0{content}\0".encode())
             keys.append(content_key(content))

@@ -34,6 +34,14 @@ def invoke(*arguments):
     return CliRunner().invoke(main, ["bench", "loss", *map(str, arguments)])
 
 
+def test_a_shape_beyond_memory_is_told(tmp_path):
+    result = invoke("--shapes", "999999999x999999999", "--out", tmp_path)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        "Error: --shapes 999999999x999999999: does not fit into memory; give a smaller one\n",
+    )
+
+
 @pytest.fixture
 def lists():
     """Scores in float64 and whole grades of six lists, one with a tie of all scores, one saturated."""

@@ -565,8 +565,9 @@ def test_encoders_have_a_table_each(tiny_encoder, tmp_path):
     result = invoke(*arguments, "--model", f"{tiny_encoder}?depth=1")
     assert result.exit_code == 1
     assert result.stderr == f"Error: {tiny_encoder}?depth=1: option 'depth=1' is not known; use layers=K\n"
-    result = invoke(*arguments, "--set", "layers=1")
-    assert result.exit_code == 2 and "layers are a matter of each --model" in result.stderr
+    for name in ("layers", "dev_measure", "checkpoint_every"):  # of each --model, and without use here
+        result = invoke(*arguments, "--set", f"{name}=1")
+        assert result.exit_code == 2 and f"'{name}' is not a setting here" in result.stderr
 
 
 def test_encoders_of_one_name_are_told_apart_and_none_is_trained_twice(tiny_encoder, tmp_path):

@@ -33,6 +33,18 @@ def command(model: Path, out: Path, *more: str) -> list[str]:
     return [*line.split(), "--learning-rate", "1e-3", *more]
 
 
+def test_a_signal_while_the_model_is_saved_lets_it_be_saved(tiny_encoder, tmp_path, monkeypatch):
+    def write_card(*arguments, **facts):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return card(*arguments, **facts)
+
+    card = loop.write_card
+    monkeypatch.setattr(loop, "write_card", write_card)
+    settings = FitSettings(data=("sample?queries=odd",), model=str(tiny_encoder), max_steps=1, batch_lists=8)
+    assert fit(settings, tmp_path / "out", progress=False).steps == 1
+    assert fit(settings, tmp_path / "out", resume=True, progress=False).was_finished
+
+
 def stop_at(arguments: list[str], out: Path, step: int, number: int) -> subprocess.CompletedProcess:
     """Start a run and send it a signal once its metrics reach a step."""
     process = ForkedPython(arguments)

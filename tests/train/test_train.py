@@ -383,7 +383,7 @@ def test_a_contrast_with_nothing_is_refused(tiny_encoder, tmp_path, write_jsonl)
 
 def test_lists_that_have_no_contrast_are_told(tiny_encoder, tmp_path, write_jsonl, capsys):
     data = (f"{write_jsonl('lists.jsonl', [list_record('a'), list_record('b', (3, 1)), list_record('c', (2, 2))])}",)
-    told = "; 2 lists have no contrast: all their grades are above 0\n"
+    told = "; no contrast: 2 lists with all grades above 0\n"
     cases = ({}, {"loss": "wasserstein"}, {"in_batch": True}, {"mine": "k=1,grade=0"}, {"mine": "k=1,grade=1"})
     for number, options in enumerate(cases):
         given = {"in_batch": False, "max_steps": 1} | options
@@ -436,7 +436,7 @@ def test_lists_without_a_better_grade_get_no_mined_passages(tiny_encoder, tmp_pa
     settings = small(tiny_encoder, data=(str(path),), mine="k=9,grade=1", loss="infonce", batch_lists=5)
     fit(settings, tmp_path / "out", progress=False)
     said = capsys.readouterr().err
-    assert "; 3 lists get no mined passages: their best grade is no higher than 1" in said
+    assert "; no mined passages: 3 lists without a grade above 1" in said
     # "b", "d" and "e" keep their own; of all 9 passages "a" and "c" get the 7 that are not theirs.
     assert "step 0: 14 passages mined, as grade 1" in said
     job = Inputs(settings, ALONE, "cpu")
