@@ -87,6 +87,7 @@ def write_quality(results: Results, measure: str, shown_columns: dict, leads: bo
             ]
             for label, systems in labels.items()
         }
+        rows = {label: cells for label, cells in rows.items() if {*cells} != {DASH}}  # nothing of it is done
         shown = [shown_columns[column] for column in columns]
         lines += [*[""] * bool(lines), *write_table(f"{measure}, {encoder}", shown, rows)]
         if leads and measure == plan.measures[0]:
@@ -113,11 +114,12 @@ def _show_lead(plan, found: dict, column: tuple[str, str], baseline: str, measur
 def write_leads(results: Results, experiment: str, encoder: str) -> list[str]:
     """How far the primary system is ahead of each other one, by collection and on their mean.
 
-    The interval is a bootstrap's over queries, 95 %; p the paired randomisation test's, corrected (Holm) for the rows.
+    Of the seeds that are done. The interval is a bootstrap's over queries, 95 %; p the paired randomisation test's,
+    corrected (Holm) for the rows.
     """
     plan, sources = results.plan, list_sources(results.plan, experiment)
     cells = {c.system: c for c in results.cells if (c.experiment, c.encoder) == (experiment, encoder)}
-    per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.is_done(cell)}
+    per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.count_done(cell)}
     ours = per_query.pop(plan.primary)
     samples = {name: [find_differences(ours[s], theirs[s]) for s in sources] for name, theirs in per_query.items()}
     tested, rows = compare_systems({MEAN: samples})[MEAN], {}
@@ -317,7 +319,7 @@ def write_rows(table: str, path: Path | None, measure: str) -> list[str]:
     if table == "apart":
         return write_apart(results, set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split()))
     if table == "leads":
-        done = {(c.experiment, c.encoder) for c in results.cells if c.system == plan.primary and results.is_done(c)}
+        done = {(c.experiment, c.encoder) for c in results.cells if c.system == plan.primary and results.count_done(c)}
         tables = [write_leads(results, *place) for place in sorted(done) if place[0] != "held-out"]
         return [line for lines in tables for line in ["", *lines]][1:]
     return write_quality(results, measure, columns, leads=table == "earlier")

@@ -75,13 +75,17 @@ class Results:
             frame = frame[frame[name].isna() if value is None else frame[name] == value]
         return frame
 
+    def count_done(self, cell: Cell) -> int:
+        """How many runs of a cell have a row."""
+        return sum(run.key in self.rows for run in cell.runs)
+
     def is_done(self, cell: Cell) -> bool:
-        """Whether all runs of a cell have a row."""
-        return all(run.key in self.rows for run in cell.runs)
+        """Whether all have."""
+        return self.count_done(cell) == len(cell.runs)
 
     def per_query(self, cell: Cell) -> dict[str, dict[str, float]]:
-        """Source -> query -> mean over seeds of the first measure."""
-        rows = [self.rows[run.key] for run in cell.runs]
+        """Source -> query -> mean of the first measure over the seeds that are done, one at least."""
+        rows = [self.rows[run.key] for run in cell.runs if run.key in self.rows]
         return {source: mean_per_query(rows, source, self.plan.measures[0]) for source in cell.runs[0].sources}
 
     def changes(self, experiment: str, encoder: str) -> tuple[dict[str, float], dict[str, dict]]:

@@ -121,6 +121,8 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["step"], 17),
         (["gen"], 5),
         (["fit"], 14),
+        (["quality"], 10),
+        (["leads"], 9),
         (["earlier"], 55),
         (["earlier", "--measure", "R@100"], 33),
         (["earlier", "--measure", "RR@10"], 33),
