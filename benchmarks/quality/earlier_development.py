@@ -134,7 +134,7 @@ EARLIER_DEVELOPMENT = Plan(
             systems=("untrained", "kl", "wasserstein"),
             seeds=1,
             vary="in_batch",
-            values={True: {"in_batch": True}, False: {"in_batch": False}},
+            values=each("in_batch", True, False),
         ),
         "six-layers": Experiment(
             "Temperatures of all six layers at learning rates 5e-6 and, fast, 2e-5",

@@ -4,6 +4,8 @@ All take scores (B, N), grades (B, N), a temperature and a mask (B, N), and give
 The other lists' documents have grade 0 or, for the losses on the own list, a negative one (in_batch_grade).
 """
 
+import math
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -24,7 +26,7 @@ def bixse_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tens
     The logit is score / temperature plus a bias, which is at its optimum for the batch; there it is learnt.
     Source: BiXSE, Tsirigotis et al., arXiv 2508.06781.
     """
-    present = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    present = _find_present(scores, mask)
     logits, wanted = scores[present] / temperature, (grades.clamp_min(0) / grades.max().clamp_min(1))[present]
     fixed, low, high = logits.detach(), -logits.detach().max() - 30, 30 - logits.detach().min()
     for _ in range(50):  # the mean probability rises with the bias
@@ -41,7 +43,7 @@ def rince_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tens
     A lower grade asks for less: the temperature rises by half of itself from one grade of the batch to the next lower.
     Source: RINCE, Hoffmann et al., arXiv 2201.11736.
     """
-    present = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    present = _find_present(scores, mask)
     total, levels = scores.new_zeros(()), grades[present & (grades > 0)].unique().flip(0).tolist()
     for step, level in enumerate(levels):
         at = temperature * (1 + step / 2)
@@ -56,7 +58,7 @@ def lambda_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Ten
 
     Source: LambdaLoss, Wang et al. (CIKM 2018).
     """
-    present = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    present = _find_present(scores, mask)
     logits = (scores / temperature).masked_fill(~present, -torch.inf)
     count = scores.shape[1]
     gains = torch.exp2(grades.clamp_min(0).to(logits)).sub(1).masked_fill(~present, 0)
@@ -71,7 +73,7 @@ def lambda_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Ten
     weight = ((at[:, :, None] - at[:, None, :]).abs() + MU * delta) * (gains[:, :, None] - gains[:, None, :]).abs()
     pairs = (grades[:, :, None] > grades[:, None, :]) & present[:, :, None] & present[:, None, :]
     safe = logits.masked_fill(~present, 0)
-    terms = nnf.softplus(safe[:, None, :] - safe[:, :, None]) / torch.log(torch.tensor(2.0)) * weight
+    terms = nnf.softplus(safe[:, None, :] - safe[:, :, None]) / math.log(2) * weight
     return terms.masked_fill(~pairs, 0).sum((1, 2)).mean()
 
 
@@ -87,7 +89,7 @@ def own_wasserstein_loss(
     scores: Tensor, grades: Tensor, *, order: int, targets: str = "sqrt", mask: Tensor | None = None
 ) -> Tensor:
     """wasserstein_loss over the documents of grade 0 and above, at OWN_TEMPERATURE: those of a query's own list."""
-    own = grades >= 0 if mask is None else mask & (grades >= 0)
+    own = _find_present(scores, mask) & (grades >= 0)
     return wasserstein_loss(scores, grades, order=order, temperature=OWN_TEMPERATURE, targets=targets, mask=own)
 
 
@@ -96,7 +98,7 @@ def own_crps_loss(scores: Tensor, grades: Tensor, *, targets: str = "sqrt", mask
 
     Source: the continuous ranked probability score, Matheson and Winkler (1976), of a distribution in place of a point.
     """
-    own = grades >= 0 if mask is None else mask & (grades >= 0)
+    own = _find_present(scores, mask) & (grades >= 0)
     p, q = _find_masses(scores, grades, OWN_TEMPERATURE, targets, own)
     places = place_grades(grades.to(p), "sqrt").masked_fill(~own, 0)
     levels = places[own].unique()  # (L,), ascending
@@ -120,11 +122,16 @@ def sorted_loss(
     return (p.sort(-1).values - q.sort(-1).values).square().sum(-1).mean()
 
 
+def _find_present(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask, all True where there is none."""
+    return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+
+
 def _find_masses(
     scores: Tensor, grades: Tensor, temperature: float, targets: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """p and q (B, N); both 0 in a row without target mass, which so counts as 0."""
-    mask = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    mask = _find_present(scores, mask)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     p = masked_softmax(scores / temperature, mask)
     q = normalize_mass(weigh_grades(grades, mask, targets, p.dtype).masked_fill(~mask, 0))

@@ -81,10 +81,9 @@ def test_every_run_of_the_earlier_plans_has_a_committed_row(name, count):
     assert choose_rows(stored, runs, PLANS[name].measures).keys() == stored.keys()
 
 
-@pytest.mark.parametrize("name", ["reported", "development"])
-def test_every_committed_row_is_a_run_of_the_plan(name):
-    stored = Rows(RESULTS / name / "rows.jsonl").read()
-    assert stored.keys() <= {run.key for run in list_runs(PLANS[name])}
+def test_every_committed_row_is_a_run_of_the_plan():
+    stored = Rows(RESULTS / "reported" / "rows.jsonl").read()
+    assert stored and stored.keys() <= {run.key for run in list_runs(PLANS["reported"])}
 
 
 def test_what_is_done_first_is_a_table_at_any_time():
