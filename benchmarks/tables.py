@@ -23,8 +23,9 @@ from benchmarks.quality import PLANS
 from benchmarks.quality.plan import MEASURES, list_sources
 from benchmarks.quality.report import Results, show_cell, show_setting, write_table
 from benchmarks.script import RESULTS, Script
-from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p
+from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p, show_value
 from gradret.bench.significance import compare_systems, find_differences
+from gradret.console import GradretError
 from gradret.files import read_object
 
 RESAMPLES = 10_000
@@ -80,14 +81,15 @@ def write_quality(results: Results, measure: str, shown_columns: dict, leads: bo
         for experiment in dict.fromkeys(experiment for experiment, _ in columns):
             for system in plan.experiments[experiment].systems:
                 labels.setdefault(plan.systems[system].label, []).append(system)
-        rows = {
-            label: [
-                show_cell(next((line for s in systems if (line := found.get((*column, s))) is not None), None), measure)
-                for column in columns
-            ]
-            for label, systems in labels.items()
-        }
-        rows = {label: cells for label, cells in rows.items() if {*cells} != {DASH}}  # nothing of it is done
+        rows = {}
+        for label, systems in labels.items():
+            cells = [next((line for s in systems if (line := found.get((*c, s))) is not None), None) for c in columns]
+            done = [line for line in cells if line is not None and line["runs"]]
+            missing = next((f" ({x['runs']} of {x['wanted']} seeds)" for x in done if x["runs"] < x["wanted"]), "")
+            if done:
+                rows[label + missing] = [
+                    DASH if line is None else show_value(line["mean"][measure], line["sd"][measure]) for line in cells
+                ]
         shown = [shown_columns[column] for column in columns]
         lines += [*[""] * bool(lines), *write_table(f"{measure}, {encoder}", shown, rows)]
         if leads and measure == plan.measures[0]:
@@ -294,7 +296,11 @@ QUALITY, EARLIER = ("quality", "leads"), ("earlier", "ablations", "apart")
 def main(table, file, rows, measure):
     """Print a table made of committed results."""
     if table in SPEED:
-        lines = SPEED[table](read_object(file or RESULTS / f"{table}-cpu.json"))
+        path = file or RESULTS / f"{table}-cpu.json"
+        try:
+            lines = SPEED[table](read_object(path))
+        except KeyError as error:
+            raise GradretError(f"{path}: is no result of benchmarks.speed.{table}, it has no {error}") from None
     elif table == "look":
         found = sorted((RESULTS / "lists").glob("*/look.json"))
         lines = write_look({path.parent.name: read_object(path) for path in found})

@@ -33,6 +33,7 @@ LAYERS = """
 TORCHLESS = """
     cli options settings console files data.lists data.collections data.sources data.export encoder.directory
     generate.engine generate.queries generate.plans generate.prompts generate.replies generate.journal generate.run
+    generate.endpoint
 """.split()
 
 

@@ -5,7 +5,6 @@ This module says what a plan is and which runs it needs; the plans themselves ar
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 
 from benchmarks.quality.losses import register
 from gradret.bench.quality import BM25, FIT, UNTRAINED, Run
@@ -105,17 +104,14 @@ def list_cells(plan: Plan) -> list[Cell]:
 def list_runs(plan: Plan) -> list[Run]:
     """Every run once, with the collections of all cells that show it.
 
-    Experiment by experiment and encoder by encoder; in each the first seed of all systems first, so that what is done
-    is a table at any time.
+    Experiment by experiment, but the first seed of everything first, so that what is done is a table at any time.
     """
     found: dict[str, Run] = {}
-    for _, cells in groupby(list_cells(plan), lambda cell: (cell.experiment, cell.encoder)):
-        runs = sorted((run for cell in cells for run in cell.runs), key=lambda run: run.settings.seed)
-        for run in runs:
-            before = found.get(run.key)
-            sources = (*before.sources, *run.sources) if before else run.sources
-            found[run.key] = replace(before or run, sources=tuple(dict.fromkeys(sources)))
-    return list(found.values())
+    for run in (run for cell in list_cells(plan) for run in cell.runs):
+        before = found.get(run.key)
+        sources = (*before.sources, *run.sources) if before else run.sources
+        found[run.key] = replace(before or run, sources=tuple(dict.fromkeys(sources)))
+    return sorted(found.values(), key=lambda run: run.settings.seed)
 
 
 def list_sources(plan: Plan, experiment: str) -> list[str]:

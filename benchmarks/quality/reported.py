@@ -43,6 +43,7 @@ COMPARED = (
 ALIGNED = ("bm25", "untrained", "infonce-1", "wasserstein", "infonce", "infonce-2", "kl", "labels")
 FEW = ("untrained", "infonce-1", "kl", "wasserstein")
 THREE = {"encoders": ("three-layers",), "collections": FOUR}
+SEEDS = 2  # of what is compared; a curve has one
 
 REPORTED = Plan(
     measures=MEASURES,
@@ -88,24 +89,31 @@ REPORTED = Plan(
         "shuffled": System("shuffled grades, the default loss", {"loss": DEFAULT}, "shuffled"),
     },
     experiments={
-        "main": Experiment("Trained on lists for all four collections", systems=COMPARED, **THREE),
+        "main": Experiment("Trained on lists for all four collections", systems=COMPARED, seeds=SEEDS, **THREE),
         "aligned": Experiment(
             "The same with encoders that were trained for retrieval or similarity",
             encoders=("paraphrase-MiniLM-L3-v2", "all-MiniLM-L6-v2"),
             systems=ALIGNED,
             collections=FOUR,
+            seeds=SEEDS,
         ),
         "held-out": Experiment(
             "The first, ranking the passages of lists that were held out",
             encoders=("three-layers",),
             systems=COMPARED,
             collections=("sample",),
+            seeds=SEEDS,
         ),
         "small-model": Experiment(
-            "417 lists of a model of 1.5B", "two", ("three-layers",), FEW, ("SciFact", "Cranfield")
+            "417 lists of a model of 1.5B", "two", ("three-layers",), FEW, ("SciFact", "Cranfield"), SEEDS
         ),
         "large-model": Experiment(
-            "Lists of a large model for the same queries", "two-large", ("three-layers",), FEW, ("SciFact", "Cranfield")
+            "Lists of a large model for the same queries",
+            data="two-large",
+            encoders=("three-layers",),
+            systems=FEW,
+            collections=("SciFact", "Cranfield"),
+            seeds=SEEDS,
         ),
     }
     | {
@@ -115,11 +123,20 @@ REPORTED = Plan(
             encoders=("three-layers",),
             systems=("untrained", "infonce-1", "wasserstein"),
             collections=(name,),
-            seeds=2,
+            seeds=SEEDS,
         )
         for name in FOUR
     }
     | {
+        "curve": Experiment(
+            "Trained on a part of the lists, drawn at random",
+            systems=("untrained", "infonce", "infonce-1", "wasserstein"),
+            seeds=1,
+            vary="lists",
+            values={n: {"source": f"queries=benchmarks/queries/curve-{n}.txt"} for n in (50, 100, 200, 400)}
+            | {558: {}},
+            **THREE,
+        ),
         "noise": Experiment(
             "Grades shuffled within their list, in a share of the lists",
             systems=("untrained", "infonce", "infonce-2", "infonce-1", "wasserstein"),
