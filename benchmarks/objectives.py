@@ -51,8 +51,9 @@ from gradret.files import versions
 from gradret.loss import functions as losses
 from gradret.loss.functions import infonce_loss, kl_loss, wasserstein_loss
 from gradret.loss.grades import normalize_mass, place_grades, weigh_grades
-from gradret.settings import FitSettings, count_steps, learning_rate_at
+from gradret.settings import FitSettings
 from gradret.train.batches import collate, draw_positions
+from gradret.train.loop import count_steps, learning_rate_at
 
 EVALUATED = ("beir/scifact/test", "cranfield?queries=even")  # reported elsewhere: their queries are not trained on
 MEASURE, DEPTH = "nDCG@10", 10

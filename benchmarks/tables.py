@@ -1,7 +1,11 @@
 """Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md and HISTORY.md.
 
     python -m benchmarks.tables quality [--measure R@100]    systems by collection
-    python -m benchmarks.tables leads                        how far the default loss is ahead of each other system
+    python -m benchmarks.tables leads [--system contrast]    how far the default loss, or another, is ahead
+    python -m benchmarks.tables writers                      lists of a small model against those of a large one
+    python -m benchmarks.tables transfer                     systems on the collection that they had no lists for
+    python -m benchmarks.tables curves                       fewer lists, and lists whose grades are shuffled
+    python -m benchmarks.tables tuning                       which settings of the losses were chosen, and why
     python -m benchmarks.tables loss|fit|step|gen [FILE.json]  speed of losses, of training, of writing lists
     python -m benchmarks.tables defaults                     learning rates and shares of the way, by encoder
     python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
@@ -9,7 +13,7 @@
     python -m benchmarks.tables ablations                    what each setting did there
     python -m benchmarks.tables apart                        SciFact's claims that no list was near to there
 
-Those of quality read results/reported/rows.jsonl or results/earlier/rows.jsonl (or --rows), defaults
+Those of quality read rows.jsonl of results/reported, results/development or results/earlier (or --rows), defaults
 results/development/defaults.jsonl, look results/lists/*/look.json, the others results/NAME-cpu.json. Needs no data.
 """
 
@@ -21,7 +25,8 @@ import numpy as np
 
 from benchmarks.quality import PLANS
 from benchmarks.quality.plan import MEASURES, list_sources
-from benchmarks.quality.report import Results, show_cell, show_setting, write_table
+from benchmarks.quality.report import Results, show_cell, show_setting, write_experiment, write_table
+from benchmarks.quality.reported import FOUR
 from benchmarks.script import RESULTS, Script
 from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p, show_value
 from gradret.bench.significance import compare_systems, find_differences
@@ -33,10 +38,11 @@ COLUMNS = {  # experiment, its column -> shown
     **{
         (experiment, column): "mean of the four" if column == MEAN else column
         for experiment in ("main", "aligned")
-        for column in ("SciFact", "Cranfield", "NPL", "MedQuAD", MEAN)
+        for column in (*FOUR, MEAN)
     },
-    ("held-out", "sample"): "held-out lists",
+    ("held-out", "held-out lists"): "held-out lists",
 }
+TRANSFER_COLUMNS = {(f"without-{name}", name): f"{name}, without its lists" for name in FOUR}
 EARLIER_COLUMNS = {
     ("main", "SciFact test"): "SciFact",
     ("main", "Cranfield, even"): "Cranfield",
@@ -113,8 +119,8 @@ def _show_lead(plan, found: dict, column: tuple[str, str], baseline: str, measur
     return f"{difference:+.4f} ({show_p(ours['p'][baseline]['randomisation_holm'])}; {ahead}/{len(values)})"
 
 
-def write_leads(results: Results, experiment: str, encoder: str) -> list[str]:
-    """How far the primary system is ahead of each other one, by collection and on their mean.
+def write_leads(results: Results, experiment: str, encoder: str, system: str) -> list[str]:
+    """How far a system is ahead of each other one, by collection and on their mean.
 
     Of the seeds that are done. The interval is a bootstrap's over queries, 95 %; p the paired randomisation test's,
     corrected (Holm) for the rows.
@@ -122,17 +128,35 @@ def write_leads(results: Results, experiment: str, encoder: str) -> list[str]:
     plan, sources = results.plan, list_sources(results.plan, experiment)
     cells = {c.system: c for c in results.cells if (c.experiment, c.encoder) == (experiment, encoder)}
     per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.count_done(cell)}
-    ours = per_query.pop(plan.primary)
+    ours = per_query.pop(system)
     samples = {name: [find_differences(ours[s], theirs[s]) for s in sources] for name, theirs in per_query.items()}
+    names = [n for n, source in plan.collections.items() if source in sources]
+    return _write_differences(plan, f"{plan.systems[system].label} ahead of, {encoder}", names, samples)
+
+
+def write_writers(results: Results) -> list[str]:
+    """By system, lists of a small model against a large one's for the same queries; interval and p as write_leads'."""
+    sources = list_sources(results.plan, "small-model")
+    done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
+    samples = {
+        system: [find_differences(done["small-model", system][s], done["large-model", system][s]) for s in sources]
+        for system in results.plan.experiments["small-model"].systems
+        if system != "untrained" and {("small-model", system), ("large-model", system)} <= done.keys()
+    }
+    names = [n for n, source in results.plan.collections.items() if source in sources]
+    return _write_differences(results.plan, "small model ahead of the large one", names, samples)
+
+
+def _write_differences(plan, title: str, names: list[str], samples: dict[str, list[np.ndarray]]) -> list[str]:
+    """System -> each collection's differences by query: their means, the mean of those, its interval and p."""
     tested, rows = compare_systems({MEAN: samples})[MEAN], {}
-    for name, sample in samples.items():
+    for system, sample in samples.items():
         means = [float(differences.mean()) for differences in sample]
+        means += [float(np.mean(means))] * (len(means) > 1)
         low, high = find_interval(sample)
-        p = show_p(tested[name]["randomisation_holm"])
-        shown = [*(f"{mean:+.3f}" for mean in (*means, np.mean(means))), f"{low:+.3f} to {high:+.3f}", p]
-        rows[plan.systems[name].label] = shown
-    names = [*(n for n, source in plan.collections.items() if source in sources), "mean", "95 %", "p"]
-    return write_table(f"{plan.systems[plan.primary].label} ahead of, {encoder}", names, rows)
+        p = show_p(tested[system]["randomisation_holm"])
+        rows[plan.systems[system].label] = [*(f"{mean:+.3f}" for mean in means), f"{low:+.3f} to {high:+.3f}", p]
+    return write_table(title, [*names, *["mean"] * (len(names) > 1), "95 %", "p"], rows)
 
 
 def find_interval(sample: list[np.ndarray]) -> tuple[float, float]:
@@ -285,7 +309,7 @@ def write_defaults(results: list[dict]) -> list[str]:
 SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
 
 
-QUALITY, EARLIER = ("quality", "leads"), ("earlier", "ablations", "apart")
+QUALITY, EARLIER = ("quality", "leads", "writers", "transfer", "curves", "tuning"), ("earlier", "ablations", "apart")
 
 
 @click.command(cls=Script)
@@ -293,7 +317,8 @@ QUALITY, EARLIER = ("quality", "leads"), ("earlier", "ablations", "apart")
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", type=click.Path(path_type=Path), help="Of tables of quality: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
-def main(table, file, rows, measure):
+@click.option("--system", help="Of leads: whose. [default: the default loss]")
+def main(table, file, rows, measure, system):
     """Print a table made of committed results."""
     if table in SPEED:
         path = file or RESULTS / f"{table}-cpu.json"
@@ -308,26 +333,37 @@ def main(table, file, rows, measure):
         path = RESULTS / "development" / "defaults.jsonl"
         lines = write_defaults([*map(json.loads, path.read_text().splitlines())])
     else:
-        lines = write_rows(table, rows, measure)
+        lines = write_rows(table, rows, measure, system)
     click.echo("\n".join(lines))
 
 
-def write_rows(table: str, path: Path | None, measure: str) -> list[str]:
+def write_rows(table: str, path: Path | None, measure: str, system: str | None) -> list[str]:
     """A table of quality."""
-    name = "earlier" if table in EARLIER else "reported"
+    name = "earlier" if table in EARLIER else "development" if table == "tuning" else "reported"
     plan, path = PLANS[name], path or RESULTS / name / ROWS_FILE
+    columns = {"earlier": EARLIER_COLUMNS, "transfer": TRANSFER_COLUMNS}.get(table, COLUMNS)
     varied = [experiment for experiment, chosen in plan.experiments.items() if chosen.vary]
-    columns = EARLIER_COLUMNS if table == "earlier" else COLUMNS
-    shown = {"ablations": varied, "apart": ["main"]}.get(table, {experiment for experiment, _ in columns})
+    shown = {
+        **{"ablations": varied, "curves": varied, "tuning": [*plan.experiments]},
+        **{"apart": ["main"], "writers": ["small-model", "large-model"]},
+    }.get(table, {experiment for experiment, _ in columns})
     results = Results(plan, path, shown)
-    if table == "ablations":
+    if table in ("ablations", "curves"):
         return write_ablations(results)
+    if table == "tuning":
+        return [*write_experiment(results, "own"), "", *write_ablations(results)]
     if table == "apart":
         return write_apart(results, set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split()))
+    if table == "writers":
+        return write_writers(results)
     if table == "leads":
-        done = {(c.experiment, c.encoder) for c in results.cells if c.system == plan.primary and results.count_done(c)}
-        tables = [write_leads(results, *place) for place in sorted(done) if place[0] != "held-out"]
-        return [line for lines in tables for line in ["", *lines]][1:]
+        system = system or plan.primary
+        done = dict.fromkeys(
+            (c.experiment, c.encoder) for c in results.cells if c.system == system and results.count_done(c)
+        )
+        if not done:
+            raise GradretError(f"--system {system}: has no row; it is one of {', '.join(plan.systems)}")
+        return [line for place in done for line in ["", *write_leads(results, *place, system)]][1:]
     return write_quality(results, measure, columns, leads=table == "earlier")
 
 

@@ -54,12 +54,11 @@ from gradret.settings import (
     WRITTEN,
     FitSettings,
     GenSettings,
-    find_takers,
-    spell_option,
+    find_unused,
     takes_setting,
 )
 
-POSITIVE = click.IntRange(min=1)
+AT_LEAST_1 = click.IntRange(min=1)
 JSON = option("--json", "as_json", is_flag=True, help="Print the result as one JSON document.")
 QUIET = option(
     "--quiet",
@@ -109,14 +108,14 @@ ENGINE_OPTIONS = options(
         help="GGUF model; with --endpoint, the name it is served by. [default: Qwen2.5-1.5B-Instruct, 1.1 GB]",
     ),
     engine_option("--endpoint", metavar="URL", help="An OpenAI-compatible server's, such as http://localhost:8000/v1."),
-    engine_option("--sequences", default=16, type=POSITIVE, help="Replies written at once."),
-    engine_option("--context", type=POSITIVE, help="Tokens of a prompt and its reply. [default: what they need]"),
+    engine_option("--sequences", default=16, type=AT_LEAST_1, help="Replies written at once."),
+    engine_option("--context", type=AT_LEAST_1, help="Tokens of a prompt and its reply. [default: what they need]"),
     engine_option("--gpu-layers", default=-1, type=click.IntRange(min=-1), help="-1 for all."),
-    engine_option("--threads", type=POSITIVE, help="[default: the processor's cores]"),
+    engine_option("--threads", type=AT_LEAST_1, help="[default: the processor's cores]"),
     engine_option(
         "--concurrency",
         default=32,
-        type=POSITIVE,
+        type=AT_LEAST_1,
         help="Requests at once; fewer for a server that answers one after the other.",
     ),
     engine_option(
@@ -199,29 +198,16 @@ def fit(out, device, resume, tensorboard, as_json, **given):
 
 
 def choose_settings(chosen: dict, stored: dict | None = None) -> FitSettings:
-    """The settings of a run, the stored ones under the chosen. Raises: click.UsageError, also where the loss has no use
-    for one that was chosen.
-    """
+    """The settings of a run, the stored ones under the chosen. Raises: click.UsageError."""
     settings = make_settings(FitSettings, (stored or {}) | chosen)
-    refuse_unused(chosen, [settings.loss])
-    for name, needed, there in (
-        ("dev_every", "--dev", settings.dev is not None),
-        ("dev_measure", "--dev", settings.dev is not None),
-        ("in_batch_grade", "--in-batch", settings.in_batch),
-    ):
-        if name in chosen and not there:
-            raise click.UsageError(f"{name} has no use without {needed}; leave it out")
+    refuse_unused(settings, chosen, [settings.loss])
     return settings
 
 
-def refuse_unused(chosen: dict, losses: list[str]) -> None:
-    """Refuse a chosen setting that none of the losses takes. Raises: click.UsageError."""
-    for declared in fields(FitSettings):
-        if declared.name in chosen and not any(takes_setting(loss, declared.name) for loss in losses):
-            takers = ", ".join(find_takers(declared.name))
-            raise click.UsageError(
-                f"{spell_option(declared)} is for --loss {takers}, not {', '.join(losses)}; leave it out"
-            )
+def refuse_unused(settings: FitSettings, chosen: dict, losses: list[str]) -> None:
+    """Refuse a chosen setting that does nothing, also where it is the default. Raises: click.UsageError."""
+    if unused := find_unused(settings, chosen, losses):
+        raise click.UsageError(unused)
 
 
 def _read_settings(out: str) -> dict:
@@ -473,7 +459,7 @@ def parse_shapes(text):
 )
 @option("--all", "every", is_flag=True, help="Time gradret's other losses, and other ways to them, too.")
 @option("--dtype", default="float32", type=click.Choice(("float32", "bfloat16", "float16")), help="Of the scores.")
-@option("--repeats", default=30, type=POSITIVE, help="Samples per row; slow rows take fewer.")
+@option("--repeats", default=30, type=AT_LEAST_1, help="Samples per row; slow rows take fewer.")
 @option("--chart", is_flag=True, help="Draw loss.png, too.")
 @option("--out", default="gradret-bench", type=click.Path(), help="Where loss.json and loss.png go.")
 @DEVICE
@@ -556,7 +542,7 @@ def bench():
     default=f"infonce,{DEFAULT_LOSS}",
     help="Rows, separated by commas, each spelled as --loss of fit.",
 )
-@option("--seeds", group=FIRST, default=1, type=POSITIVE, help="Runs per loss; p-values need two at least.")
+@option("--seeds", group=FIRST, default=1, type=AT_LEAST_1, help="Runs per loss; p-values need two at least.")
 @option(
     "--out",
     group=FIRST,
@@ -598,7 +584,7 @@ def quality(data, datasets, models, losses, seeds, out, device, measures, fresh,
         if settings.loss in systems:  # perhaps in another spelling
             raise click.UsageError(f"--losses {losses}: the same loss stands there twice")
         systems[settings.loss] = settings
-    refuse_unused(chosen, list(systems))
+    refuse_unused(settings, chosen, list(systems))
     require_matplotlib()
     open_folder(out, "quality.json", "quality.png")
     with show_wait("loading PyTorch"):
@@ -660,10 +646,10 @@ def _parse_encoders(models: Sequence[str]) -> dict[str, dict]:
     help="Leave out a document whose id is the query's. [default: for ArguAna and Quora]",
 )
 @MEASURES
-@option("--depth", default=1000, type=POSITIVE, help="Documents ranked for each query.")
+@option("--depth", default=1000, type=AT_LEAST_1, help="Documents ranked for each query.")
 @option("--run", "run_file", type=click.Path(), help="Write the ranking as a TREC run.")
 @option("--cache", type=click.Path(), help="Folder of corpus embeddings. [default: $GRADRET_CACHE or ~/.cache/gradret]")
-@option("--batch-size", group=MEMORY, default=32, type=POSITIVE, help="Texts encoded at once.")
+@option("--batch-size", group=MEMORY, default=32, type=AT_LEAST_1, help="Texts encoded at once.")
 @option("--precision", group=MEMORY, default="float32", type=click.Choice(PRECISIONS), help="Of encoding.")
 @DEVICE
 @set_option(FitSettings, ENCODER)

@@ -4,7 +4,7 @@ The options, `--help`, the refusal of unknown values and the records of runs are
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -72,6 +72,7 @@ class Declaration:
         has_option: whether it has an option of its own; if not, `--set NAME=VALUE` sets it.
         metavar: stands for its value in --help; None: its type does.
         unset: what its default, None or (), stands for.
+        needs: the setting without which it does nothing.
     """
 
     group: str
@@ -82,6 +83,7 @@ class Declaration:
     has_option: bool = True
     metavar: str | None = None
     unset: str | None = None
+    needs: str | None = None
 
 
 def setting(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -229,6 +231,21 @@ def takes_setting(loss: str, name: str) -> bool:
     return not takers or not parse_loss(loss).keys().isdisjoint(takers)
 
 
+def find_unused(settings: "FitSettings", names: Container[str], losses: Sequence[str]) -> str | None:
+    """Why one of these settings does nothing with the others and any of the losses, and what to do; None if all do."""
+    for declared in fields(settings):
+        if declared.name not in names:
+            continue
+        needed = find_declaration(declared).needs
+        if needed and not getattr(settings, needed):
+            option = next(spell_option(other) for other in fields(settings) if other.name == needed)
+            return f"{spell_option(declared)} has no use without {option}; leave it out"
+        if not any(takes_setting(loss, declared.name) for loss in losses):
+            takers = ", ".join(find_takers(declared.name))
+            return f"{spell_option(declared)} is for --loss {takers}, not {', '.join(losses)}; leave it out"
+    return None
+
+
 @dataclass(frozen=True)
 class FitSettings:
     """Everything that decides a run's outcome.
@@ -270,9 +287,11 @@ class FitSettings:
         "Add K mined passages to each list at grade G; also from=SOURCE, by=encoder|bm25, skip=S, every=EPOCHS.",
         metavar="k=K,grade=G[,...]",
     )
-    dev_every: int = setting(100, DATA, "Steps between dev measurements.", range=COUNT)
-    dev_measure: str = rare("nDCG@10", DATA, "The ir_measures name by which dev is measured.")
-    patience: int | None = setting(None, DATA, "End after so many dev measurements without a new best.", range=COUNT)
+    dev_every: int = setting(100, DATA, "Steps between dev measurements.", range=COUNT, needs="dev")
+    dev_measure: str = rare("nDCG@10", DATA, "The ir_measures name by which dev is measured.", needs="dev")
+    patience: int | None = setting(
+        None, DATA, "End after so many dev measurements without a new best.", range=COUNT, needs="dev"
+    )
 
     query_prefix: str | None = setting(None, ENCODER, "Put before every query.", unset=OWN)
     document_prefix: str | None = setting(None, ENCODER, "Put before every document.", unset=OWN)
@@ -315,7 +334,11 @@ class FitSettings:
     )
     in_batch: bool = setting(True, LOSS, "Whether the other lists' passages join each list.")
     in_batch_grade: float | None = rare(
-        None, LOSS, "Grade of the other lists' passages.", unset="0, or the lowest of the data if that is lower"
+        None,
+        LOSS,
+        "Grade of the other lists' passages.",
+        unset="0, or the lowest of the data if that is lower",
+        needs="in_batch",
     )
 
     epochs: float = setting(2.0, OPTIMISATION, "Passes over the lists.", range=POSITIVE)
@@ -356,10 +379,10 @@ class FitSettings:
     lora: int = setting(
         0, MEMORY, "Train low-rank adapters of this rank in place of the weights; 0 trains these.", range=ANY_COUNT
     )
-    lora_alpha: float = rare(32.0, MEMORY, "The adapters' scale, times the rank.", range=POSITIVE)
-    lora_dropout: float = rare(0.0, MEMORY, "Dropout before the adapters.", range=SHARE_BELOW_1)
+    lora_alpha: float = rare(32.0, MEMORY, "The adapters' scale, times the rank.", range=POSITIVE, needs="lora")
+    lora_dropout: float = rare(0.0, MEMORY, "Dropout before the adapters.", range=SHARE_BELOW_1, needs="lora")
     lora_targets: tuple[str, ...] = rare(
-        (), MEMORY, "Ends of the names of the linear layers that get adapters.", unset="all"
+        (), MEMORY, "Ends of the names of the linear layers that get adapters.", unset="all", needs="lora"
     )
     weights: str = rare(
         "float32", MEMORY, "Type of the weights that lora leaves as they are.", choices=("float32", "bfloat16")
@@ -378,14 +401,15 @@ class FitSettings:
                 f"loss {self.loss}: contrast needs documents without target mass, which {why} not leave; choose a loss "
                 "without contrast, such as wasserstein"
             )
-        if self.positive_from is not None and not self.takes("positive_from"):
-            raise ValueError(f"positive_from is for loss infonce, not {self.loss}")
-        if self.patience is not None and self.dev is None:
-            raise ValueError(f"patience needs dev, a collection to measure; got patience {self.patience} without one")
-        for declared in fields(self):
-            of_adapters = declared.name.startswith("lora_")
-            if of_adapters and not self.lora and getattr(self, declared.name) != declared.default:
-                raise ValueError(f"{declared.name} needs lora, the adapters' rank, above 0")
+        # The losses' settings that have a value without being given are shared by runs of several losses.
+        given = [
+            declared.name
+            for declared in fields(self)
+            if getattr(self, declared.name) != declared.default
+            and (declared.default is None or find_declaration(declared).needs)
+        ]
+        if unused := find_unused(self, given, [self.loss]):
+            raise ValueError(unused)
         if self.weights != "float32" and not self.lora:
             raise ValueError("weights in bfloat16 need lora: rounding would swallow most updates of trained ones")
 
@@ -447,20 +471,3 @@ class GenSettings:
         if self.borrow and self.variety:
             raise ValueError("--borrow takes passages of another genre and length; leave it or --variety out")
         check_settings(self)
-
-
-def count_steps(settings: FitSettings, lists: int) -> int:
-    """Optimizer steps of a run: every list at least `epochs` times, the last step filled up."""
-    size = min(settings.batch_lists, lists) * settings.accumulate
-    steps = max(1, math.ceil(settings.epochs * lists / size - 1e-9))
-    return steps if settings.max_steps is None else min(steps, settings.max_steps)
-
-
-def learning_rate_at(step: int, steps: int, settings: FitSettings) -> float:
-    """The learning rate of step `step` (from 0) out of `steps`."""
-    warm = round(settings.warmup * steps)
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    progress = (step - warm) / max(1, steps - warm)
-    share = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return settings.learning_rate * share

@@ -60,7 +60,7 @@ def test_usage_errors_exit_with_2():
         (("--set", "epochs=3"), "'epochs' has an option of its own: --epochs"),
         (("--set", "normalize=maybe"), "normalize must be yes or no, got 'maybe'"),
         (("--loss", "kl:.6+contrast:.6"), "loss 'kl:.6+contrast:.6': the weights must sum to 1, got 1.2"),
-        (("--loss", "kl", "--positive-from", "2"), "positive_from is for loss infonce, not kl"),
+        (("--loss", "kl", "--positive-from", "2"), "--positive-from is for --loss infonce, not kl"),
         (
             ("--loss", "kl:.5+gaussian:.5", "--set", "ground=grade"),
             "--set ground is for --loss wasserstein, not gaussian:.5+kl:.5;",
@@ -70,9 +70,12 @@ def test_usage_errors_exit_with_2():
             ("--loss", "infonce", "--targets", "gain"),
             "--targets is for --loss wasserstein, gaussian, kl, contrast, not infonce; leave it out",
         ),
-        (("--dev-every", "5"), "dev_every has no use without --dev; leave it out"),
-        (("--set", "dev_measure=RR@10"), "dev_measure has no use without --dev; leave it out"),
-        (("--no-in-batch", "--set", "in_batch_grade=1"), "in_batch_grade has no use without --in-batch; leave it out"),
+        (("--dev-every", "5"), "--dev-every has no use without --dev; leave it out"),
+        (("--set", "dev_measure=RR@10"), "--set dev_measure has no use without --dev; leave it out"),
+        (
+            ("--no-in-batch", "--set", "in_batch_grade=1"),
+            "--set in_batch_grade has no use without --in-batch; leave it out",
+        ),
     ):
         result = invoke("fit", *options)
         assert (result.exit_code, message in result.stderr) == (2, True)

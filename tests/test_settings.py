@@ -95,5 +95,5 @@ def test_settings_are_those_of_any_loss_in_the_mixture():
     settings = FitSettings(loss="wasserstein:.5+infonce:.5", positive_from=2)
     assert all(settings.takes(name) for name in ("order", "targets", "positive_from", "temperature", "epochs"))
     assert not FitSettings(loss="infonce:.5+kl:.5").takes("order")
-    with pytest.raises(ValueError, match="positive_from is for loss infonce, not kl"):
+    with pytest.raises(ValueError, match="--positive-from is for --loss infonce, not kl"):
         FitSettings(loss="kl", positive_from=2)

@@ -25,7 +25,7 @@ COLLECTIONS = {
     "Cranfield": f"cranfield?queries=even&{CRANFIELD_CODES}",
     "NPL": "beir/npl?queries=even",
     "MedQuAD": "beir/medquad",
-    "sample": "sample",
+    "held-out lists": "sample",
 }
 FOUR = tuple(COLLECTIONS)[:4]
 # So that the loss can tell a query's own list. With the weights below, that part of its gradient which orders the
@@ -101,7 +101,7 @@ REPORTED = Plan(
             "The first, ranking the passages of lists that were held out",
             encoders=("three-layers",),
             systems=COMPARED,
-            collections=("sample",),
+            collections=("held-out lists",),
             seeds=SEEDS,
         ),
         "small-model": Experiment(

@@ -41,7 +41,7 @@ from gradret.evaluation.measures import evaluate, parse_measures
 from gradret.files import versions
 from gradret.loss.kernels import describe_backend
 from gradret.loss.one_pass import ONE_PASS
-from gradret.settings import AUTO, FitSettings, count_steps, learning_rate_at
+from gradret.settings import AUTO, FitSettings
 from gradret.train.batches import Batch, draw_batches
 from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
@@ -257,6 +257,23 @@ class Inputs:
             longest = self.encoder.config.document_max_length
         mean = sum(counts) / len(counts)
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
+
+
+def count_steps(settings: FitSettings, lists: int) -> int:
+    """Optimizer steps of a run: every list at least `epochs` times, the last step filled up."""
+    size = min(settings.batch_lists, lists) * settings.accumulate
+    steps = max(1, math.ceil(settings.epochs * lists / size - 1e-9))
+    return steps if settings.max_steps is None else min(steps, settings.max_steps)
+
+
+def learning_rate_at(step: int, steps: int, settings: FitSettings) -> float:
+    """The learning rate of step `step` (from 0) out of `steps`."""
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    share = 1 - progress if settings.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return settings.learning_rate * share
 
 
 def check_loss_suits(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> None:

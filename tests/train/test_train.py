@@ -17,12 +17,12 @@ from gradret.encoder.load import load_encoder
 from gradret.evaluation.measures import Evaluation, evaluate
 from gradret.loss.functions import mix_losses
 from gradret.loss.kernels import describe_backend
-from gradret.settings import DEFAULT_LOSS, FitSettings, count_steps, learning_rate_at
+from gradret.settings import DEFAULT_LOSS, FitSettings
 from gradret.train import gradients as objective
 from gradret.train import loop as trainer
 from gradret.train.batches import collate, draw_batches, draw_positions
 from gradret.train.gradients import BatchGradients
-from gradret.train.loop import Inputs, fit, make_optimizer
+from gradret.train.loop import Inputs, count_steps, fit, learning_rate_at, make_optimizer
 
 
 def test_every_list_comes_once_an_epoch_and_steps_are_full():
@@ -288,7 +288,7 @@ def test_wrong_settings():
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="interpolate must be above 0 and at most 1"):
             FitSettings(interpolate=share)
-    with pytest.raises(ValueError, match="patience needs dev, a collection to measure; got patience 3 without one"):
+    with pytest.raises(ValueError, match="--patience has no use without --dev; leave it out"):
         FitSettings(patience=3)
     for without in ({"targets": "softmax"}, {"in_batch_grade": 1.0}):
         for loss in ("contrast", "infonce:.5+contrast:.5"):
@@ -296,7 +296,7 @@ def test_wrong_settings():
                 FitSettings(loss=loss, **without)
         FitSettings(loss="wasserstein:.5+kl:.5", **without)
     FitSettings(in_batch=False, in_batch_grade=1.0)
-    with pytest.raises(ValueError, match="lora_targets needs lora"):
+    with pytest.raises(ValueError, match="--set lora_targets has no use without --lora; leave it out"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
         FitSettings(weights="bfloat16")
@@ -464,7 +464,7 @@ def test_settings_have_their_ranges():
             FitSettings(**{field: -0.5})
     with pytest.raises(ValueError, match="max_steps must be 1 or above, got 0"):
         FitSettings(max_steps=0)
-    with pytest.raises(ValueError, match="positive_from is for loss infonce, not kl"):
+    with pytest.raises(ValueError, match="--positive-from is for --loss infonce, not kl"):
         FitSettings(loss="kl", positive_from=2)
 
 
