@@ -10,10 +10,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from filelock import FileLock, Timeout
 
 from gradret.console import GradretError, say
+
+PART = ".part"  # ends the name of a file that is not whole yet
 
 
 def versions() -> dict:
@@ -78,25 +81,46 @@ def read_object(path: Path) -> dict:
     return content
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write in. At the end of the block it takes the path's place, and is on the disk; after an error not."""
+    part = path.with_name(f"{path.name}{PART}")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(OSError):
+            shutil.copymode(path, part)  # of the file that is replaced, if there is one
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
 def write_whole(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write a text file in UTF-8, which is left as it is until all its lines are there.
 
     Raises: GradretError when it cannot be written; whatever the lines raise.
     """
-    folder = Path(path).parent
-    with writing(path), tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as whole:
-        for line in lines:
-            whole.write(line.encode())
-        whole.seek(0)
-        with open(path, "wb") as file:
-            shutil.copyfileobj(whole, file)
+    target = Path(os.path.realpath(path))  # a link stays one
+    with writing(path):
+        if os.access(target.parent, os.W_OK) and (target.is_file() or not target.exists()):
+            with replacing(target) as file:
+                file.writelines(line.encode() for line in lines)
+            return
+        with tempfile.TemporaryFile() as whole:  # for a pipe, or a file whose folder takes no other
+            whole.writelines(line.encode() for line in lines)
+            whole.seek(0)
+            with open(target, "wb") as file:
+                shutil.copyfileobj(whole, file)
 
 
 def write_json(path: Path, content: object) -> None:
     """Write JSON, indented; the file is the old one or the new one, never half of it."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
@@ -138,7 +162,7 @@ def check_writable(path: str | os.PathLike) -> None:
                 pass
 
 
-def open_folder(out: str, *names: str) -> None:
+def open_folder(out: str | os.PathLike, *names: str) -> None:
     """Make the folder, and refuse before the work what could not be written after it. Raises: GradretError."""
     with writing(out):
         os.makedirs(out, exist_ok=True)

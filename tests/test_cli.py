@@ -112,6 +112,11 @@ BAD_DATA = [
         "{data}:2: query id 'a' was already used in line 1; "
         "give every list an id of its own, or pass the files as two sources to merge them",
     ),
+    (
+        [list_record("a", (0, 0)), list_record("b", (0,))],
+        "loss wasserstein:.15+contrast:.85: no passage is more relevant than another, the highest grade is 0; "
+        "give lists with other grades, or map them (SOURCE?grades=OLD:NEW,...)",
+    ),
 ]
 
 
@@ -157,7 +162,23 @@ def test_other_bad_input_is_one_line(tiny_encoder, tmp_path, beir_directory):
         ),
         (
             ("bench", "eval", "--grade-map", "3=nan"),
-            "grade map '3=nan': expected OLD:NEW or GRADE, separated by commas, got '3=nan'",
+            "grade map '3=nan': expected OLD:NEW or GRADE, numbers between -1000 and 1000, separated by commas, "
+            "got '3=nan'",
+        ),
+        (
+            ("bench", "eval", "--grade-map", "3=1e21"),
+            "grade map '3=1e21': expected OLD:NEW or GRADE, numbers between -1000 and 1000, separated by commas, "
+            "got '3=1e21'",
+        ),
+        (("bench", "eval", "--grade-map", "1=2,1=3"), "grade map '1=2,1=3': grade 1 stands there twice; give it once"),
+        (
+            ("bench", "eval", "--dataset", "medquad", "--grade-map", "9=3"),
+            "medquad: has none of the grades 9 to map; it has 0, 1, 2, 3",
+        ),
+        (
+            ("bench", "eval", "--dataset", "medquad?grades=1:0,2:0,3:-1"),
+            "medquad: no document is relevant, as the highest grade is 0; give grades above 0 to those that are "
+            "(grades=OLD:NEW)",
         ),
         (
             ("bench", "eval", "--dataset", "beir/nope"),
@@ -239,7 +260,7 @@ def test_a_report_without_its_extra_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = invoke("bench", "quality")
     assert result.exit_code == 1
-    assert result.stderr == "Error: matplotlib is not installed; install it: pip install 'gradret[bench]'\n"
+    assert result.stderr == "Error: a chart needs the package matplotlib: pip install 'gradret[bench]'\n"
 
 
 @pytest.mark.parametrize(

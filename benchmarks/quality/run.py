@@ -11,11 +11,12 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quality import PLANS
+from benchmarks.quality import PLANS, losses
 from benchmarks.quality.plan import list_runs
 from benchmarks.script import RESULTS, Script
 from gradret.bench.quality import do_runs
 from gradret.console import GradretError
+from gradret.files import open_folder
 from gradret.generate.queries import parse_shard
 
 
@@ -28,10 +29,10 @@ from gradret.generate.queries import parse_shard
 def main(plan, out, shard, fresh, device):
     """Do the plan's runs that have no row yet; stopped at any moment, the same command does the rest."""
     chosen, out = PLANS[plan], out or RESULTS / plan
-    out.mkdir(parents=True, exist_ok=True)
+    open_folder(out)
     first, step = parse_shard(shard)
     runs = list_runs(chosen)[first - 1 :: step]
-    rows, error = do_runs(runs, out, measures=chosen.measures, device=device, fresh=fresh)
+    rows, error = do_runs(runs, out, measures=chosen.measures, device=device, fresh=fresh, code=[Path(losses.__file__)])
     click.echo(f"{len(rows)} of {len(runs)} runs are done: {out}/rows.jsonl")
     if error is not None:
         raise GradretError(error)

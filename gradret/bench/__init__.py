@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 
-from gradret.console import GradretError
+from gradret.console import needing
 
 
 def require_matplotlib() -> None:
     """Refuse early, before hours of work, when no chart could be drawn. Raises: GradretError."""
-    try:
+    with needing("a chart", "matplotlib", "bench"):
         import matplotlib
-    except ImportError:
-        raise GradretError("matplotlib is not installed; install it: pip install 'gradret[bench]'") from None
     matplotlib.use("Agg")
 
 

@@ -33,7 +33,7 @@ from gradret.data.lists import decode_json, open_file, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures, split_measures
-from gradret.files import sync_file, versions, write_json, writing
+from gradret.files import replacing, versions, write_json, writing
 from gradret.settings import FitSettings
 from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
@@ -146,11 +146,12 @@ def find_key(record: Mapping) -> str:
     return _digest([json.dumps(whole, sort_keys=True).encode()])
 
 
-def digest_code() -> str:
-    """A digest of the files of the package that decide a run's outcome, see DECIDING."""
+def digest_code(others: Iterable[Path] = ()) -> str:
+    """A digest of the files of the package that decide a run's outcome, see DECIDING, and of others that do."""
     root = Path(__file__).parents[1]
     files = sorted(path for name in DECIDING for path in (root / name, *(root / name).rglob("*.py")) if path.is_file())
-    return _digest(part for path in files for part in (str(path.relative_to(root)).encode(), path.read_bytes()))
+    named = [*((str(path.relative_to(root)), path) for path in files), *((path.name, path) for path in others)]
+    return _digest(part for name, path in named for part in (name.encode(), path.read_bytes()))
 
 
 class Rows:
@@ -191,10 +192,8 @@ class Rows:
         """Remove the rows of these runs."""
         with writing(self.path), self.locked():
             kept = [line for line, row in self._read_lines() if find_key(row["run"]) not in keys]
-            part = self.path.with_suffix(".part")
-            part.write_bytes(b"".join(kept))
-            sync_file(part)
-            os.replace(part, self.path)
+            with replacing(self.path) as file:
+                file.write(b"".join(kept))
 
     def _read_lines(self) -> Iterator[tuple[bytes, dict]]:
         """Every whole line with its newline, and what it holds."""
@@ -238,8 +237,8 @@ class OpenedInputs:
     Raises: GradretError when anything cannot be read, or a package is not installed, that a run would need.
     """
 
-    def __init__(self, runs: Sequence[Run]):
-        self.code, self.versions = digest_code(), versions()
+    def __init__(self, runs: Sequence[Run], code: Iterable[Path] = ()):
+        self.code, self.versions = digest_code(code), versions()
         self.content: dict[str, dict[str, str]] = {}
         self.lists: dict[str, int] = {}
         self._found: dict[tuple, Any] = {}
@@ -315,6 +314,7 @@ def do_runs(
     measures: Sequence[str],
     device: str | None = None,
     fresh: bool = False,
+    code: Iterable[Path] = (),
 ) -> tuple[dict[str, dict], str | None]:
     """Do the runs that have no row in `out`/rows.jsonl yet, and add one for each as it ends.
 
@@ -324,6 +324,7 @@ def do_runs(
     Args:
         device: as of fit.
         fresh: do runs again that are done already, after removing their rows.
+        code: files outside the package that decide a run's outcome, too.
     Returns: key of a run -> its row, of those done by whomever; and a line on what was left undone by a signal or by
         runs that failed, None where all are done.
     Raises: GradretError, before the first run, when anything that a run needs is not there; or when a row cannot be
@@ -333,7 +334,7 @@ def do_runs(
     with StopRequest() as stop:
         inputs = None
         with suppress(GivenUp), stop.give_up(0):
-            inputs = OpenedInputs(runs)
+            inputs = OpenedInputs(runs, code)
         if inputs is None:
             raise GradretError("stopped before the first run; the same command starts again")
         if fresh:

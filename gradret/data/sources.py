@@ -1,6 +1,5 @@
 """Several sources merged into one ranking list per query, with grade selection, remapping and sampling."""
 
-import math
 import os
 import random
 import re
@@ -17,6 +16,7 @@ import numpy as np
 from gradret.console import BAR_DELAY_S, GradretError, count_of, show_bar
 from gradret.data.collections import BeirCollection, IrDatasetsCollection, ListCollection, choose_split
 from gradret.data.lists import (
+    GRADE_LIMIT,
     JUDGED,
     TEXT_CHARACTERS,
     Line,
@@ -112,18 +112,21 @@ def parse_source(text: str) -> Source:
 
 def parse_grade_map(text: str) -> tuple[tuple[float, float], ...]:
     """Pairs (old, new) from `1:3,2` (1 becomes 3, 2 stays); `=` may stand for `:`. Raises: GradretError."""
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     for item in text.split(","):
         old, _, new = item.replace("=", ":").partition(":")
         try:
             pair = float(old), float(new or old)
-            if not all(map(math.isfinite, pair)):
+            if not all(map(is_grade, pair)):
                 raise ValueError
-            pairs.append(pair)
         except ValueError:
             raise GradretError(
-                f"grade map '{text}': expected OLD:NEW or GRADE, separated by commas, got '{item}'"
+                f"grade map '{text}': expected OLD:NEW or GRADE, numbers between -{GRADE_LIMIT} and {GRADE_LIMIT}, "
+                f"separated by commas, got '{item}'"
             ) from None
+        if pair[0] in dict(pairs):
+            raise GradretError(f"grade map '{text}': grade {pair[0]:g} stands there twice; give it once")
+        pairs.append(pair)
     return tuple(pairs)
 
 
@@ -209,13 +212,28 @@ def open_collection(source: Source) -> BeirCollection | IrDatasetsCollection | L
         collection.queries = {q: text for q, text in collection.queries.items() if select(q)}
         if not collection.queries:
             raise GradretError(f"{source.name}: queries={source.queries} selects none of its queries")
+    there = {grade for grades in collection.qrels.values() for grade in grades.values()}
     if source.grades is not None:
         mapping = dict(source.grades)
+        if not mapping.keys() & there:
+            raise GradretError(
+                f"{source.name}: has none of the grades {_list_grades(mapping)} to map; it has {_list_grades(there)}"
+            )
+        there = {mapping.get(grade, grade) for grade in there}
         for query_id, grades in collection.qrels.items():
             collection.qrels[query_id] = {d: mapping.get(grade, grade) for d, grade in grades.items()}
+    if there and max(there) <= 0:
+        raise GradretError(
+            f"{source.name}: no document is relevant, as the highest grade is {max(there):g}; "
+            "give grades above 0 to those that are (grades=OLD:NEW)"
+        )
     if source.drop_self is not None:
         collection.drop_self = source.drop_self
     return collection
+
+
+def _list_grades(grades: Iterable[float]) -> str:
+    return ", ".join(f"{grade:g}" for grade in sorted(grades))
 
 
 def query_selector(selection: str) -> Callable[[str], bool]:

@@ -130,7 +130,9 @@ def infonce_loss(
         positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
     else:
         positive = grades >= positive_from
-    return one_pass_loss({"contrast": 1}, scores, grades, temperature=temperature, targets=positive.double(), mask=mask)
+    return one_pass_loss(
+        {"contrast": 1}, scores, grades, temperature=temperature, targets=positive.to(grades), mask=mask
+    )
 
 
 def kl_loss(

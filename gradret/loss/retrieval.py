@@ -116,10 +116,11 @@ def prepare_pairs(
     if len(twice):
         pair = divmod(key[twice[0, 0]].item(), documents)
         raise ValueError(f"the pair of row {pair[0]} and column {pair[1]} has more than one grade")
-    rows, columns, real = rows[by_row], columns[by_row], grades.detach().double()[by_row]
+    dtype = accumulation_dtype(grades.device)
+    rows, columns, real = rows[by_row], columns[by_row], grades.detach().to(dtype)[by_row]
     counts = torch.bincount(rows, minlength=count)  # (B,)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    doublings = counts.double().log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
+    doublings = counts.to(dtype).log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
     lists, others_weigh = [], False
     for doubling in doublings.unique().tolist():
         chosen = (doublings == doubling).nonzero()[:, 0]  # (R,)
@@ -129,16 +130,16 @@ def prepare_pairs(
         row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
         slots = row * width + torch.arange(len(members), device=rows.device) - (number.cumsum(0) - number)[row]
         others = documents - number  # documents of the default grade
-        short = torch.full((len(chosen), width), float(default_grade), dtype=torch.float64, device=rows.device)
+        short = torch.full((len(chosen), width), float(default_grade), dtype=dtype, device=rows.device)
         short.view(-1)[slots] = real[members]
         present = torch.zeros_like(short, dtype=torch.bool)
         present.view(-1)[slots] = True
         present[:, -1] = others > 0
         if isinstance(targets, Tensor):
             weights = torch.zeros_like(short)
-            weights.view(-1)[slots] = targets.detach().double()[by_row][members]
+            weights.view(-1)[slots] = targets.detach().to(dtype)[by_row][members]
         else:
-            weights = weigh_grades(short, present, targets, torch.float64)
+            weights = weigh_grades(short, present, targets, dtype)
             weights[:, -1] *= others
         weights = weights.masked_fill(~present, 0)
         prepared = prepare_grades(short, targets=weights, ground=ground, mask=present)

@@ -298,6 +298,11 @@ def check_loss_suits(settings: FitSettings, summary: ListsSummary, mining: Minin
             "lower --positive-from"
         )
     lowest = min(summary.lowest, find_lowest_added(settings, summary, mining))
+    if summary.highest <= (max(lowest, 0) if settings.weighs_from_zero else lowest):
+        raise GradretError(
+            f"loss {settings.loss}: no passage is more relevant than another, the highest grade is "
+            f"{summary.highest:g}; give lists with other grades, or map them (SOURCE?grades=OLD:NEW,...)"
+        )
     if settings.contrasts and lowest > 0:
         where = "a batch of one list" if settings.in_batch else "without --in-batch a list"
         raise GradretError(
@@ -342,7 +347,7 @@ class Trainer:
             shared = f" by {self.processes.size} processes" if self.processes.size > 1 else ""
             done = f"{self.state.step} of {inputs.steps} steps done"
             say(f"data: {inputs.describe()}")
-            say(f"fit: {loss}, {done}, {inputs.batch_lists} lists per batch{chunk}{shared}, {out}")
+            say(f"fit: {loss}, {done}, {count_of(inputs.batch_lists, 'list')} per batch{chunk}{shared}, {out}")
 
     def restore(self) -> RunState:
         """The last checkpoint, from the first process to all."""

@@ -31,7 +31,7 @@ from gradret.console import GradretError, needing
 from gradret.data.lists import hash64
 from gradret.distributed import Processes
 from gradret.encoder.model import Encoder
-from gradret.files import read_object, sync_file, versions, write_json, writing
+from gradret.files import PART, read_object, replacing, sync_file, versions, write_json, writing
 from gradret.settings import FitSettings
 
 RUN_FILE, LOCK_FILE, BOARD = "gradret.json", "gradret.lock", "tensorboard"
@@ -115,7 +115,7 @@ class RunDirectory:
                     how = "a finished" if self.finished else "an unfinished"
                     advice = "choose another --out" + ("" if self.finished else ", or continue it with --resume")
                     raise GradretError(f"{self.directory}: holds {how} run with these settings; {advice}")
-        elif any(path.name not in ("gradret.part", LOCK_FILE) for path in self.directory.iterdir()):
+        elif any(path.name not in (f"{RUN_FILE}{PART}", LOCK_FILE) for path in self.directory.iterdir()):
             # A run killed while it claimed the directory leaves no more than its half-written claim.
             raise GradretError(f"{self.directory}: is not empty and holds no gradret run; choose another --out")
         # A run that ended before its first step has nothing to lose: another one may take its place.
@@ -213,12 +213,9 @@ class RunDirectory:
 
     def write_array(self, name: str, array: np.ndarray) -> None:
         """Keep an array until the run has finished."""
-        part = self.directory / f"{name}.part"
         try:
-            with open(part, "wb") as file:
+            with replacing(self.directory / name) as file:
                 np.save(file, array)
-            sync_file(part)
-            os.replace(part, self.directory / name)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -370,10 +367,9 @@ def drop_after(path: Path, step: int) -> None:
     Raises: GradretError, see read_steps.
     """
     if path.is_file():
-        part = path.with_suffix(".part")
         lines = [json.dumps(record) + "\n" for record in read_steps(path) if record["step"] <= step]
-        part.write_text("".join(lines), encoding="utf-8")
-        os.replace(part, path)
+        with replacing(path) as file:
+            file.write("".join(lines).encode())
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -156,7 +156,7 @@ def test_the_key_is_of_what_decides_a_run(tiny_encoder):
 def test_only_rows_of_the_same_code_are_done(runs, tmp_path, monkeypatch, capsys):
     do(runs[:2])
     rows = Rows("rows.jsonl")
-    monkeypatch.setattr(gradret.bench.quality, "digest_code", lambda: "another")
+    monkeypatch.setattr(gradret.bench.quality, "digest_code", lambda *_: "another")
     capsys.readouterr()
     do(runs[:2])
     told = capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_only_rows_of_the_same_code_are_done(runs, tmp_path, monkeypatch, capsys
     # A report shows rows of any code, the latest first.
     shown = choose_rows(rows.read(), runs[:2], MEASURES)
     assert [row["code"] for row in shown.values()] == ["another"] * 2
-    monkeypatch.setattr(gradret.bench.quality, "digest_code", lambda: "a third")
+    monkeypatch.setattr(gradret.bench.quality, "digest_code", lambda *_: "a third")
     assert choose_rows(rows.read(), runs[:2], MEASURES, OpenedInputs(runs[:2])) == {}
 
 

@@ -24,6 +24,8 @@ from gradret.data.sources import (
     query_selector,
 )
 
+EXPECTED = "expected OLD:NEW or GRADE, numbers between -1000 and 1000, separated by commas"
+
 
 def grades_by_text(ranking_list):
     return {p.content: p.grade for p in ranking_list.passages}
@@ -58,7 +60,9 @@ def test_spelling():
             "a?labels=judged&grades=3: judged grades are any real numbers, which grades= cannot list; "
             "leave out one of the two, or use labels=agreed",
         ),
-        ("a?grades=x:1", "grade map 'x:1': expected OLD:NEW or GRADE, separated by commas, got 'x:1'"),
+        ("a?grades=x:1", f"grade map 'x:1': {EXPECTED}, got 'x:1'"),
+        ("a?grades=3:2000", f"grade map '3:2000': {EXPECTED}, got '3:2000'"),
+        ("a?grades=1:2,1:3", "grade map '1:2,1:3': grade 1 stands there twice; give it once"),
     ],
 )
 def test_bad_spelling(text, message):

@@ -462,7 +462,7 @@ def test_what_another_run_writes_until_it_lets_go_is_seen(tiny_encoder, tmp_path
 
 def test_killed_while_claiming_the_directory(tiny_encoder, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "gradret.part").write_text("{")
+    (tmp_path / "out" / "gradret.json.part").write_text("{")
     assert fit(FitSettings(model=str(tiny_encoder), **SMALL), tmp_path / "out").steps == 6
 
 

@@ -295,7 +295,6 @@ def test_wrong_settings():
             with pytest.raises(ValueError, match="contrast needs documents without target mass"):
                 FitSettings(loss=loss, **without)
         FitSettings(loss="wasserstein:.5+kl:.5", **without)
-    FitSettings(in_batch=False, in_batch_grade=1.0)
     with pytest.raises(ValueError, match="--set lora_targets has no use without --lora; leave it out"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
