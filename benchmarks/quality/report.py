@@ -194,7 +194,7 @@ def draw_experiment(results: Results, name: str, path: Path) -> None:
     """A PNG of the first measure: a panel per encoder and collection, and for their mean; whiskers are one sd.
 
     Systems are bars from top to bottom; where numbers are varied, lines. The plan's primary system is set off.
-    Raises: GradretError when matplotlib is not installed.
+    Raises: GradretError without matplotlib.
     """
     require_matplotlib()
     import matplotlib.pyplot as plt

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from gradret.bench.memory import MIB
+from gradret.bench.memory import MIB, fresh_environment
 from gradret.console import GradretError, count_of, say
 from gradret.settings import FitSettings
 from gradret.train.loop import fit
-from gradret.train.memory import STATUS, fresh_environment, peak_bytes
+from gradret.train.memory import STATUS, peak_bytes
 
 LONGEST_S = 3600  # a run that takes longer is given up
 

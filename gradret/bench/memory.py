@@ -11,14 +11,22 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
-from gradret.train.memory import can_restart_peak, fresh_environment, peak_bytes, resident_bytes, restart_peak
+from gradret.train.memory import can_restart_peak, peak_bytes, resident_bytes, restart_peak
 
 MIB = 1 << 20
 LONGEST_S = 300  # a call that takes longer is given up
 NO_WAY = "peak memory off CUDA is read from Linux's /proc/self, which this system does not offer"
+
+
+def fresh_environment(**variables: str) -> dict[str, str]:
+    """The environment for a process that must find this very package."""
+    package = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": paths, **variables}
 
 
 def peak_resolution(device: torch.device) -> float:

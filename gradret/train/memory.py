@@ -52,13 +52,6 @@ def read_field(path: str | os.PathLike, name: str, unit: int = 1024) -> int:
     raise ValueError(f"{path}: has no {name}")
 
 
-def fresh_environment(**variables: str) -> dict[str, str]:
-    """The environment for a process that must find this very package."""
-    package = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": paths, **variables}
-
-
 PROBES = (1, 3)  # passages, few enough to fit where anything does; their difference is what each one needs
 SHARE = 0.8  # of the free memory: allocators waste some, and others use the machine, too
 MIB = 1 << 20

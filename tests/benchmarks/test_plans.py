@@ -119,7 +119,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["gen"], 5),
         (["fit"], 14),
         (["quality"], 11),
-        (["leads"], 10),
+        (["leads"], 21),
         (["earlier"], 55),
         (["earlier", "--measure", "R@100"], 33),
         (["earlier", "--measure", "RR@10"], 33),

@@ -13,7 +13,7 @@ from benchmarks.speed import loss as command
 from benchmarks.speed import rivals
 from gradret.bench import loss as speed
 from gradret.bench import memory
-from gradret.train.memory import fresh_environment
+from gradret.bench.memory import fresh_environment
 
 ot = pytest.importorskip("ot")
 ROWS = [
