@@ -6,7 +6,7 @@ settings and those of the other encoders come from benchmarks.defaults.
 
 from dataclasses import replace
 
-from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, Experiment, each
+from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, Experiment, System, each
 from benchmarks.quality.reported import REPORTED
 
 COLLECTIONS = {
@@ -20,11 +20,21 @@ DEVELOPMENT = replace(
     tuned={},
     encoders={"three-layers": REPORTED.encoders["three-layers"]},
     collections=COLLECTIONS,
+    systems=REPORTED.systems
+    | {
+        "graded": System("contrast with all of lower grades", {"loss": "graded-contrast"}),
+        "graded-wasserstein": System("the same in the default loss", {"loss": "wasserstein:.15+graded-contrast:.85"}),
+    },
     experiments={
         "own": Experiment(
             "The transport on the own list beside the contrast",
             systems=("untrained", "contrast", "own-wasserstein", "own-crps"),
             seeds=1,
+        ),
+        "graded": Experiment(
+            "A contrast with all of lower grades in place of one with those of grade 0",
+            systems=("contrast", "wasserstein", "rince", "graded", "graded-wasserstein"),
+            seeds=2,
         ),
         "temperatures": Experiment(
             "Temperatures at learning rate 5e-4",

@@ -53,6 +53,24 @@ def rince_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tens
     return total
 
 
+def graded_contrast_loss(
+    scores: Tensor, grades: Tensor, *, temperature: float, targets: str = "sqrt", mask: Tensor | None = None
+) -> Tensor:
+    """Mean of sum_i q_i log(1 + sum_j exp((s_j - s_i) / temperature)), over the documents j of lower grade than i.
+
+    What the contrast is, but for the documents that a relevant one is set against: there those of no target mass.
+    """
+    present = _find_present(scores, mask)
+    logits = scores.masked_fill(~present, 0) / temperature
+    q = normalize_mass(weigh_grades(grades, present, targets, logits.dtype).masked_fill(~present, 0))
+    total = scores.new_zeros(())
+    for level in grades[present & (q > 0)].unique().tolist():
+        lower = present & (grades < level)
+        below = logits.masked_fill(~lower, -torch.inf).logsumexp(-1, keepdim=True)  # (B, 1)
+        total = total + (q * nnf.softplus(below - logits)).masked_fill(grades != level, 0).sum()
+    return total / len(scores)
+
+
 def lambda_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
     """RankNet with each pair weighed by what its order changes of NDCG: NDCG-Loss2++, in bits, the mean over lists.
 
@@ -141,6 +159,7 @@ def _find_masses(
 LOSSES = {
     "bixse": (bixse_loss, ("temperature",)),
     "rince": (rince_loss, ("temperature",)),
+    "graded-contrast": (graded_contrast_loss, ("temperature", "targets")),
     "lambda": (lambda_loss, ("temperature",)),
     "brier": (brier_loss, ("temperature", "targets")),
     "own-wasserstein": (own_wasserstein_loss, ("order", "targets")),

@@ -40,6 +40,18 @@ def test_rince_sets_each_grade_against_all_lower_ones():
     assert of("rince", scores, GRADES) == pytest.approx(first + torch.tensor(-2.0).exp().log1p().item())
 
 
+def test_the_graded_contrast_sets_each_document_against_all_of_lower_grades():
+    q = 3**0.5 / (3**0.5 + 1)
+    assert of("graded-contrast", EVEN, GRADES) == pytest.approx(q * log(3) + (1 - q) * log(2))
+    two = torch.tensor([[1.0, 1.0, 0.0]])
+    scores = torch.tensor([[0.3, 0.1, 0.2]])
+    assert of("graded-contrast", scores, two) == pytest.approx(of_contrast(scores, two))
+
+
+def of_contrast(scores, grades) -> float:
+    return functions.contrast_loss(scores, grades, temperature=1.0, targets="sqrt").item()
+
+
 def test_lambda_weighs_a_pair_by_what_its_order_changes():
     ideal = 7 + 1 / log2(3)
     one, two = 1 - 1 / log2(3), 1 / log2(3) - 1 / 2  # what a place costs, from the first and from the second
