@@ -17,7 +17,7 @@ COLLECTIONS = {
 
 DEVELOPMENT = replace(
     REPORTED,
-    tuned={},
+    tuned={"three-layers": {"gaussian": {"temperature": 0.05}}},
     encoders={"three-layers": REPORTED.encoders["three-layers"]},
     collections=COLLECTIONS,
     systems=REPORTED.systems
