@@ -58,7 +58,10 @@ REPORTED = Plan(
         "paraphrase-MiniLM-L3-v2": PARAPHRASE | FIT_DEFAULTS,
         "all-MiniLM-L6-v2": MINILM | FIT_DEFAULTS,
     },
-    tuned={"three-layers": {"gaussian": HOT, "wasserstein-1": HOT}},
+    tuned={
+        "three-layers": {"gaussian": HOT, "wasserstein-1": HOT, "gaussian-published": {"learning_rate": 2e-4}}
+        | {name: {"temperature": 0.05} for name in ("bixse", "lambda", "brier")}
+    },
     data={
         "lists": tuple(LISTS.values()),
         "two": (LISTS["scifact"], LISTS["cranfield"]),
