@@ -6,7 +6,7 @@ settings and those of the other encoders come from benchmarks.defaults.
 
 from dataclasses import replace
 
-from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, Experiment, System, each
+from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, Experiment, each
 from benchmarks.quality.reported import REPORTED
 
 COLLECTIONS = {
@@ -20,20 +20,15 @@ DEVELOPMENT = replace(
     tuned={"three-layers": {"gaussian": {"temperature": 0.05}}},
     encoders={"three-layers": REPORTED.encoders["three-layers"]},
     collections=COLLECTIONS,
-    systems=REPORTED.systems
-    | {
-        "graded": System("contrast with all of lower grades", {"loss": "graded-contrast"}),
-        "graded-wasserstein": System("the same in the default loss", {"loss": "wasserstein:.15+graded-contrast:.85"}),
-    },
     experiments={
         "own": Experiment(
             "The transport on the own list beside the contrast",
             systems=("untrained", "contrast", "own-wasserstein", "own-crps"),
             seeds=1,
         ),
-        "graded": Experiment(
-            "A contrast with all of lower grades in place of one with those of grade 0",
-            systems=("contrast", "wasserstein", "rince", "graded", "graded-wasserstein"),
+        "contrasts": Experiment(
+            "Contrasts with the documents of lower grades, or with those of grade 0 alone",
+            systems=("flat-contrast", "contrast", "wasserstein", "rince"),
             seeds=2,
         ),
         "temperatures": Experiment(

@@ -19,7 +19,8 @@ from benchmarks.quality.plan import (
 )
 
 FIT_DEFAULTS = {"learning_rate": 2e-4, "temperature": 0.01, "interpolate": 0.25}
-HOT = {"learning_rate": 2e-4, "temperature": 0.05}
+WARM = {"temperature": 0.05}
+HOT = WARM | {"learning_rate": 2e-4}
 COLLECTIONS = {
     "SciFact": "beir/scifact/test",
     "Cranfield": f"cranfield?queries=even&{CRANFIELD_CODES}",
@@ -37,7 +38,17 @@ OTHERS = {  # of a collection, the lists for the three others
 }
 COMPARED = (
     *("bm25", "untrained", "infonce-1", "wasserstein", "infonce", "infonce-2", "gaussian", "contrast", "kl", "labels"),
-    *("wasserstein-1", "wasserstein-2", "own-wasserstein", "own-crps", "bixse", "rince", "lambda", "brier"),
+    *(
+        "wasserstein-1",
+        "wasserstein-2",
+        "flat-contrast",
+        "own-wasserstein",
+        "own-crps",
+        "bixse",
+        "rince",
+        "lambda",
+        "brier",
+    ),
     *("gaussian-published", "gaussian-sqrt", "shuffled"),
 )
 ALIGNED = ("bm25", "untrained", "infonce-1", "wasserstein", "infonce", "infonce-2", "kl", "labels")
@@ -58,7 +69,10 @@ REPORTED = Plan(
         "paraphrase-MiniLM-L3-v2": PARAPHRASE | FIT_DEFAULTS,
         "all-MiniLM-L6-v2": MINILM | FIT_DEFAULTS,
     },
-    tuned={"three-layers": {"gaussian": HOT, "wasserstein-1": HOT}},
+    tuned={
+        "three-layers": {"gaussian": HOT, "wasserstein-1": HOT, "gaussian-published": {"learning_rate": 2e-4}}
+        | dict.fromkeys(("infonce-1", "infonce-2", "infonce", "kl", "bixse", "lambda", "brier"), WARM)
+    },
     data={
         "lists": tuple(LISTS.values()),
         "two": (LISTS["scifact"], LISTS["cranfield"]),
@@ -81,6 +95,7 @@ REPORTED = Plan(
             "contrast, W2 on the own list", {"loss": "own-wasserstein:.9+contrast:.1"} | OWN_LIST
         ),
         "own-crps": System("contrast, CRPS on the own list", {"loss": "own-crps:.96+contrast:.04"} | OWN_LIST),
+        "flat-contrast": System("contrast with grade 0 alone", {"loss": "flat-contrast"}),
         "bixse": System("BiXSE", {"loss": "bixse"}),
         "rince": System("RINCE", {"loss": "rince"}),
         "lambda": System("LambdaLoss", {"loss": "lambda"}),
