@@ -28,7 +28,7 @@ from benchmarks.quality.plan import MEASURES, list_sources
 from benchmarks.quality.report import Results, show_cell, show_setting, write_experiment, write_table
 from benchmarks.quality.reported import FOUR
 from benchmarks.script import RESULTS, Script
-from gradret.bench.quality import DASH, MEAN, ROWS_FILE, show_p, show_value
+from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, show_p, show_value
 from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GradretError
 from gradret.files import read_object
@@ -351,7 +351,11 @@ def write_rows(table: str, path: Path | None, measure: str, system: str | None) 
     if table in ("ablations", "curves"):
         return write_ablations(results)
     if table == "tuning":
-        return [*write_experiment(results, "own"), "", *write_ablations(results)]
+        done = {
+            c.experiment for c in results.cells if c.value is None and c.runs[0].ranker == FIT and results.is_done(c)
+        }
+        plain = [line for name in plan.experiments if name in done for line in [*write_experiment(results, name), ""]]
+        return [*plain, *write_ablations(results)]
     if table == "apart":
         return write_apart(results, set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split()))
     if table == "writers":

@@ -272,12 +272,13 @@ double level_row(const Lists& lists, std::int64_t row, double* scratch) {
   const double Z = add(M, count);
   if (Z == 0) return clear<float>(lists, row), 0.0;
   double below[kMaxLevels];  // of the exponentials, the sum over the levels below
-  float rivals[kMaxLevels] = {};
+  float rivals[kMaxLevels];
+  for (float& rival : rivals) rival = -kInfinity;
   for (int l = 0; lists.contrast != 0 && l < count; l++) {
     below[l] = l ? below[l - 1] + M[l - 1] : 0;
     // Further than e^-60 below the top some of them could not be told from 0.
     if (l && w[l] != 0 && below[l] < 1e-26 * Z) return scattered_row<float>(lists, row, scratch);
-    rivals[l] = below[l] == 0 ? -kInfinity : static_cast<float>(lists.temperature * ::log(below[l]));
+    if (below[l] != 0) rivals[l] = static_cast<float>(lists.temperature * ::log(below[l]));
   }
   double loss = solve_terms(lists, row, Z, lists.cross, kFloatTolerance, M, F, S, c);
 

@@ -18,21 +18,30 @@ COLLECTIONS = {
 DEVELOPMENT = replace(
     REPORTED,
     tuned={"three-layers": {"gaussian": {"temperature": 0.05}}},
-    encoders={"three-layers": REPORTED.encoders["three-layers"]},
+    encoders={name: REPORTED.encoders[name] for name in ("three-layers", "all-MiniLM-L6-v2")},
     collections=COLLECTIONS,
     experiments={
         "own": Experiment(
             "The transport on the own list beside the contrast",
+            encoders=("three-layers",),
             systems=("untrained", "contrast", "own-wasserstein", "own-crps"),
             seeds=1,
         ),
         "contrasts": Experiment(
             "Contrasts with the documents of lower grades, or with those of grade 0 alone",
+            encoders=("three-layers",),
             systems=("flat-contrast", "contrast", "wasserstein", "rince"),
             seeds=2,
         ),
+        "aligned": Experiment(
+            "The same with an encoder that was trained for retrieval",
+            encoders=("all-MiniLM-L6-v2",),
+            systems=("untrained", "flat-contrast", "contrast"),
+            seeds=1,
+        ),
         "temperatures": Experiment(
             "Temperatures at learning rate 5e-4",
+            encoders=("three-layers",),
             systems=("infonce-1", "kl", "wasserstein", "bixse", "rince", "lambda", "brier"),
             seeds=1,
             vary="temperature",
@@ -40,6 +49,7 @@ DEVELOPMENT = replace(
         ),
         "gaussians": Experiment(
             "Learning rates of the Gaussian losses, at temperature .05 and, as published, 1",
+            encoders=("three-layers",),
             systems=("gaussian", "gaussian-published"),
             seeds=1,
             vary="learning rate",
