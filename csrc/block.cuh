@@ -100,24 +100,15 @@ __device__ inline float warp_scan_down(float x, int lane) {
 }
 
 // What the documents with target mass add to the cross-entropy and to the contrast: sums over them, each times its
-// target mass, of that mass, of its logarithm less the score above `top`, of the contrast's terms and of their slopes.
-// rival: the log-sum-exp of the bare documents less bare_top, to base 2.
+// target mass, of that mass, of its logarithm less the score above `top`, and of the contrast's terms.
 struct Pull {
-  float mass = 0, score = 0, opposed = 0, slope = 0;
+  float mass = 0, score = 0, opposed = 0;
 
   template <typename Scalar>
-  __device__ static Opposed<float> oppose_score(const TypedLists<Scalar>& lists, float score, float bare_top,
-                                                float rival) {
-    return oppose(((score - bare_top) * lists.exponent - rival) * kLn2);
-  }
-
-  template <typename Scalar>
-  __device__ void add(const TypedLists<Scalar>& lists, float share, float score, float top,
-                      const Opposed<float>& term) {
+  __device__ void add(const TypedLists<Scalar>& lists, float share, float score, float top, float term) {
     mass += share;
     this->score += share * (logf(share) - (score - top) * lists.exponent * kLn2);
-    opposed += share * term.loss;
-    slope += share * term.slope;
+    opposed += share * term;
   }
 
   // The loss of both terms; Z: the sum of all exponentials under `top`.
@@ -141,7 +132,7 @@ class Block {
   __device__ float sum(float x) { return total(warp_sum(x)); }
 
   __device__ Pull sum(const Pull& pull) {
-    return {sum(pull.mass), sum(pull.score), sum(pull.opposed), sum(pull.slope)};
+    return {sum(pull.mass), sum(pull.score), sum(pull.opposed)};
   }
 
   __device__ float max(float x) {

@@ -96,7 +96,7 @@ constexpr double kFloatTolerance = 3 * 1.1920928955078125e-7;
 inline double double_tolerance(std::int64_t n) { return (8 + n / 8) * 2.220446049250313e-16; }
 
 // From sums of exponentials, P, to the loss of the transport and, in c, each level's factor of its documents'
-// exponentials in the gradient, but for what contrast adds to the bare documents. Z: all of P.
+// exponentials in the gradient, but for what contrast adds. Z: all of P.
 double solve_terms(const Lists& lists, std::int64_t row, double Z, double cross, double tolerance, double* P, double* F,
                    double* S, double* c) {
   const std::int64_t count = lists.counts[row];
@@ -170,17 +170,17 @@ inline bool has_level(const std::uint8_t* levels, std::int64_t n, int low, int h
   return any(bits<typename Vector<std::uint8_t, kCount>::type>(found));
 }
 
-// Sums over the documents with target mass, each times its mass: of the scores above `top`, of the contrast's terms and
-// of their slopes s_i. lowest: of their scores.
+// Sums over the documents with target mass, each times its mass: of the scores above `top`, of the contrast's terms,
+// and of each level's slopes s_i. lowest: of their scores.
 struct Pull {
-  double score = 0, opposed = 0, slope = 0;
+  double score = 0, opposed = 0, slopes[kMaxLevels] = {};
   float lowest = kInfinity;
 };
 
-// Takes these sums, and turns the exponentials e of those documents into their gradient, e * C - share * (cross +
-// contrast * s_i). rival: the log-sum-exp of the bare documents above `top`, in units of score.
+// Takes these sums, and turns the exponentials e of those documents, unless null, into their gradient, e * C - share *
+// (cross + contrast * s_i). rivals: by level, the log-sum-exp of the documents below it above `top`, in units of score.
 template <int kLevels>
-Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top, float rival, float* e) {
+Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top, const float* rivals, float* e) {
   const float* s = static_cast<const float*>(lists.scores) + row * lists.stride;
   const std::uint8_t* levels = static_cast<const std::uint8_t*>(lists.index) + row * lists.columns;
   const double* w = static_cast<const double*>(lists.share) + row * lists.width;
@@ -194,17 +194,23 @@ Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top
   while (high > low && w[high] == 0) high--;
   for (int l = low; l <= high; l++) share[l] = static_cast<float>(w[l]);
   Pull pull;
-  Floats lowest = fill(kInfinity), scores = {}, slopes = {}, terms = {};
+  Floats lowest = fill(kInfinity), scores = {}, terms = {}, slopes[kLevels ? kLevels : 1] = {};
   const auto add = [&](Floats x, std::int64_t i, int lanes) {
     if (!has_level<kLanes>(levels + i, lanes, low, high)) return;
     const Bytes level = load_levels<kLanes>(levels + i, lanes);
     const Floats q = multiply_where(differs(level, kAbsent), look_up<kLevels>(share, level), fill(1));
     lowest = q > 0.0f && x < lowest ? x : lowest;
-    const Floats above = q > 0.0f ? x - top : Floats{}, d = above - rival;
+    const Floats above = q > 0.0f ? x - top : Floats{}, d = above - look_up<kLevels>(rivals, level);
     const Floats y = exponential(d > 0.0f ? -d : d);
     const Floats slope = (d > 0.0f ? y : fill(1)) / (y + 1.0f);
     scores += q * above;
-    slopes += q * slope;
+    if constexpr (kLevels > 0) {
+#pragma GCC unroll 8
+      for (int l = 0; l < kLevels; l++) slopes[l] = add_where(equals(level, l), slopes[l], q * slope);
+    } else {
+      for (int lane = 0; lane < lanes; lane++)
+        if (q[lane] > 0) pull.slopes[level[lane]] += q[lane] * slope[lane];
+    }
     terms += q * ((d > 0.0f ? Floats{} : -d) * per_score + log_above_1(y));
     if (!e) return;
     Floats exponentials = {};
@@ -216,8 +222,13 @@ Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top
     const std::int64_t end = begin + kStep < lists.columns ? begin + kStep : lists.columns;
     if (has_level<kStep>(levels + begin, end - begin, low, high)) each_vector(s, begin, end, add);
     if (end < lists.columns && end % kBlock) continue;
-    pull = {pull.score + sum(scores), pull.opposed + sum(terms), pull.slope + sum(slopes), kInfinity};
-    scores = terms = slopes = Floats{};
+    pull.score += sum(scores);
+    pull.opposed += sum(terms);
+    scores = terms = Floats{};
+    for (int l = 0; l < kLevels; l++) {
+      pull.slopes[l] += sum(slopes[l]);
+      slopes[l] = Floats{};
+    }
   }
   pull.lowest = -highest(-lowest);
   return pull;
@@ -225,6 +236,22 @@ Pull pull_levels(const Lists& lists, std::int64_t row, const float* C, float top
 
 template <typename T>
 double scattered_row(const Lists& lists, std::int64_t row, double* scratch);
+
+// The logarithm of a sum of terms factor * e^x.
+class Logarithms {
+ public:
+  void add(double x, double factor) {
+    if (x > top_) {
+      sum_ = top_ == -kInfinity ? 0 : sum_ * ::exp(top_ - x);
+      top_ = x;
+    }
+    if (x != -kInfinity) sum_ += factor * ::exp(x - top_);
+  }
+  double value() const { return top_ + ::log(sum_); }  // -inf of nothing
+
+ private:
+  double top_ = -kInfinity, sum_ = 0;
+};
 
 // A row of float32 scores in the level form.
 double level_row(const Lists& lists, std::int64_t row, double* scratch) {
@@ -242,25 +269,24 @@ double level_row(const Lists& lists, std::int64_t row, double* scratch) {
   float* e = lists.gradient ? static_cast<float*>(lists.gradient) + row * n : nullptr;
   const auto sum_up = count <= 4 ? sum_levels<4> : count <= 8 ? sum_levels<8> : sum_levels<0>;
   sum_up(s, levels, n, top, exponential, e, M);
-  double bare = 0;
-  bool has_bare = false;
-  for (int l = 0; l < count; l++) {
-    has_bare |= w[l] == 0;
-    bare += w[l] == 0 ? M[l] : 0;
-  }
   const double Z = add(M, count);
   if (Z == 0) return clear<float>(lists, row), 0.0;
-  // Further than e^-60 below the top some of them could not be told from 0.
-  if (lists.contrast != 0 && has_bare && bare < 1e-26 * Z) return scattered_row<float>(lists, row, scratch);
+  double below[kMaxLevels];  // of the exponentials, the sum over the levels below
+  float rivals[kMaxLevels];
+  for (float& rival : rivals) rival = -kInfinity;
+  for (int l = 0; lists.contrast != 0 && l < count; l++) {
+    below[l] = l ? below[l - 1] + M[l - 1] : 0;
+    // Further than e^-60 below the top some of them could not be told from 0.
+    if (l && w[l] != 0 && below[l] < 1e-26 * Z) return scattered_row<float>(lists, row, scratch);
+    if (below[l] != 0) rivals[l] = static_cast<float>(lists.temperature * ::log(below[l]));
+  }
   double loss = solve_terms(lists, row, Z, lists.cross, kFloatTolerance, M, F, S, c);
 
   float C[kMaxLevels] = {};
   for (int l = 0; l < count; l++) C[l] = static_cast<float>(c[l]);
   if ((lists.cross != 0 || lists.contrast != 0) && loss == loss) {
-    const bool opposes = lists.contrast != 0 && has_bare;
-    const float rival = opposes ? static_cast<float>(lists.temperature * ::log(bare)) : -kInfinity;
     const auto pull = count <= 4 ? pull_levels<4> : count <= 8 ? pull_levels<8> : pull_levels<0>;
-    const Pull found = pull(lists, row, C, top, rival, e);
+    const Pull found = pull(lists, row, C, top, rivals, lists.contrast != 0 ? nullptr : e);
     if (found.lowest == -kInfinity) return scattered_row<float>(lists, row, scratch);
     loss += lists.contrast * found.opposed;
     if (lists.cross != 0) {
@@ -268,8 +294,15 @@ double level_row(const Lists& lists, std::int64_t row, double* scratch) {
       for (int l = 0; l < count; l++) divergence += w[l] > 0 ? Q[l] * ::log(w[l]) : 0;
       loss += lists.cross * divergence;
     }
-    const double pushed = opposes ? lists.contrast * found.slope / bare * lists.scale / lists.temperature : 0;
-    for (int l = 0; l < count; l++) C[l] = w[l] > 0 ? 1 : static_cast<float>(c[l] + pushed);
+    if (lists.contrast != 0 && e) {
+      double pushed = 0;
+      for (int l = count; l-- > 0;) {
+        C[l] = static_cast<float>(c[l] + pushed * lists.contrast * lists.scale / lists.temperature);
+        pushed += found.slopes[l] == 0 ? 0 : found.slopes[l] / below[l];
+      }
+      pull(lists, row, C, top, rivals, e);
+    }
+    for (int l = 0; l < count; l++) C[l] = w[l] > 0 ? 1 : C[l];
   }
   if (e) {
     const auto scale = count <= 4 ? scale_levels<4> : count <= 8 ? scale_levels<8> : scale_levels<0>;
@@ -286,6 +319,7 @@ double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
   const T* s = static_cast<const T*>(lists.scores) + row * lists.stride;
   const std::int32_t* order = static_cast<const std::int32_t*>(lists.index) + row * n;
   const std::uint8_t* levels = static_cast<const std::uint8_t*>(lists.index) + row * n;
+  const double* v = static_cast<const double*>(lists.values) + row * lists.width;
   const double* Q = static_cast<const double*>(lists.mass) + row * lists.width;
   const double* w = static_cast<const double*>(lists.share) + row * lists.width;
   double *e = scratch, *P = e + documents, *F = P + count, *S = F + count, *c = S + count;
@@ -298,41 +332,55 @@ double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
       if (lists.sorted || levels[i] != kAbsent) body(i, lists.sorted ? i : levels[i], lists.sorted ? order[i] : i);
   };
   const auto logit = [&](auto place) { return s[place] / lists.temperature; };
-  // Bare documents have a top of their own, below which not all vanish.
-  double top = -kInfinity, bare_top = -kInfinity, mass = 0, bare = 0, slopes = 0;
+  double top = -kInfinity, mass = 0;
   each([&](auto, auto l, auto place) {
     const double x = logit(place);
     top = x > top ? x : top;
-    bare_top = x > bare_top && w[l] == 0 ? x : bare_top;
     mass += x == -kInfinity ? 0 : w[l];
   });
   memset(P, 0, count * sizeof(double));
   each([&](auto i, auto l, auto place) { P[l] += e[i] = top == -kInfinity ? 0 : ::exp(logit(place) - top); });
   const double Z = add(P, count);
   if (Z == 0) return 0;
-  if (lists.contrast != 0 && bare_top != -kInfinity)
-    each([&](auto, auto l, auto place) { bare += w[l] == 0 ? ::exp(logit(place) - bare_top) : 0; });
-  const double rival = bare_top + ::log(bare), total = top + ::log(Z), factor = lists.scale / lists.temperature;
+  const double total = top + ::log(Z), factor = lists.scale / lists.temperature;
   const double tolerance = sizeof(T) == sizeof(double) ? double_tolerance(n) : kFloatTolerance;
   const bool pulls = lists.cross != 0 || lists.contrast != 0;
   double loss = solve_terms(lists, row, Z, mass == 0 ? 0 : lists.cross, tolerance, P, F, S, c);
   T* gradient = lists.gradient ? static_cast<T*>(lists.gradient) + row * n : nullptr;
+  // By level: the logarithms of the sums over its rivals, and of what it pulls; then of what pushes it.
+  double *rivals = P, *pushes = F;
+  if (lists.contrast != 0) {
+    Logarithms sums;
+    for (std::int64_t l = 0; l < count; l++) F[l] = -kInfinity, S[l] = 0;
+    each([&](auto, auto l, auto place) { F[l] = logit(place) > F[l] ? logit(place) : F[l]; });
+    each([&](auto, auto l, auto place) { S[l] += F[l] == -kInfinity ? 0 : ::exp(logit(place) - F[l]); });
+    for (std::int64_t l = 0, next; l < count; l = next) {  // equal grades are neighbours in the sorted form
+      for (next = l; next < count && v[next] == v[l]; next++) rivals[next] = sums.value();
+      for (std::int64_t k = l; k < next; k++) sums.add(F[k], S[k]);
+    }
+    memset(S, 0, count * sizeof(double));
+  }
   each([&](auto i, auto l, auto place) {
-    if (w[l] == 0) return;
     double pull = 0;
-    if (const double x = pulls ? logit(place) : -kInfinity; x != -kInfinity) {
+    if (const double x = pulls && w[l] != 0 ? logit(place) : -kInfinity; x != -kInfinity) {
       const double q = w[l] / mass;
-      const auto opposed = oppose(x - rival);
+      const auto opposed = lists.contrast != 0 ? oppose(x - rivals[l]) : Opposed<double>{};
       loss += q * (lists.cross * (::log(q) + total - x) + lists.contrast * opposed.loss);
-      slopes += q * opposed.slope;
+      if (lists.contrast != 0) S[l] += q * opposed.slope;
       pull = q * (lists.cross + lists.contrast * opposed.slope);
     }
     if (gradient) gradient[place] = static_cast<T>(e[i] * c[l] - factor * pull);
   });
-  each([&](auto i, auto l, auto place) {
-    if (!gradient || w[l] != 0) return;
-    const double push = slopes == 0 ? 0 : lists.contrast * slopes * ::exp(logit(place) - rival);
-    gradient[place] = static_cast<T>(e[i] * c[l] + factor * push);
+  if (lists.contrast == 0 || !gradient) return loss;
+  Logarithms sums;
+  for (std::int64_t l = count, first; l > 0; l = first) {
+    for (first = l; first > 0 && v[first - 1] == v[l - 1]; first--) pushes[first - 1] = sums.value();
+    for (std::int64_t k = first; k < l; k++)
+      if (S[k] > 0) sums.add(-rivals[k], S[k]);
+  }
+  each([&](auto, auto l, auto place) {
+    const double x = logit(place) + pushes[l];
+    if (x > -kInfinity) gradient[place] += static_cast<T>(factor * lists.contrast * ::exp(x));
   });
   return loss;
 }

@@ -20,14 +20,15 @@
 //
 //   transport  W_p^p along the grade axis, of order 1 or 2.
 //   cross      KL(q || p).
-//   contrast   the sum of q_i * -log e_i / (e_i + sum of e over the documents without target mass), with e =
-//              exp(scores / temperature): those are called bare. 0 in a list without them.
+//   contrast   the sum of q_i * -log e_i / (e_i + R_i), with e = exp(scores / temperature) and R_i the sum of e over
+//              the documents of lower grade, i's rivals. A document without rivals adds 0.
 //
-// With Z, `bare` the sums of e over all and over the bare documents, s_i = bare / (e_i + bare) and c_i the potential of
-// the transport, temperature * d loss / d score_i is
+// With Z the sum of e over all documents, s_i = R_i / (e_i + R_i) and c_i the potential of the transport,
+// temperature * d loss / d score_i is
 //
-//   p_i (transport c_i + cross) - q_i (cross + contrast s_i)   for q_i > 0,
-//   p_i (transport c_i + cross) + contrast e_i / bare * sum of q_j s_j   where q_i = 0.
+//   p_i (transport c_i + cross) - q_i (cross + contrast s_i) + contrast e_i * sum of q_j s_j / R_j
+//
+// where the sum is over the documents j of higher grade.
 //
 // For cross and contrast documents of score -inf are absent, and q is normalised without them.
 #pragma once
@@ -125,7 +126,7 @@ GRADRET_HD static inline T slope2(T gap, T quantile, T middle) {
   return 2 * gap * (quantile - middle);
 }
 
-// A document with target mass against the bare ones, its score being `above` their log-sum-exp in units of the
+// A document with target mass against its rivals, its score being `above` their log-sum-exp in units of the
 // temperature: the contrast's term and s_i.
 template <typename T>
 struct Opposed {
@@ -184,7 +185,7 @@ namespace cuda {
 
 // Bytes of scratch that mix() needs beside its arguments; 0 for lists that stay in registers.
 std::int64_t scratch_bytes(const Lists& lists);
-// Float32, bfloat16 and float16 scores; sums in float32.
+// Float32, bfloat16 and float16 scores; sums in float32. No contrast in the sorted form.
 void mix(const Lists& lists, std::uintptr_t scratch, int device, std::uintptr_t stream);
 // Stable sort of each list by grade, absent documents last (columns <= kMaxSortColumns): index, values in that order
 // (an absent document repeats the list's highest grade, 0 in a list without documents) and counts of the sorted form.

@@ -97,6 +97,7 @@ template <typename Scalar>
 void mix_as(const Lists& in, float* scratch, std::uintptr_t stream) {
   const TypedLists<Scalar> lists = type_lists<Scalar>(in);
   if (in.sorted) {
+    if (in.contrast != 0) return check(cudaErrorInvalidValue);
     launch(mix_sorted<Scalar>, sorted_blocks(in), sorted_threads(in), stream, lists, scratch);
   } else {
     const bool mixed = in.cross != 0 || in.contrast != 0;

@@ -114,52 +114,81 @@ __device__ void store_share(Scalar* gradient, int count, int lane, bool vectors,
   }
 }
 
-// In lane l: the highest score of the levels that share a top with level l, and the sum over level l of exp((score -
-// top) / temperature). Bare levels have a top of their own where there is a contrast, else all share one.
-struct Masses {
-  float top, mass;
-};
-
-// The masses of a warp's shares and those `before`; the scores become exponentials under their top.
-template <bool kMixed>
-__device__ Masses sum_share(Share& share, int levels, const Masses& before, bool bare, float exponent, int lane) {
-  const unsigned bare_levels = kMixed ? __ballot_sync(kAllLanes, bare) : 0;
-  const auto is_bare = [&](int item) { return kMixed && (bare_levels >> share.level_of(item) % kWarp & 1); };
-  float top = -INFINITY, bare_top = -INFINITY;
-#pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    top = fmaxf(top, is_bare(item) ? -INFINITY : share.score[item]);
-    bare_top = fmaxf(bare_top, is_bare(item) ? share.score[item] : -INFINITY);
-  }
-  top = warp_max(top);
-  if constexpr (kMixed) bare_top = warp_max(bare_top);
-  top = fmaxf(before.top, bare ? bare_top : top);
-#pragma unroll
-  for (int item = 0; item < kItems; ++item) {
-    share.score[item] = exp_below(share.score[item], kMixed ? share.look_up(top, item) : top, exponent);
-  }
-
+// In lane l: a warp's documents of level l reduced, each with its value; `none` where there are none.
+template <typename Reduce>
+__device__ float reduce_levels(const Share& share, const float* values, int levels, float none, int lane,
+                               Reduce reduce) {
+  float found = none;
+  const auto with = [&](float x, float other, int step) { return reduce(x, __shfl_xor_sync(kAllLanes, other, step)); };
   // Four levels at a time: folding them into each other takes 6 shuffles where four reductions take 20.
-  float mass = before.mass * exp_below(before.top, top, exponent);
 #pragma unroll 1
   for (int first = 0; first < levels; first += 4) {
-    float sum[4] = {};
+    float part[4] = {none, none, none, none};
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        if (share.has(item, (first + k) * 0x01010101u)) sum[k] += share.score[item];
+        if (share.has(item, (first + k) * 0x01010101u)) part[k] = reduce(part[k], values[item]);
       }
     }
     const bool odd = lane & 1, high = lane & 2;
-    const float low_pair = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(kAllLanes, odd ? sum[0] : sum[1], 1);
-    const float high_pair = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(kAllLanes, odd ? sum[2] : sum[3], 1);
-    float total = (high ? high_pair : low_pair) + __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
+    const float low_pair = with(odd ? part[1] : part[0], odd ? part[0] : part[1], 1);
+    const float high_pair = with(odd ? part[3] : part[2], odd ? part[2] : part[3], 1);
+    float total = with(high ? high_pair : low_pair, high ? low_pair : high_pair, 2);
 #pragma unroll
-    for (int step = 4; step < kWarp; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
-    if (lane / 4 * 4 == first) mass += total;
+    for (int step = 4; step < kWarp; step *= 2) total = with(total, total, step);
+    if (lane / 4 * 4 == first) found = total;
   }
-  return {top, mass};
+  return found;
+}
+
+struct Add {
+  __device__ float operator()(float x, float y) const { return x + y; }
+};
+struct Highest {
+  __device__ float operator()(float x, float y) const { return fmaxf(x, y); }
+};
+
+// In lane l: the highest score of level l, or with one top of all levels, and the sum over level l of exp((score - top)
+// / temperature).
+struct Masses {
+  float top, mass;
+};
+
+// The masses of a warp's shares and those `before`; the scores become exponentials under their top. contrasts: whether
+// each level has a top of its own.
+template <bool kMixed>
+__device__ Masses sum_share(Share& share, int levels, const Masses& before, bool contrasts, float exponent, int lane) {
+  float top = -INFINITY;
+  if (kMixed && contrasts) {
+    top = reduce_levels(share, share.score, levels, -INFINITY, lane, Highest());
+  } else {
+#pragma unroll
+    for (int item = 0; item < kItems; ++item) top = fmaxf(top, share.score[item]);
+    top = warp_max(top);
+  }
+  top = fmaxf(before.top, top);
+#pragma unroll
+  for (int item = 0; item < kItems; ++item) {
+    share.score[item] = exp_below(share.score[item], kMixed ? share.look_up(top, item) : top, exponent);
+  }
+  const float before_mass = before.mass * exp_below(before.top, top, exponent);
+  return {top, before_mass + reduce_levels(share, share.score, levels, 0, lane, Add())};
+}
+
+// In lane l: the masses of all levels below l together.
+__device__ inline Masses sum_below(const Masses& of_levels, int levels, float exponent, int lane) {
+  Masses below = {-INFINITY, 0};
+#pragma unroll 1
+  for (int other = 0; other < levels - 1; ++other) {
+    const float top = __shfl_sync(kAllLanes, of_levels.top, other);
+    const float mass = __shfl_sync(kAllLanes, of_levels.mass, other);
+    if (lane <= other) continue;
+    const float higher = fmaxf(below.top, top);
+    below.mass = below.mass * exp_below(below.top, higher, exponent) + mass * exp_below(top, higher, exponent);
+    below.top = higher;
+  }
+  return below;
 }
 
 // The masses of all warps of a block, in every warp, summed in the order of the warps.
@@ -270,35 +299,52 @@ __global__ void __launch_bounds__(kLevelThreads<kMixed>, 1) mix_levels(const Typ
     }
   };
   const Table table = load_table(lists, row, lane);
-  const bool bare = kMixed && lists.contrast != 0 && lane < table.levels && table.share == 0;
+  const bool contrasts = kMixed && lists.contrast != 0;
   Masses own = {-INFINITY, 0};
   each_share(false, [&](Share share, std::int64_t, int) {
-    own = sum_share<kMixed>(share, table.levels, own, bare, lists.exponent, lane);
+    own = sum_share<kMixed>(share, table.levels, own, contrasts, lists.exponent, lane);
   });
   const Masses all = combine_warps(own, lists.exponent, lane, warp);
   const float top = kMixed ? warp_max(all.top) : all.top, lowered = exp_below(all.top, top, lists.exponent);
   const Solution solution = solve_levels(all.mass * lowered, table, lists.order, lane);
   float worth = lists.transport * solution.worth, loss = lists.transport * solution.loss;
 
-  const float bare_top = kMixed ? warp_max(bare ? all.top : -INFINITY) : 0;
-  const float bare_sum = kMixed ? warp_sum(bare ? all.mass : 0) : 0, rival = log2f(bare_sum);
+  const Masses below = contrasts ? sum_below(all, table.levels, lists.exponent, lane) : Masses{-INFINITY, 0};
+  const float rival = log2f(below.mass);
+  // A document's term in the contrast, without its mass. All lanes must call.
+  const auto oppose_item = [&](const Share& share, int item) {
+    const float above = share.score[item] - share.look_up(below.top, item);
+    return oppose((above * lists.exponent - share.look_up(rival, item)) * kLn2);
+  };
   Pull pull;
   if constexpr (kMixed) {
+    float slopes = 0;  // in lane l: the sum over level l of mass * slope
     each_share(true, [&](const Share& share, std::int64_t, int) {
+      float slope[kItems];
 #pragma unroll
       for (int item = 0; item < kItems; ++item) {
         const float mass = share.look_up(table.share, item), score = share.score[item];
-        if (!(mass > 0) || score == -INFINITY) continue;
-        pull.add(lists, mass, score, top, Pull::oppose_score(lists, score, bare_top, rival));
+        const Opposed<float> term = oppose_item(share, item);
+        const bool pulls = mass > 0 && score != -INFINITY;
+        slope[item] = pulls ? mass * term.slope : 0;
+        if (pulls) pull.add(lists, mass, score, top, term.loss);
       }
+      if (contrasts) slopes += reduce_levels(share, slope, table.levels, 0, lane, Add());
     });
     Block block(exchange);
     pull = block.sum(pull);
+    if (contrasts) slopes = combine_warps({0, slopes}, lists.exponent, lane, warp).mass;
     const float Z = warp_sum(all.mass * lowered);
     if (solution.alive) loss += pull.loss(lists, Z);
     if (pull.mass != 0) worth += lists.cross / Z;
     worth *= lowered;
-    if (bare && pull.slope != 0) worth += lists.contrast * pull.slope / (pull.mass * bare_sum);
+    const float push = slopes != 0 ? lists.contrast * slopes / (pull.mass * below.mass) : 0;
+#pragma unroll 1
+    for (int other = 1; contrasts && other < table.levels; ++other) {
+      const float of_other = __shfl_sync(kAllLanes, push, other);
+      const float other_top = __shfl_sync(kAllLanes, below.top, other);
+      if (lane < other && of_other != 0) worth += of_other * exp_below(all.top, other_top, lists.exponent);
+    }
   }
   if (threadIdx.x == 0) lists.loss[row] = loss;
   if (lists.gradient == nullptr) return;
@@ -307,13 +353,12 @@ __global__ void __launch_bounds__(kLevelThreads<kMixed>, 1) mix_levels(const Typ
     if (!solution.alive) share.drop_all();
 #pragma unroll
     for (int item = 0; item < kItems; ++item) {
-      const float score = share.score[item];
+      const float score = share.score[item], slope = kMixed ? oppose_item(share, item).slope : 0;
       share.score[item] = exp_below(score, kMixed ? share.look_up(all.top, item) : top, lists.exponent);
       if constexpr (kMixed) {
         share.score[item] *= share.look_up(worth, item);
         const float mass = share.look_up(table.share, item);
         if (!(mass > 0) || score == -INFINITY) continue;
-        const float slope = Pull::oppose_score(lists, score, bare_top, rival).slope;
         share.score[item] -= mass / pull.mass * (lists.cross + lists.contrast * slope);
       }
     }

@@ -128,8 +128,7 @@ __device__ inline float integrate_quantiles(const Cdf& F, const Cdf& G, const fl
 }
 
 // One block per list, and the next list when it is done. Passes: gather the scores in the order of the grades and find
-// their maximum; prefix sums F and G; for other terms than the transport, sums over documents with target mass and
-// without; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F and the gradient, scattered to the
+// their maximum; prefix sums F and G; for the cross-entropy, sums over documents with target mass; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F and the gradient, scattered to the
 // documents' places. Between passes a list lies in the block's scratch; a barrier, its own or a scan's, stands wherever
 // a thread reads there what another wrote.
 template <typename Scalar>
@@ -191,26 +190,16 @@ __global__ void __launch_bounds__(kSortedThreads, 2) mix_sorted(const TypedLists
       continue;
     }
 
-    // What is left of the other terms: this thread's part of the loss, and what the gradient is made of.
-    float loss = 0, of_mass = 0, push = 0, rival = 0, bare_top = -INFINITY;
-    if (lists.cross != 0 || lists.contrast != 0) {
-      float bare_sum = 0;
-      for (int i = thread; i < n; i += threads) bare_top = fmaxf(bare_top, q[i] == 0 ? sorted[i] : -INFINITY);
-      bare_top = lists.contrast == 0 ? -INFINITY : block.max(bare_top);
-      for (int i = thread; i < n; i += threads) {
-        if (q[i] == 0 && lists.contrast != 0) bare_sum += exp_below(sorted[i], bare_top, lists.exponent);
-      }
-      bare_sum = block.sum(bare_sum);
-      rival = log2f(bare_sum);
+    // The cross-entropy: this thread's part of the loss, and what the gradient is made of.
+    float loss = 0, of_mass = 0;
+    if (lists.cross != 0) {
       Pull pull;
       for (int i = thread; i < n; i += threads) {
-        if (q[i] == 0 || sorted[i] == -INFINITY) continue;
-        pull.add(lists, q[i], sorted[i], top, Pull::oppose_score(lists, sorted[i], bare_top, rival));
+        if (q[i] != 0 && sorted[i] != -INFINITY) pull.add(lists, q[i], sorted[i], top, 0);
       }
       pull = block.sum(pull);
       loss = thread == 0 ? pull.loss(lists, Z) : 0;
       of_mass = pull.mass == 0 ? 0 : 1 / pull.mass;
-      push = pull.slope == 0 ? 0 : lists.contrast * pull.slope * of_mass / bare_sum;
     }
 
     const Cdf F = {F_sums, 1 / Z}, G = {G_sums, 1 / target_total};
@@ -275,11 +264,7 @@ __global__ void __launch_bounds__(kSortedThreads, 2) mix_sorted(const TypedLists
           if (i >= n) break;
           const float score = sorted[i], p = exp_below(score, top, lists.exponent) / Z;
           float value = p * (above[i] - (before + tF[k]) + (of_mass == 0 ? 0 : lists.cross));
-          if (q[i] == 0 && push != 0) value += push * exp_below(score, bare_top, lists.exponent);
-          if (q[i] > 0 && score != -INFINITY && of_mass != 0) {
-            const float slope = Pull::oppose_score(lists, score, bare_top, rival).slope;
-            value -= q[i] * of_mass * (lists.cross + lists.contrast * slope);
-          }
+          if (q[i] > 0 && score != -INFINITY && of_mass != 0) value -= q[i] * of_mass * lists.cross;
           from_float(lists.scale * value, gradient[index[i]]);
         }
       }

@@ -394,13 +394,6 @@ class FitSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "loss", spell_loss(self.loss))  # equal losses are spelled alike
         check_settings(self)
-        others = self.in_batch_grade if self.in_batch else None
-        if self.contrasts and (self.targets == "softmax" or (others or 0) > 0):
-            why = "softmax targets do" if self.targets == "softmax" else f"an in_batch_grade of {others:g} does"
-            raise ValueError(
-                f"loss {self.loss}: contrast needs documents without target mass, which {why} not leave; choose a loss "
-                "without contrast, such as wasserstein"
-            )
         # The losses' settings that have a value without being given are shared by runs of several losses.
         given = [
             declared.name
@@ -427,11 +420,6 @@ class FitSettings:
     def takes(self, name: str) -> bool:
         """Whether the setting is one for this loss."""
         return takes_setting(self.loss, name)
-
-    @property
-    def contrasts(self) -> bool:
-        """Whether documents with target mass are set against those without."""
-        return "contrast" in self.loss_weights
 
     @property
     def weighs_from_zero(self) -> bool:

@@ -104,7 +104,7 @@ BAD_DATA = [
     (
         [list_record("a", (1, -2))],
         "{data}:1: list 'a' has the negative grade -2, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
-        "map it (SOURCE?grades=-2:0,...) or use --targets softmax and a --loss without contrast, such as wasserstein",
+        "map it (SOURCE?grades=-2:0,...) or use --targets softmax",
     ),
     ([list_record("a", ())], "{data}:1: list 'a' has no passages; give it at least one or remove the line"),
     (

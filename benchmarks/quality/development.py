@@ -6,7 +6,7 @@ settings and those of the other encoders come from benchmarks.defaults.
 
 from dataclasses import replace
 
-from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, Experiment, System, each
+from benchmarks.quality.plan import CRANFIELD_CODES, DEFAULT, LISTS, Experiment, System, each
 from benchmarks.quality.reported import REPORTED
 
 COLLECTIONS = {
@@ -18,26 +18,39 @@ COLLECTIONS = {
 DEVELOPMENT = replace(
     REPORTED,
     tuned={"three-layers": {"gaussian": {"temperature": 0.05}}},
-    encoders={"three-layers": REPORTED.encoders["three-layers"]},
+    encoders={name: REPORTED.encoders[name] for name in ("three-layers", "all-MiniLM-L6-v2")},
     collections=COLLECTIONS,
     systems=REPORTED.systems
     | {
+        # Rows from before commit 2a79842, where the package's contrast was the benchmark's flat one.
+        "contrast": System("contrast with grade 0 alone", {"loss": "contrast"}),
+        "wasserstein": System("the default loss with it", {"loss": DEFAULT}),
         "graded": System("contrast with all of lower grades", {"loss": "graded-contrast"}),
-        "graded-wasserstein": System("the same in the default loss", {"loss": "wasserstein:.15+graded-contrast:.85"}),
+        "contrast-now": System("contrast with all of lower grades", {"loss": "contrast"}),
+        "graded-wasserstein": System("the default loss with that", {"loss": "wasserstein:.15+graded-contrast:.85"}),
     },
     experiments={
         "own": Experiment(
             "The transport on the own list beside the contrast",
+            encoders=("three-layers",),
             systems=("untrained", "contrast", "own-wasserstein", "own-crps"),
             seeds=1,
         ),
         "graded": Experiment(
             "A contrast with all of lower grades in place of one with those of grade 0",
+            encoders=("three-layers",),
             systems=("contrast", "wasserstein", "rince", "graded", "graded-wasserstein"),
             seeds=2,
         ),
+        "aligned": Experiment(
+            "The same with an encoder that was trained for retrieval",
+            encoders=("all-MiniLM-L6-v2",),
+            systems=("flat-contrast", "contrast-now"),
+            seeds=1,
+        ),
         "temperatures": Experiment(
             "Temperatures at learning rate 5e-4",
+            encoders=("three-layers",),
             systems=("infonce-1", "kl", "wasserstein", "bixse", "rince", "lambda", "brier"),
             seeds=1,
             vary="temperature",
@@ -45,6 +58,7 @@ DEVELOPMENT = replace(
         ),
         "gaussians": Experiment(
             "Learning rates of the Gaussian losses, at temperature .05 and, as published, 1",
+            encoders=("three-layers",),
             systems=("gaussian", "gaussian-published"),
             seeds=1,
             vary="learning rate",

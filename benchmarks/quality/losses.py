@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradret import settings
 from gradret.loss import functions
-from gradret.loss.functions import infonce_loss, wasserstein_loss
+from gradret.loss.functions import contrast_loss, infonce_loss, wasserstein_loss
 from gradret.loss.grades import normalize_mass, place_grades, weigh_grades
 from gradret.loss.reference import masked_softmax
 
@@ -53,22 +53,17 @@ def rince_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tens
     return total
 
 
-def graded_contrast_loss(
+def flat_contrast_loss(
     scores: Tensor, grades: Tensor, *, temperature: float, targets: str = "sqrt", mask: Tensor | None = None
 ) -> Tensor:
-    """Mean of sum_i q_i log(1 + sum_j exp((s_j - s_i) / temperature)), over the documents j of lower grade than i.
+    """Each document with target mass against all those without, weighed by its mass.
 
-    What the contrast is, but for the documents that a relevant one is set against: there those of no target mass.
+    What contrast_loss is, but that there a document is set against all of lower grades, those with mass among them.
     """
     present = _find_present(scores, mask)
-    logits = scores.masked_fill(~present, 0) / temperature
-    q = normalize_mass(weigh_grades(grades, present, targets, logits.dtype).masked_fill(~present, 0))
-    total = scores.new_zeros(())
-    for level in grades[present & (q > 0)].unique().tolist():
-        lower = present & (grades < level)
-        below = logits.masked_fill(~lower, -torch.inf).logsumexp(-1, keepdim=True)  # (B, 1)
-        total = total + (q * nnf.softplus(below - logits)).masked_fill(grades != level, 0).sum()
-    return total / len(scores)
+    weights = weigh_grades(grades, present, targets, torch.promote_types(scores.dtype, torch.float32))
+    binary = (grades > 0).to(weights)
+    return contrast_loss(scores, binary, temperature=temperature, targets=weights.masked_fill(~present, 0), mask=mask)
 
 
 def lambda_loss(scores: Tensor, grades: Tensor, *, temperature: float, mask: Tensor | None = None) -> Tensor:
@@ -159,7 +154,11 @@ def _find_masses(
 LOSSES = {
     "bixse": (bixse_loss, ("temperature",)),
     "rince": (rince_loss, ("temperature",)),
-    "graded-contrast": (graded_contrast_loss, ("temperature", "targets")),
+    "graded-contrast": (
+        contrast_loss,
+        ("temperature", "targets"),
+    ),  # what rows from before it was the package's call it
+    "flat-contrast": (flat_contrast_loss, ("temperature", "targets")),
     "lambda": (lambda_loss, ("temperature",)),
     "brier": (brier_loss, ("temperature", "targets")),
     "own-wasserstein": (own_wasserstein_loss, ("order", "targets")),

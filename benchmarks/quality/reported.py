@@ -37,7 +37,17 @@ OTHERS = {  # of a collection, the lists for the three others
 }
 COMPARED = (
     *("bm25", "untrained", "infonce-1", "wasserstein", "infonce", "infonce-2", "gaussian", "contrast", "kl", "labels"),
-    *("wasserstein-1", "wasserstein-2", "own-wasserstein", "own-crps", "bixse", "rince", "lambda", "brier"),
+    *(
+        "wasserstein-1",
+        "wasserstein-2",
+        "flat-contrast",
+        "own-wasserstein",
+        "own-crps",
+        "bixse",
+        "rince",
+        "lambda",
+        "brier",
+    ),
     *("gaussian-published", "gaussian-sqrt", "shuffled"),
 )
 ALIGNED = ("bm25", "untrained", "infonce-1", "wasserstein", "infonce", "infonce-2", "kl", "labels")
@@ -84,6 +94,7 @@ REPORTED = Plan(
             "contrast, W2 on the own list", {"loss": "own-wasserstein:.9+contrast:.1"} | OWN_LIST
         ),
         "own-crps": System("contrast, CRPS on the own list", {"loss": "own-crps:.96+contrast:.04"} | OWN_LIST),
+        "flat-contrast": System("contrast with grade 0 alone", {"loss": "flat-contrast"}),
         "bixse": System("BiXSE", {"loss": "bixse"}),
         "rince": System("RINCE", {"loss": "rince"}),
         "lambda": System("LambdaLoss", {"loss": "lambda"}),

@@ -453,8 +453,10 @@ def true_mixture(mixture: FitSettings, scores: Tensor, grades: Tensor, _: Tensor
     value, defined = true_transport(torch.softmax(logits, -1), q, places, mixture.order)
     value = weights["wasserstein"] * value
     if "contrast" in weights:
-        others = logits.masked_fill(q > 0, -torch.inf).logsumexp(-1, keepdim=True)
-        value = value + weights["contrast"] * (q * (torch.logaddexp(logits, others) - logits)).sum(-1)
+        for grade in y.unique():
+            lower = logits.masked_fill(y >= grade, -torch.inf).logsumexp(-1, keepdim=True)
+            terms = (q * (torch.logaddexp(logits, lower) - logits)).masked_fill(y != grade, 0)
+            value = value + weights["contrast"] * terms.sum(-1)
     return value, defined
 
 

@@ -314,7 +314,7 @@ class JudgedLists(Sequence[RankingList]):
         return RankingList(query_id, self._collection.queries[query_id], passages, where=where)
 
 
-SOFTMAX_ADVICE = "use --targets softmax and a --loss without contrast, such as wasserstein"
+SOFTMAX_ADVICE = "use --targets softmax"
 
 
 class MixedLists(Sequence[RankingList]):

@@ -130,9 +130,7 @@ def infonce_loss(
         positive = grades >= (top.amax(-1, keepdim=True) if top.shape[1] else top)
     else:
         positive = grades >= positive_from
-    return one_pass_loss(
-        {"contrast": 1}, scores, grades, temperature=temperature, targets=positive.to(grades), mask=mask
-    )
+    return one_pass_loss({"contrast": 1}, scores, positive.to(grades), temperature=temperature, mask=mask)
 
 
 def kl_loss(
@@ -163,15 +161,15 @@ def contrast_loss(
     mask: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents without target mass), e as in infonce_loss.
+    """Mean of sum_i q_i * -log e_i / (e_i + sum of e over the documents of lower grade), e as in infonce_loss.
 
-    Each document with target mass against all those without, weighed by its mass. Unlike in kl_loss, those with mass do
-    not compete: one that is ranked high already is not pushed down for the others' sake. It does not see which of them
-    has the higher grade; wasserstein_loss does.
+    Each document with target mass against all of a lower grade, weighed by its mass. Unlike in kl_loss, those of higher
+    grade do not compete with it: one that is ranked high already is not pushed down for the others' sake.
 
-    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass, or with nothing but, counts
+    Args, Returns, Raises: as wasserstein_loss, without order. A row without target mass, or with one grade only, counts
         as 0.
-    Source: InfoNCE, van den Oord et al., arXiv 1807.03748, over several weighted positives.
+    Source: InfoNCE, van den Oord et al., arXiv 1807.03748, of each grade against the lower ones as in RINCE, Hoffmann
+        et al., arXiv 2201.11736; here of one temperature, weighed by target mass.
     """
     return one_pass_loss(
         {"contrast": 1}, scores, grades, temperature=temperature, targets=targets, mask=mask, reduction=reduction

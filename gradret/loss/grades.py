@@ -259,7 +259,10 @@ def _sort_grades(grades: Tensor, targets: str | Tensor, ground: str, mask: Tenso
         values = real.gather(-1, index.gather(-1, torch.arange(columns, device=device).minimum(last)))
     present = torch.arange(columns, device=device) < counts[:, None]
     weights = targets.detach().gather(-1, index.long()) if isinstance(targets, Tensor) else targets
-    return _finish_tables(index.int(), values, present.to(values), weights, ground, counts)
+    tables = _finish_tables(index.int(), values, present.to(values), weights, ground, counts)
+    if ground == "gain":  # exp2 of equal grades may differ in the last digit; the contrast must see that they are equal
+        tables = tables._replace(values=tables.values.gather(-1, torch.searchsorted(values, values)))
+    return tables
 
 
 def _find_levels(grades: Tensor, targets: str | Tensor, ground: str, mask: Tensor | None) -> Tables | None:

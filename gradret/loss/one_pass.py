@@ -74,6 +74,8 @@ def run_pass(
     """
     device, dtype, (rows, columns) = scores.device, scores.dtype, scores.shape
     path = backend(device)
+    if path == "cuda" and weights[ONE_PASS.index("contrast")] and tables.index.dtype != torch.uint8:
+        path = "torch"  # the kernel's sorted form has no contrast
     scale = 1 / max(rows, 1) if reduction == "mean" else 1.0
     if dtype != _gradient_dtype(scores) and (path != "cuda" or needs_gradient):
         return run_pass(scores.float(), tables, weights, order, temperature, reduction, needs_gradient)

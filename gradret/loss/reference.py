@@ -27,9 +27,10 @@ def loss_and_gradient(
     under P. With S_i = 1 - F_i summed from the other end, c_l = sum_{i >= l} t_i S_i - sum_{i < l} t_i F_i,
     which does not cancel as phi_l - sum_k P_k phi_k does when p has saturated.
 
-    With q the documents' target mass, d KL / d x_i = p_i - q_i. With r the softmax over the documents without target
-    mass, and u_i = 1 / (1 + e^x_i / sum of their e^x), the contrast is the sum of -q_i log(1 - u_i), and its derivative
-    -q_i u_i for q_i > 0, else r_i times the sum of q_j u_j. For these two a document of score -inf has no target mass.
+    With q the documents' target mass, d KL / d x_i = p_i - q_i. With R_i the sum of e^x_j over the documents j of lower
+    grade than i, and u_i = R_i / (e^x_i + R_i), the contrast is the sum of -q_i log(1 - u_i), and its derivative -q_i
+    u_i plus e^x_i times the sum of q_j u_j / R_j over the documents j of higher grade. For these two a document of
+    score -inf has no target mass.
 
     Args:
         scores: (B, N) float.
@@ -77,14 +78,26 @@ def loss_and_gradient(
         loss = loss + cross * (torch.xlogy(q, q) - q * log_p).sum(-1)
         slope = slope + cross * (p * (q.sum(-1, keepdim=True) != 0) - q)
     if contrast:
-        bare = ~(q > 0)
-        r = masked_softmax(x, bare)
+        # By level, or by place in the sorted form, in which equal grades are neighbours: log R, and the logarithm of
+        # the sum of q_j u_j / R_j. A level's own documents are in neither.
+        if by_level:
+            of_levels = (torch.where(index == number, x, -torch.inf) for number in range(v.shape[1]))
+            masses = torch.stack([of_level.logsumexp(-1) for of_level in of_levels], -1)
+            first = torch.arange(v.shape[1], device=x.device).expand_as(v)
+            last = first + 1
+        else:
+            masses = x.gather(-1, index)
+            first, last = (torch.searchsorted(v, v, right=right) for right in (False, True))  # of equal grades
+        lower = _scan_logs(masses, first)
+        rival, weighs = spread(lower), q > 0
         # A finite floor stands for -inf: a difference of two of these would be NaN.
-        rival = x.masked_fill(~bare, -torch.inf).logsumexp(-1, keepdim=True)
-        above = torch.where(bare, 0, x) - torch.where(rival == -torch.inf, torch.finfo(dtype).min, rival)
-        pull = torch.where(bare, 0, q * torch.sigmoid(-above))
-        loss = loss + contrast * torch.where(bare, 0, -q * nnf.logsigmoid(above)).sum(-1)
-        slope = slope + contrast * (r * pull.sum(-1, keepdim=True) - pull)
+        above = torch.where(weighs, x, 0) - torch.where(rival == -torch.inf, torch.finfo(dtype).min, rival)
+        pull = torch.where(weighs, q * torch.sigmoid(-above), 0)
+        loss = loss + contrast * torch.where(weighs, -q * nnf.logsigmoid(above), 0).sum(-1)
+        pulls = torch.zeros_like(v).scatter_add(-1, level, pull) if by_level else pull.gather(-1, index)
+        pushes = torch.where(pulls > 0, pulls.log() - lower, -torch.inf)
+        higher = _scan_logs(pushes.flip(-1), v.shape[1] - last.flip(-1)).flip(-1)
+        slope = slope + contrast * ((x + spread(higher)).exp() - pull)
     gradient = torch.where(absent, 0, slope) * (scale / temperature)
     # P and Q are 0 in a list without mass, but the quantiles of nothing are not.
     loss = torch.where(alive, loss, 0).to(result_dtype(scores))
@@ -110,6 +123,15 @@ def _solve(P: Tensor, Q: Tensor, v: Tensor, order: int, tolerance: float) -> tup
     c[:, 1:] -= (t * F[:, :-1]).cumsum(-1)
     c[:, :-1] += (t * S).flip(-1).cumsum(-1).flip(-1)
     return loss, c
+
+
+def _scan_logs(x: Tensor, counts: Tensor) -> Tensor:
+    """log(sum of e^x over the first counts_i entries of the row), all (B, L); -inf where that is none."""
+    sums, step = x, 1
+    while step < x.shape[1]:
+        sums = torch.cat([sums[:, :step], torch.logaddexp(sums[:, step:], sums[:, :-step])], -1)
+        step *= 2
+    return torch.cat([torch.full_like(x[:, :1], -torch.inf), sums], -1).gather(-1, counts)
 
 
 def _quantile(cdf: Tensor, u: Tensor, v: Tensor, *, right: bool) -> Tensor:

@@ -205,9 +205,6 @@ class Inputs:
         spared = len(self.summary.kept) - len(self.miner.rows) if self.miner is not None else 0
         if mining is not None and spared:
             text += f"; no mined passages: {count_of(spared, 'list')} without a grade above {mining.grade:g}"
-        if self.settings.contrasts and find_lowest_added(self.settings, self.summary, mining) > 0:
-            bare = int((self.summary.worst > 0).sum())
-            text += f"; no contrast: {count_of(bare, 'list')} with all grades above 0" if bare else ""
         return text
 
     def epoch_at(self, step: int) -> float:
@@ -297,26 +294,14 @@ def check_loss_suits(settings: FitSettings, summary: ListsSummary, mining: Minin
             f"loss {settings.loss}: no passage has grade {positive:g} or above; the highest is {summary.highest:g}; "
             "lower --positive-from"
         )
-    lowest = min(summary.lowest, find_lowest_added(settings, summary, mining))
+    lowest = summary.lowest if mining is None else min(summary.lowest, mining.grade)
+    if settings.in_batch and min(settings.batch_lists, len(summary.kept)) > 1:
+        lowest = min(lowest, settings.in_batch_grade or 0.0)
     if summary.highest <= (max(lowest, 0) if settings.weighs_from_zero else lowest):
         raise GradretError(
             f"loss {settings.loss}: no passage is more relevant than another, the highest grade is "
             f"{summary.highest:g}; give lists with other grades, or map them (SOURCE?grades=OLD:NEW,...)"
         )
-    if settings.contrasts and lowest > 0:
-        where = "a batch of one list" if settings.in_batch else "without --in-batch a list"
-        raise GradretError(
-            f"loss {settings.loss}: contrast sets passages with target mass against those without, and {where} has "
-            f"none here: the lowest grade is {lowest:g}; train with --in-batch and two lists per batch or more, or "
-            "choose a --loss without contrast, such as wasserstein"
-        )
-
-
-def find_lowest_added(settings: FitSettings, summary: ListsSummary, mining: Mining | None) -> float:
-    """The lowest grade of the passages that join every list from elsewhere; infinite where none do."""
-    others = settings.in_batch and min(settings.batch_lists, len(summary.kept)) > 1
-    mined = math.inf if mining is None else mining.grade
-    return min(mined, settings.in_batch_grade or 0.0) if others else mined
 
 
 class Trainer:

@@ -91,10 +91,10 @@ def test_the_default_losss_truth_by_hand(monkeypatch):
     monkeypatch.setattr(speed, "TEMPERATURE", 1.0)
     # p = (.5, .25, .25), grades 1, 4, 0: roots 1, 2, 0, so q = (1/3, 2/3, 0) at the places 1, 2, 0.
     # W_2^2: cdf of p by place .25, .75, 1, of q 0, 1/3, 1: quantiles differ by 1 on .25 and by 1 on .75 - 1/3.
-    # Contrast: -log(.5 / .75) / 3 - 2 log(.25 / .5) / 3.
+    # Contrast: -log(.5 / .75) / 3 - 2 log(.25 / 1) / 3.
     scores = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
     found, _ = speed.true_mixture(speed.MIXTURES["default loss"], scores, torch.tensor([[1.0, 4.0, 0.0]]), None)
-    transport, contrast = 0.25 + (0.75 - 1 / 3), math.log(1.5) / 3 + 2 * math.log(2) / 3
+    transport, contrast = 0.25 + (0.75 - 1 / 3), math.log(1.5) / 3 + 2 * math.log(4) / 3
     assert found.item() == pytest.approx(0.15 * transport + 0.85 * contrast)
 
 

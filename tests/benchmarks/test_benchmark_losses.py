@@ -40,16 +40,13 @@ def test_rince_sets_each_grade_against_all_lower_ones():
     assert of("rince", scores, GRADES) == pytest.approx(first + torch.tensor(-2.0).exp().log1p().item())
 
 
-def test_the_graded_contrast_sets_each_document_against_all_of_lower_grades():
+def test_the_flat_contrast_sees_grades_as_weights_only():
     q = 3**0.5 / (3**0.5 + 1)
-    assert of("graded-contrast", EVEN, GRADES) == pytest.approx(q * log(3) + (1 - q) * log(2))
-    two = torch.tensor([[1.0, 1.0, 0.0]])
-    scores = torch.tensor([[0.3, 0.1, 0.2]])
-    assert of("graded-contrast", scores, two) == pytest.approx(of_contrast(scores, two))
-
-
-def of_contrast(scores, grades) -> float:
-    return functions.contrast_loss(scores, grades, temperature=1.0, targets="sqrt").item()
+    scores = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    expected = q * log(1.5) + (1 - q) * log(2)  # each against the last
+    assert of("flat-contrast", scores, GRADES) == pytest.approx(expected)
+    found = functions.contrast_loss(scores, GRADES, temperature=1.0, targets="sqrt").item()
+    assert found == pytest.approx(q * log(2) + (1 - q) * log(2))  # the first against both
 
 
 def test_lambda_weighs_a_pair_by_what_its_order_changes():

@@ -120,7 +120,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["fit"], 14),
         (["quality"], 11),
         (["leads"], 21),
-        (["tuning"], 36),
+        (["tuning"], 41),
         (["earlier"], 55),
         (["earlier", "--measure", "R@100"], 33),
         (["earlier", "--measure", "RR@10"], 33),

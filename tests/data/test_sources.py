@@ -490,7 +490,7 @@ def test_a_negative_grade_under_gain_targets(write_jsonl):
         check_lists(lists, refuse_negative=True)
     assert str(error.value) == (
         f"{path}:2: list 'b' has the negative grade -1, to which targets of 2^grade - 1 or sqrt(grade) give nothing; "
-        "map it (SOURCE?grades=-1:0,...) or use --targets softmax and a --loss without contrast, such as wasserstein"
+        "map it (SOURCE?grades=-1:0,...) or use --targets softmax"
     )
     assert check_lists(lists, refuse_negative=False).lowest == -1
 

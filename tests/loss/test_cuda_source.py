@@ -135,16 +135,18 @@ def mix_list(scores, grades, mass, order, temperature, weights):
     if q.sum() == 0:
         return loss, gradient
     q = q / q.sum()
-    good, bare = q > 0, (q == 0) & (x > -np.inf)
+    good = q > 0
     log_p = x - np.logaddexp.reduce(x)
     loss += weights[1] * (q[good] * (np.log(q[good]) - log_p[good])).sum()
     gradient += weights[1] * (np.exp(log_p) - q) / temperature
-    if bare.any():
-        rival = np.logaddexp.reduce(x[bare])
-        loss += weights[2] * (q[good] * np.logaddexp(0, rival - x[good])).sum()
-        pull = q[good] / (1 + np.exp(x[good] - rival))
-        gradient[good] -= weights[2] * pull / temperature
-        gradient[bare] += weights[2] * np.exp(x[bare] - rival) * pull.sum() / temperature
+    for grade in np.unique(grades[good]):
+        here, rivals = good & (grades == grade), (grades < grade) & (x > -np.inf)
+        if rivals.any():
+            rival = np.logaddexp.reduce(x[rivals])
+            loss += weights[2] * (q[here] * np.logaddexp(0, rival - x[here])).sum()
+            pull = q[here] / (1 + np.exp(x[here] - rival))
+            gradient[here] -= weights[2] * pull / temperature
+            gradient[rivals] += weights[2] * np.exp(x[rivals] - rival) * pull.sum() / temperature
     return loss, gradient
 
 
@@ -337,19 +339,24 @@ def prepare(library, form, grades, mass, present):
     return level_form(grades, mass, present) if form == "levels" else sorted_form(library, grades, mass, present)
 
 
-# Scores as they come, and target mass far above the rest, far below it, and on both sides of it.
-MOVES = {"usual": (0, 0), "above": (70, 70), "below": (-70, -70), "apart": (-70, 70)}
-MIXTURES = [(0.15, 0.0, 0.85), (0.25, 0.25, 0.5), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+# Scores as they come; target mass far above the rest, far below it, on both sides of it; and each grade far above or
+# below the next lower.
+MOVES = {"usual": (0, 0), "above": (70, 70), "below": (-70, -70), "apart": (-70, 70), "up": 200, "down": -200}
+MIXTURES = {  # of transport, KL and contrast, which the sorted form does not have
+    "levels": [(0.15, 0.0, 0.85), (0.25, 0.25, 0.5), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)],
+    "sorted": [(0.25, 0.75, 0.0), (0.0, 1.0, 0.0)],
+}
 
 
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("form, columns", [("levels", 1), *KERNELS])
 def test_mixtures_agree_with_the_reference(library, form, columns, move):
-    for number, weights in enumerate(MIXTURES if columns < 10000 else MIXTURES[:1]):
+    for number, weights in enumerate(MIXTURES[form] if columns < 10000 else MIXTURES[form][:1]):
         dtype = torch.bfloat16 if number == 3 else torch.float32
         scores, grades, mass, present = make_lists(columns, 3, columns, 4, dtype=dtype)
         mass = (np.exp2(grades) - 1) * present  # equal grades weigh the same
-        moved = np.where(np.arange(columns) % 2, *MOVES[move]) * (mass > 0)
+        far = MOVES[move]
+        moved = far * grades if isinstance(far, int) else np.where(np.arange(columns) % 2, *far) * (mass > 0)
         scores += torch.from_numpy(moved).to(dtype)
         if columns > 1:
             scores[:, ::7] = torch.where(torch.from_numpy(present[:, ::7]), -torch.inf, scores[:, ::7])
@@ -359,8 +366,9 @@ def test_mixtures_agree_with_the_reference(library, form, columns, move):
         check(scores, grades, mass, present, loss=loss, gradient=gradient, **options)
 
 
-@pytest.mark.parametrize("weights", MIXTURES)
-@pytest.mark.parametrize("form, columns", KERNELS[:2] + KERNELS[3:4])
+@pytest.mark.parametrize(
+    "form, columns, weights", [(*kernel, w) for kernel in KERNELS[:2] + KERNELS[3:4] for w in MIXTURES[kernel[0]]]
+)
 def test_mixtures_of_lists_with_little_in_them(library, form, columns, weights):
     scores, grades, _, present = make_lists(23, 7, columns, 4)
     present[0] = False

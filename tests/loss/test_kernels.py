@@ -123,9 +123,11 @@ def mixture_truth(scores, grades, mask, weights, order, temperature, share=None)
         good = q > 0
         if good.any():
             value = value + weights[1] * (torch.xlogy(q, q) - q * x.log_softmax(0)).sum()
-        if good.any() and not good.all():
-            opposed = -torch.nn.functional.logsigmoid(x - x[~good].logsumexp(0))
-            value = value + weights[2] * (q * opposed)[good].sum()
+        for grade in y[here][good].unique():
+            level, rivals = good & (y[here] == grade), x[y[here] < grade]
+            if len(rivals):
+                opposed = -torch.nn.functional.logsigmoid(x[level] - rivals.logsumexp(0))
+                value = value + weights[2] * (q[level] * opposed).sum()
         losses.append(value.item())
         if value.requires_grad:
             gradients[row, m] = torch.autograd.grad(value, s)[0].nan_to_num(0)
@@ -140,15 +142,16 @@ def mixture_and_gradient(weights, scores, grades, order, temperature):
 
 
 MIXTURES = [(0.15, 0, 0.85), (0.25, 0.25, 0.5), (0, 1, 0), (0, 0, 1)]
-# Scores as they come, all far apart, with target mass far above the rest, far below it, and on both sides of it.
-SPREADS = ["usual", "wide", "above", "below", "apart"]
+# Scores as they come, all far apart, with target mass far above the rest, far below it, and on both sides of it; each
+# grade far above or below the next lower.
+SPREADS = ["usual", "wide", "above", "below", "apart", "up", "down"]
 
 
 def spread_scores(scores, grades, kind):
     good = (grades > 0).double()
     high = good * (torch.arange(scores.shape[1]) % 2 * 2 - 1)
-    moved = {"usual": 0, "wide": 9 * scores, "above": 70 * good, "below": -70 * good, "apart": 70 * high}[kind]
-    return scores + moved
+    moved = {"usual": 0, "wide": 9 * scores, "above": 70 * good, "below": -70 * good, "apart": 70 * high}
+    return scores + (moved | {"up": 50 * grades, "down": -50 * grades})[kind]
 
 
 @pytest.mark.parametrize("spread", SPREADS)

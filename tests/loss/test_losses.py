@@ -66,9 +66,10 @@ HAND = [
     # two positives against the one negative: each e_i / (e_i + e_neg) = .4 / .6
     ("infonce", (0.4, 0.4, 0.2), (1, 1, 0), -math.log(2 / 3)),
     ("contrast", (0.75, 0.25), (1, 0), -math.log(0.75)),
-    # gains 3, 1, 0: q = (.75, .25, 0); each against the last: e_i / (e_i + e_neg) = .25 / .75 and .5 / 1
-    ("contrast", (0.25, 0.5, 0.5), (2, 1, 0), 0.75 * math.log(3) + 0.25 * math.log(2)),
-    ("contrast", (0.25, 0.75), (2, 1), 0.0),  # nothing without target mass
+    # gains 3, 1, 0: q = (.75, .25, 0); each against the lower ones: e_i / (e_i + their sum) = .25 / 1.25 and .5 / 1
+    ("contrast", (0.25, 0.5, 0.5), (2, 1, 0), 0.75 * math.log(5) + 0.25 * math.log(2)),
+    ("contrast", (0.25, 0.75), (2, 1), 0.75 * math.log(4)),  # the second has none below it
+    ("contrast", (0.25, 0.75), (2, 2), 0.0),
 ]
 
 

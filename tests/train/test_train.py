@@ -146,9 +146,9 @@ def test_a_handful_of_lists_is_learnt_by_heart(loss, tmp_path):
     result = fit(settings, tmp_path / "out", progress=False)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert result.loss < 0.05 * first
-    # infonce does not say how grades below the highest rank, contrast not how those above 0 do. SyCL's Gaussian does
-    # not change when the rows of the scores alone are permuted: its minimum need not rank, and here does not.
-    measure = {"infonce": "RR(rel=3)@10", "contrast": "AP@10", "gaussian": None}.get(loss, "nDCG@10")
+    # infonce does not say how grades below the highest rank. SyCL's Gaussian does not change when the rows of the
+    # scores alone are permuted: its minimum need not rank, and here does not.
+    measure = {"infonce": "RR(rel=3)@10", "gaussian": None}.get(loss, "nDCG@10")
     if measure is not None:
         collection = open_collection(Source(str(tmp_path / "six.jsonl")))
         assert evaluate(load_encoder(str(result.out)), collection, measures=[measure]).measures[measure] > 0.999
@@ -290,11 +290,6 @@ def test_wrong_settings():
             FitSettings(interpolate=share)
     with pytest.raises(ValueError, match="--patience has no use without --dev; leave it out"):
         FitSettings(patience=3)
-    for without in ({"targets": "softmax"}, {"in_batch_grade": 1.0}):
-        for loss in ("contrast", "infonce:.5+contrast:.5"):
-            with pytest.raises(ValueError, match="contrast needs documents without target mass"):
-                FitSettings(loss=loss, **without)
-        FitSettings(loss="wasserstein:.5+kl:.5", **without)
     with pytest.raises(ValueError, match="--set lora_targets has no use without --lora; leave it out"):
         FitSettings(lora_targets=("query",))
     with pytest.raises(ValueError, match="weights in bfloat16 need lora"):
@@ -364,30 +359,16 @@ def test_bfloat16_is_used_when_asked_for(tiny_encoder, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=0.05)
 
 
-def test_a_contrast_with_nothing_is_refused(tiny_encoder, tmp_path, write_jsonl):
-    """Without other lists' documents and without passages of grade 0 of their own it would be 0."""
-    data = (f"{SAMPLE_FILE}?grades=1:1,2:2,3:3",)
-    cases = (("without --in-batch a list", {"in_batch": False}), ("a batch of one list", {"batch_lists": 1}))
-    for where, alone in cases:
-        for options in ({}, {"loss": "contrast"}):
-            with pytest.raises(GradretError, match=f"and {where} has none here: the lowest grade is 1; train with"):
-                fit(small(tiny_encoder, data=data, max_steps=1, **alone, **options), tmp_path / "out")
-    one = (f"{write_jsonl('one.jsonl', [list_record('a', (3, 1))])}",)
-    with pytest.raises(GradretError, match="and a batch of one list has none here"):
-        fit(small(tiny_encoder, data=one, max_steps=1), tmp_path / "out")
+def test_lists_in_which_nothing_is_above_another_are_refused(tiny_encoder, tmp_path, write_jsonl):
+    data = (f"{write_jsonl('flat.jsonl', [list_record('a', (2, 2)), list_record('b', (2,))])}",)
+    message = "no passage is more relevant than another, the highest grade is 2; give lists with other grades"
+    for options in ({"in_batch": False}, {"batch_lists": 1}, {"in_batch_grade": 2.0}):
+        with pytest.raises(GradretError, match=message):
+            fit(small(tiny_encoder, data=data, max_steps=1, **options), tmp_path / "out")
     fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, mine="k=1,grade=0"), tmp_path / "mined")
-    fit(small(tiny_encoder, data=data, in_batch=False, max_steps=1, loss="wasserstein"), tmp_path / "transport")
     fit(small(tiny_encoder, data=data, max_steps=1), tmp_path / "others")
-
-
-def test_lists_that_have_no_contrast_are_told(tiny_encoder, tmp_path, write_jsonl, capsys):
-    data = (f"{write_jsonl('lists.jsonl', [list_record('a'), list_record('b', (3, 1)), list_record('c', (2, 2))])}",)
-    told = "; no contrast: 2 lists with all grades above 0\n"
-    cases = ({}, {"loss": "wasserstein"}, {"in_batch": True}, {"mine": "k=1,grade=0"}, {"mine": "k=1,grade=1"})
-    for number, options in enumerate(cases):
-        given = {"in_batch": False, "max_steps": 1} | options
-        fit(small(tiny_encoder, data=data, **given), tmp_path / str(number))
-        assert (told in capsys.readouterr().err) == (number in (0, 4))
+    softmax = {"targets": "softmax", "in_batch_grade": 1.0, "loss": "contrast"}  # every document has target mass
+    fit(small(tiny_encoder, data=data, max_steps=1, **softmax), tmp_path / "softmax")
 
 
 def test_settings_of_another_kind_are_named(tmp_path):
@@ -410,7 +391,7 @@ def test_mined_grades_are_held_to_the_rules_of_grades(tiny_encoder, tmp_path):
         fit(small(tiny_encoder, mine="k=1,grade=-1"), tmp_path / "out")
     assert str(error.value) == (
         "mine 'k=1,grade=-1': targets of 2^grade - 1 or sqrt(grade) give the negative grade -1 nothing; "
-        "use a grade of 0 or above, or use --targets softmax and a --loss without contrast, such as wasserstein"
+        "use a grade of 0 or above, or use --targets softmax"
     )
     fit(small(tiny_encoder, mine="k=1,grade=-1", targets="softmax", loss="wasserstein"), tmp_path / "out")
     with pytest.raises(GradretError, match=r"grade 3 is no lower than the best of the lists, 3; give a lower grade"):
