@@ -130,8 +130,7 @@ def write_leads(results: Results, experiment: str, encoder: str, system: str) ->
     per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.count_done(cell)}
     ours = per_query.pop(system)
     samples = {name: [find_differences(ours[s], theirs[s]) for s in sources] for name, theirs in per_query.items()}
-    names = [n for n, source in plan.collections.items() if source in sources]
-    return _write_differences(plan, f"{plan.systems[system].label} ahead of, {encoder}", names, samples)
+    return _write_differences(plan, f"{plan.systems[system].label} ahead of, {encoder}", sources, samples)
 
 
 def write_writers(results: Results) -> list[str]:
@@ -143,12 +142,12 @@ def write_writers(results: Results) -> list[str]:
         for system in results.plan.experiments["small-model"].systems
         if system != "untrained" and {("small-model", system), ("large-model", system)} <= done.keys()
     }
-    names = [n for n, source in results.plan.collections.items() if source in sources]
-    return _write_differences(results.plan, "small model ahead of the large one", names, samples)
+    return _write_differences(results.plan, "small model ahead of the large one", sources, samples)
 
 
-def _write_differences(plan, title: str, names: list[str], samples: dict[str, list[np.ndarray]]) -> list[str]:
+def _write_differences(plan, title: str, sources: list[str], samples: dict[str, list[np.ndarray]]) -> list[str]:
     """System -> each collection's differences by query: their means, the mean of those, its interval and p."""
+    names = [name for name, source in plan.collections.items() if source in sources]
     tested, rows = compare_systems({MEAN: samples})[MEAN], {}
     for system, sample in samples.items():
         means = [float(differences.mean()) for differences in sample]
