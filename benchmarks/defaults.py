@@ -1,9 +1,10 @@
 """Where `fit`'s learning rate and share of the way come from: each run is measured at several shares.
 
-    python -m benchmarks.defaults ROWS [--lists FILE ...]
+    python -m benchmarks.defaults ROWS
 
-Trains on lists of `gradret gen`, measures on development queries: every third of the SciFact claims of dev-scifact.txt,
-Cranfield's of dev-cranfield.txt, NPL's of odd numbers; among the documents relevant to one of them and OTHERS more.
+Trains on the lists of results/lists but for those with a query that is measured; measures on development queries: every
+third of the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd numbers; among the
+documents relevant to one of them and OTHERS more.
 Writes a line per run to ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quality.plan import CRANFIELD_CODES, MINILM, THREE_LAYERS
+from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, MINILM, PARAPHRASE, THREE_LAYERS
 from benchmarks.script import Script
 from gradret.console import say
 from gradret.data.collections import Collection
@@ -30,12 +31,8 @@ COLLECTIONS = {
     "cranfield": f"cranfield?queries=benchmarks/queries/dev-cranfield.txt&{CRANFIELD_CODES}",
     "npl": "beir/npl?queries=odd",
 }
-ENCODERS = {
-    "three layers": THREE_LAYERS,
-    "paraphrase-MiniLM-L3-v2": {"model": "encoders/paraphrase-MiniLM-L3-v2", "document_max_length": 128},
-    "all-MiniLM-L6-v2": MINILM,
-}
-RATES, SHARES, OTHERS = (2e-4, 5e-4), (1.0, 0.5, 0.25), 250
+ENCODERS = {"three layers": THREE_LAYERS, "paraphrase-MiniLM-L3-v2": PARAPHRASE, "all-MiniLM-L6-v2": MINILM}
+RATES, SHARES, OTHERS = (5e-5, 2e-4, 5e-4), (1.0, 0.5, 0.25), 1000
 MEASURE = "nDCG@10"
 
 
@@ -48,8 +45,8 @@ class Part(Collection):
         self.qrels = {q: whole.qrels[q] for q in self.queries}
         relevant = {d for grades in self.qrels.values() for d, grade in grades.items() if grade > 0}
         documents = list(whole.documents())
-        others = random.Random(0).sample([d.doc_id for d in documents if d.doc_id not in relevant], OTHERS)
-        kept = relevant.union(others)
+        others = [d.doc_id for d in documents if d.doc_id not in relevant]
+        kept = relevant.union(random.Random(0).sample(others, min(OTHERS, len(others))))
         self._documents = [d for d in documents if d.doc_id in kept]
         self.document_count = len(self._documents)
 
@@ -68,8 +65,7 @@ def measure(encoder, parts: dict[str, Part]) -> dict[str, float]:
 
 @click.command(cls=Script)
 @click.argument("rows", type=click.Path(path_type=Path))
-@click.option("--lists", multiple=True, default=("sample",), help="Training lists, as --data of fit.")
-def main(rows, lists):
+def main(rows):
     """Train each encoder at each rate, and measure it at shares of the way from its own weights."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.exists() else []
     parts = {
@@ -78,9 +74,9 @@ def main(rows, lists):
     exclude = tuple(sorted(COLLECTIONS.values()))
     for name, options in ENCODERS.items():
         for rate in RATES:
-            settings = FitSettings(data=lists, exclude=exclude, learning_rate=rate, interpolate=1.0, **options)
+            settings = FitSettings(data=tuple(LISTS.values()), exclude=exclude, learning_rate=rate, interpolate=1.0, **options)
             told = {"encoder": name, "learning_rate": rate, "temperature": settings.temperature}
-            told |= {"epochs": settings.epochs, "lists": list(lists)}
+            told |= {"epochs": settings.epochs}
             if any(told.items() <= row.items() for row in done):
                 continue
             encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)
