@@ -354,8 +354,9 @@ double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
     for (std::int64_t l = 0; l < count; l++) F[l] = -kInfinity, S[l] = 0;
     each([&](auto, auto l, auto place) { F[l] = logit(place) > F[l] ? logit(place) : F[l]; });
     each([&](auto, auto l, auto place) { S[l] += F[l] == -kInfinity ? 0 : ::exp(logit(place) - F[l]); });
-    for (std::int64_t l = 0, next; l < count; l = next) {  // equal grades are neighbours in the sorted form
-      for (next = l; next < count && v[next] == v[l]; next++) rivals[next] = sums.value();
+    for (std::int64_t l = 0, next = 0; l < count; l = next) {  // equal grades are neighbours in the sorted form
+      do rivals[next] = sums.value();
+      while (++next < count && v[next] == v[l]);
       for (std::int64_t k = l; k < next; k++) sums.add(F[k], S[k]);
     }
     memset(S, 0, count * sizeof(double));
@@ -373,8 +374,9 @@ double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
   });
   if (lists.contrast == 0 || !gradient) return loss;
   Logarithms sums;
-  for (std::int64_t l = count, first; l > 0; l = first) {
-    for (first = l; first > 0 && v[first - 1] == v[l - 1]; first--) pushes[first - 1] = sums.value();
+  for (std::int64_t l = count, first = count; l > 0; l = first) {
+    do pushes[--first] = sums.value();
+    while (first > 0 && v[first - 1] == v[l - 1]);
     for (std::int64_t k = first; k < l; k++)
       if (S[k] > 0) sums.add(-rivals[k], S[k]);
   }

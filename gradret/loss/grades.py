@@ -258,10 +258,12 @@ def _sort_grades(grades: Tensor, targets: str | Tensor, ground: str, mask: Tenso
         last = (counts.long() - 1).clamp_min(0)[:, None]  # absent documents repeat the highest grade
         values = real.gather(-1, index.gather(-1, torch.arange(columns, device=device).minimum(last)))
     present = torch.arange(columns, device=device) < counts[:, None]
+    numbers = present.to(values).masked_fill(values.isnan(), torch.nan)  # NaN shows, whatever the targets
     weights = targets.detach().gather(-1, index.long()) if isinstance(targets, Tensor) else targets
-    tables = _finish_tables(index.int(), values, present.to(values), weights, ground, counts)
+    tables = _finish_tables(index.int(), values, numbers, weights, ground, counts)
     if ground == "gain":  # exp2 of equal grades may differ in the last digit; the contrast must see that they are equal
-        tables = tables._replace(values=tables.values.gather(-1, torch.searchsorted(values, values)))
+        first = torch.searchsorted(values, values).clamp_max(columns - 1)  # NaN has none
+        tables = tables._replace(values=tables.values.gather(-1, first))
     return tables
 
 

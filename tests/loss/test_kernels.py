@@ -423,13 +423,23 @@ def test_grades_of_any_type(dtype):
     assert torch.equal(wasserstein_loss(scores, grades.to(dtype)), wasserstein_loss(scores, grades))
 
 
-def test_a_grade_that_is_no_number_shows():
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("ground", ["grade", "gain"])
+@pytest.mark.parametrize("targets", ["gain", torch.ones(3, 40)])
+def test_a_grade_that_is_no_number_shows(targets, ground, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
     scores, grades = torch.randn(3, 40), torch.randint(0, 4, (3, 40)).float()
     grades[1, 3] = math.nan
     for raw in (grades, grades + torch.rand(3, 40)):
-        for prepared in (raw, prepare_grades(raw)):
-            loss = wasserstein_loss(scores, prepared, reduction="none")
-            assert loss.isnan().tolist() == [False, True, False]
+        prepared = prepare_grades(raw, targets=targets, ground=ground)
+        loss = wasserstein_loss(scores, raw, targets=targets, ground=ground, reduction="none")
+        assert loss.isnan().tolist() == [False, True, False]
+        for weights in MIXTURES:
+            for dtype in (torch.float32, torch.float64):
+                loss, gradient = mixture_and_gradient(weights, scores.to(dtype), prepared, 2, 0.5)
+                assert loss.isnan().tolist() == [False, True, False]
+                assert gradient.isnan().any(1).tolist() == [False, True, False]
 
 
 @needs_cpu_kernel
