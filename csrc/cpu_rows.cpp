@@ -331,18 +331,18 @@ double scattered_row(const Lists& lists, std::int64_t row, double* scratch) {
     for (std::int64_t i = 0; i < documents; i++)
       if (lists.sorted || levels[i] != kAbsent) body(i, lists.sorted ? i : levels[i], lists.sorted ? order[i] : i);
   };
-  const auto logit = [&](auto place) { return s[place] / lists.temperature; };
   double top = -kInfinity, mass = 0;
   each([&](auto, auto l, auto place) {
-    const double x = logit(place);
-    top = x > top ? x : top;
-    mass += x == -kInfinity ? 0 : w[l];
+    top = s[place] > top ? s[place] : top;
+    mass += s[place] == -kInfinity ? 0 : w[l];
   });
+  top = top == -kInfinity ? 0 : top;  // of nothing, or of NaN alone
+  const auto logit = [&](auto place) { return (s[place] - top) / lists.temperature; };
   memset(P, 0, count * sizeof(double));
-  each([&](auto i, auto l, auto place) { P[l] += e[i] = top == -kInfinity ? 0 : ::exp(logit(place) - top); });
+  each([&](auto i, auto l, auto place) { P[l] += e[i] = ::exp(logit(place)); });
   const double Z = add(P, count);
   if (Z == 0) return 0;
-  const double total = top + ::log(Z), factor = lists.scale / lists.temperature;
+  const double total = ::log(Z), factor = lists.scale / lists.temperature;
   const double tolerance = sizeof(T) == sizeof(double) ? double_tolerance(n) : kFloatTolerance;
   const bool pulls = lists.cross != 0 || lists.contrast != 0;
   double loss = solve_terms(lists, row, Z, mass == 0 ? 0 : lists.cross, tolerance, P, F, S, c);

@@ -226,6 +226,8 @@ def test_numbers_that_are_none_show_in_mixtures(weights, compiled, monkeypatch):
             loss, gradient = mixture_and_gradient(weights, scores.to(dtype), prepare_grades(grades), 2, 0.5)
             assert loss.isnan().tolist() == [False, True, True, False]
             assert gradient.isnan().any(1).tolist() == [False, True, True, False]
+            loss, gradient = mixture_and_gradient(weights, scores.to(dtype) * math.nan, prepare_grades(grades), 2, 0.5)
+            assert loss.isnan().all() and gradient.isnan().all()
 
 
 SHAPES = [(5, 1), (3, 2), (4, 15), (4, 17), (2, 257), (1, 4099)]
