@@ -302,7 +302,7 @@ double level_row(const Lists& lists, std::int64_t row, double* scratch) {
       }
       pull(lists, row, C, top, rivals, e);
     }
-    for (int l = 0; l < count; l++) C[l] = w[l] > 0 ? 1 : C[l];
+    for (int l = 0; l < count; l++) C[l] = static_cast<float>(w[l]) > 0 ? 1 : C[l];  // pull has done it
   }
   if (e) {
     const auto scale = count <= 4 ? scale_levels<4> : count <= 8 ? scale_levels<8> : scale_levels<0>;

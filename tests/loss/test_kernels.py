@@ -616,6 +616,16 @@ def test_any_temperature(temperature):
     torch.testing.assert_close(wasserstein_loss(scores.float(), grades, temperature=temperature), exact.float())
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("weights", [(0, 1, 0), (0, 0, 1)])
+def test_target_mass_that_float32_does_not_hold_is_0(weights, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(kernels, "compiled", None)
+    grades = prepare_grades(torch.tensor([[0.0, 110.0]]), targets="softmax")
+    _, gradient = mixture_and_gradient(weights, torch.zeros(1, 2), grades, 2, 1.0)
+    torch.testing.assert_close(gradient, torch.tensor([[0.5, -0.5]]))
+
+
 @pytest.mark.parametrize("temperature", [math.inf, math.nan, torch.nn.Parameter(torch.tensor(1.0))])
 def test_temperatures_that_are_refused(temperature):
     with pytest.raises(ValueError, match="temperature must be"):
