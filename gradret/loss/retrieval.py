@@ -117,7 +117,8 @@ def prepare_pairs(
         pair = divmod(key[twice[0, 0]].item(), documents)
         raise ValueError(f"the pair of row {pair[0]} and column {pair[1]} has more than one grade")
     dtype = accumulation_dtype(grades.device)
-    rows, columns, real = rows[by_row], columns[by_row], grades.detach().to(dtype)[by_row]
+    real = grades.detach() if grades.is_floating_point() else grades.to(dtype)  # default_grade is rounded as they are
+    rows, columns, real = rows[by_row], columns[by_row], real[by_row]
     counts = torch.bincount(rows, minlength=count)  # (B,)
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     doublings = counts.to(dtype).log2().clamp_min(-1).ceil()  # lists of a group have the same, so none is half empty
@@ -130,8 +131,9 @@ def prepare_pairs(
         row = torch.searchsorted(chosen, rows[members])  # of each member, among the chosen
         slots = row * width + torch.arange(len(members), device=rows.device) - (number.cumsum(0) - number)[row]
         others = documents - number  # documents of the default grade
-        short = torch.full((len(chosen), width), float(default_grade), dtype=dtype, device=rows.device)
+        short = real.new_full((len(chosen), width), float(default_grade))
         short.view(-1)[slots] = real[members]
+        short = short.to(dtype)
         present = torch.zeros_like(short, dtype=torch.bool)
         present.view(-1)[slots] = True
         present[:, -1] = others > 0

@@ -164,6 +164,16 @@ def test_weights_of_pairs_as_targets():
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
+def test_a_default_grade_is_equal_to_the_same_grade_of_a_pair_in_float32():
+    queries, documents, (rows, columns, grades) = make_batch()
+    tenths, weights = (grades / 10).float(), torch.rand(len(grades), **F64)
+    options = {"loss": "contrast", "temperature": 2.0}
+    exact = (rows, columns, tenths.double())
+    expected = plain(queries, documents, exact, default=torch.tensor(0.1).item(), weights=weights, **options)
+    pairs = prepare_pairs(rows, columns, tenths, (7, 23), default_grade=0.1, targets=weights)
+    torch.testing.assert_close(wasserstein_retrieval_loss(queries, documents, pairs, **options), expected)
+
+
 def test_rows_of_pairs_only_rows_without_and_no_pairs_at_all():
     queries, documents, _ = make_batch(4, 5, 1)
     rows, columns = torch.arange(2).repeat_interleave(5), torch.arange(5).repeat(2)
