@@ -44,7 +44,7 @@ def loss_and_gradient(
         their dtype. A list without predicted or target mass has loss 0 and gradient 0.
     Source: Peyré and Cuturi, Computational Optimal Transport (2019), section 2.6.
     """
-    if scores.shape[-1] == 0:
+    if tables.values.numel() == 0:  # no lists, or none with a document
         return torch.zeros(len(scores), dtype=result_dtype(scores), device=scores.device), torch.zeros_like(scores)
     dtype = accumulation_dtype(scores.device)
     by_level = tables.index.dtype == torch.uint8

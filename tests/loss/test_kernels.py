@@ -340,6 +340,16 @@ def test_empty_batches(shape, order):
         assert scores.grad.shape == shape
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_lists_without_documents(compiled, monkeypatch):
+    prepared = prepare_grades(torch.zeros(2, 3), mask=torch.zeros(2, 3, dtype=torch.bool))
+    if not compiled:  # as on a device without a kernel, to which the CPU's were moved
+        monkeypatch.setattr(kernels, "compiled", None)
+    for weights in MIXTURES:
+        loss, gradient = mixture_and_gradient(weights, torch.randn(2, 3), prepared, 2, 0.5)
+        assert loss.tolist() == [0, 0] and (gradient == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_strided_scores(dtype):
     torch.manual_seed(4)
