@@ -1,5 +1,5 @@
 // Loss and gradient of lists with few distinct grades. They depend on the scores through one sum of exponentials per
-// level, and four sums over the documents with target mass: a list is read, reduced to at most 32 numbers, which a warp
+// level, and sums over the documents with target mass: a list is read, reduced to at most 32 numbers, which a warp
 // solves, and read again to write its gradient.
 #pragma once
 

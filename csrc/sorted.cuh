@@ -128,9 +128,10 @@ __device__ inline float integrate_quantiles(const Cdf& F, const Cdf& G, const fl
 }
 
 // One block per list, and the next list when it is done. Passes: gather the scores in the order of the grades and find
-// their maximum; prefix sums F and G; for the cross-entropy, sums over documents with target mass; from the end, suffix sums S, slopes t and sums of t S; prefix sums of t F and the gradient, scattered to the
-// documents' places. Between passes a list lies in the block's scratch; a barrier, its own or a scan's, stands wherever
-// a thread reads there what another wrote.
+// their maximum; prefix sums F and G; for the cross-entropy, sums over documents with target mass; from the end, suffix
+// sums S, slopes t and sums of t S; prefix sums of t F and the gradient, scattered to the documents' places. Between
+// passes a list lies in the block's scratch; a barrier, its own or a scan's, stands wherever a thread reads there what
+// another wrote.
 template <typename Scalar>
 __global__ void __launch_bounds__(kSortedThreads, 2) mix_sorted(const TypedLists<Scalar> lists, float* scratch) {
   __shared__ BlockExchange exchange;
