@@ -74,7 +74,9 @@ def main(rows):
     exclude = tuple(sorted(COLLECTIONS.values()))
     for name, options in ENCODERS.items():
         for rate in RATES:
-            settings = FitSettings(data=tuple(LISTS.values()), exclude=exclude, learning_rate=rate, interpolate=1.0, **options)
+            settings = FitSettings(
+                data=tuple(LISTS.values()), exclude=exclude, learning_rate=rate, interpolate=1.0, **options
+            )
             told = {"encoder": name, "learning_rate": rate, "temperature": settings.temperature}
             told |= {"epochs": settings.epochs}
             if any(told.items() <= row.items() for row in done):

@@ -47,7 +47,7 @@ PYBIND11_MODULE(_kernels, module) {
   const auto define = [&](const char* name, auto function) {
     module.def(name, function, py::call_guard<py::gil_scoped_release>());
   };
-  module.attr("INTERFACE") = 4;  // what gradret/loss/kernels.py expects; raised when a function's parameters change
+  module.attr("INTERFACE") = 5;  // what gradret/loss/kernels.py expects; raised when parameters or results change
   module.attr("MAX_SORT_COLUMNS") = kMaxSortColumns;
 
   define_struct<Grades, Address, bool, Address, Address, Size, Size, Address, Address, Address, Address, Address>(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch  # before the module, so that both use the same OpenMP threads
 
-INTERFACE = 4
+INTERFACE = 5
 
 compiled: Any = None  # the module, where it was built and loads
 missing: str | None = None  # why it is not there
