@@ -73,6 +73,7 @@ class Declaration:
         metavar: stands for its value in --help; None: its type does.
         unset: what its default, None or (), stands for.
         needs: the setting without which it does nothing.
+        empty: whether an empty text is a value.
     """
 
     group: str
@@ -84,6 +85,7 @@ class Declaration:
     metavar: str | None = None
     unset: str | None = None
     needs: str | None = None
+    empty: bool = False
 
 
 def setting(default: Any, group: str, help: str, **more: Any) -> Any:
@@ -150,6 +152,8 @@ def find_fault(declared: Field[Any], value: Any) -> str | None:
         return None
     if value in declaration.choices and not isinstance(value, bool):
         return None
+    if value == "" and not declaration.empty:
+        return "must not be empty; give a value or leave it out"
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be a finite number, got {value!r}"
     choices = ", ".join(map(repr, declaration.choices))
@@ -293,8 +297,8 @@ class FitSettings:
         None, DATA, "End after so many dev measurements without a new best.", range=COUNT, needs="dev"
     )
 
-    query_prefix: str | None = setting(None, ENCODER, "Put before every query.", unset=OWN)
-    document_prefix: str | None = setting(None, ENCODER, "Put before every document.", unset=OWN)
+    query_prefix: str | None = setting(None, ENCODER, "Put before every query.", unset=OWN, empty=True)
+    document_prefix: str | None = setting(None, ENCODER, "Put before every document.", unset=OWN, empty=True)
     query_max_length: int | None = setting(None, ENCODER, "Tokens of a query that are read.", range=COUNT, unset=OWN)
     document_max_length: int | None = setting(
         None, ENCODER, "Tokens of a document that are read.", range=COUNT, unset=OWN

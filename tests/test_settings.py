@@ -55,6 +55,7 @@ def test_losses_that_are_refused(spelling, message):
         ({"order": True}, "order must be one of 1, 2; got True"),
         ({"in_batch": 1}, "in_batch must be yes or no, got 1"),
         ({"model": None}, "model must be text, got None"),
+        ({"dev": ""}, "dev must not be empty; give a value or leave it out"),
         ({"chunk": "all"}, "chunk must be a whole number or 'auto', got 'all'"),
         ({"chunk": 0}, "chunk must be 1 or above, got 0"),
         ({"lora": 2, "lora_targets": ["query"]}, "lora_targets must be names, got ['query']"),
