@@ -22,11 +22,24 @@ class Option(click.Option):
 
     Attributes:
         described: what --help tells at its end of the values that the option takes: rows of two columns.
+        empty: whether an empty text is a value; else it is refused, as of a shell's variable that is not set.
     """
 
-    def __init__(self, *names: Any, group: str = RUN, described: list[tuple[str, str]] | None = None, **more: Any):
+    def __init__(
+        self,
+        *names: Any,
+        group: str = RUN,
+        described: list[tuple[str, str]] | None = None,
+        empty: bool = False,
+        **more: Any,
+    ):
         super().__init__(*names, **more)
-        self.group, self.described = group, described
+        self.group, self.described, self.empty = group, described, empty
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        if not self.empty and (value == "" or (isinstance(value, list | tuple) and "" in value)):
+            raise click.BadParameter("must not be empty; give a value or leave it out", ctx, self)
+        return super().type_cast_value(ctx, value)
 
 
 class Command(click.Command):
@@ -96,7 +109,8 @@ def setting_options(kind: type, *, only: Iterable[str] = (), without: Iterable[s
             many = list_types(declared) == [tuple]
             choices = LOSSES if declared.name == "loss" else map(str, declaration.choices)
             type_ = click.STRING if many else Parsed(declared.name, partial(parse_setting, declared), choices)
-            made.append(option(name, multiple=many, type=type_, metavar=show_metavar(declared), **more))
+            shown = {"metavar": show_metavar(declared), **more}
+            made.append(option(name, multiple=many, type=type_, empty=declaration.empty, **shown))
     return options(*made)
 
 
