@@ -55,6 +55,7 @@ def test_usage_errors_exit_with_2():
         (("--dev", ""), "Invalid value for '--dev': must not be empty; give a value or leave it out"),
         (("--device", ""), "Invalid value for '--device': must not be empty"),
         (("--data", "sample", "--data", ""), "Invalid value for '--data': must not be empty"),
+        (("--query-prefix", "", "--order", "3"), "Invalid value for '--order'"),  # no prefix is one
         (("--set", "lora_targets=,"), "Invalid value for '--set': lora_targets must be names, got ','"),
         (("--set", "layers"), "'layers' is not NAME=VALUE, such as dev_measure=VALUE"),
         (("--set", "pooling=max"), "pooling must be one of 'mean', 'cls', 'last'; got 'max'"),
