@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from gradret.console import GradretError
-from gradret.settings import LOSSES, RUN, find_declaration, list_types, parse_setting, spell_option
+from gradret.settings import EMPTY, LOSSES, RUN, find_declaration, list_types, parse_setting, spell_option
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 METAVARS = {bool: "yes|no", int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "NAME,..."}
@@ -38,7 +38,7 @@ class Option(click.Option):
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         if not self.empty and (value == "" or (isinstance(value, list | tuple) and "" in value)):
-            raise click.BadParameter("must not be empty; give a value or leave it out", ctx, self)
+            raise click.BadParameter(EMPTY, ctx, self)
         return super().type_cast_value(ctx, value)
 
 
@@ -109,8 +109,8 @@ def setting_options(kind: type, *, only: Iterable[str] = (), without: Iterable[s
             many = list_types(declared) == [tuple]
             choices = LOSSES if declared.name == "loss" else map(str, declaration.choices)
             type_ = click.STRING if many else Parsed(declared.name, partial(parse_setting, declared), choices)
-            shown = {"metavar": show_metavar(declared), **more}
-            made.append(option(name, multiple=many, type=type_, empty=declaration.empty, **shown))
+            metavar, empty = show_metavar(declared), declaration.empty
+            made.append(option(name, multiple=many, type=type_, metavar=metavar, empty=empty, **more))
     return options(*made)
 
 

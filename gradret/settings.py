@@ -36,6 +36,7 @@ SIMILARITIES = ("cosine", "dot")
 DEFAULT_MEASURES = ("nDCG@10", "R@100", "RR@10")
 
 OWN = "the encoder's own"
+EMPTY = "must not be empty; give a value or leave it out"
 
 # The groups of options, as --help shows them.
 FIRST = "Options to begin with"
@@ -153,7 +154,7 @@ def find_fault(declared: Field[Any], value: Any) -> str | None:
     if value in declaration.choices and not isinstance(value, bool):
         return None
     if value == "" and not declaration.empty:
-        return "must not be empty; give a value or leave it out"
+        return EMPTY
     if isinstance(value, float) and not math.isfinite(value):
         return f"must be a finite number, got {value!r}"
     choices = ", ".join(map(repr, declaration.choices))

@@ -273,6 +273,10 @@ def test_without_a_model_the_default_one_writes(few, tiny_gguf, tmp_path, monkey
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, local_files_only: cache[name])
     result = invoke("gen", few, "--out", tmp_path / "lists.jsonl", *SHORT)
     assert (result.exit_code, len(list(read_lists(tmp_path / "lists.jsonl")))) == (0, 3), result.output
+    for name in ("--model", "--endpoint", "--out"):  # as a shell's variable that is not set: no default stands in
+        result = invoke("gen", few, "--out", tmp_path / "other.jsonl", name, "")
+        assert (result.exit_code, f"'{name}': must not be empty" in result.stderr) == (2, True)
+    assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_an_unwritable_directory(queries, tiny_gguf, tmp_path, monkeypatch):

@@ -445,8 +445,9 @@ def test_a_grade_that_is_no_number_shows(targets, ground, compiled, monkeypatch)
     grades[1, 3] = math.nan
     for raw in (grades, grades + torch.rand(3, 40)):
         prepared = prepare_grades(raw, targets=targets, ground=ground)
-        loss = wasserstein_loss(scores, raw, targets=targets, ground=ground, reduction="none")
-        assert loss.isnan().tolist() == [False, True, False]
+        for form, options in ((raw, {"targets": targets, "ground": ground}), (prepared, {})):
+            loss = wasserstein_loss(scores, form, reduction="none", **options)
+            assert loss.isnan().tolist() == [False, True, False]
         for weights in MIXTURES:
             for dtype in (torch.float32, torch.float64):
                 loss, gradient = mixture_and_gradient(weights, scores.to(dtype), prepared, 2, 0.5)
