@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.quality.plan import CRANFIELD_CODES, LISTS, MINILM, PARAPHRASE, THREE_LAYERS
+from benchmarks.quality.plan import DEV_CRANFIELD, DEV_SCIFACT, LISTS, MINILM, PARAPHRASE, THREE_LAYERS
 from benchmarks.script import Script
 from gradret.console import say
 from gradret.encoder.load import choose_precision, load_encoder
@@ -24,8 +24,8 @@ from gradret.settings import FitSettings
 from gradret.train.loop import copy_trained, fit, interpolated
 
 COLLECTIONS = {
-    "scifact": "beir/scifact/train?queries=benchmarks/queries/dev-scifact.txt",
-    "cranfield": f"cranfield?queries=benchmarks/queries/dev-cranfield.txt&{CRANFIELD_CODES}",
+    "scifact": DEV_SCIFACT,
+    "cranfield": DEV_CRANFIELD,
     "npl": "beir/npl?queries=odd",
 }
 ENCODERS = {"three layers": THREE_LAYERS, "paraphrase-MiniLM-L3-v2": PARAPHRASE, "all-MiniLM-L6-v2": MINILM}
@@ -54,8 +54,8 @@ def main(rows):
                 interpolate=1.0,
                 **options,
             )
-            told = {"encoder": name, "learning_rate": rate, "temperature": settings.temperature}
-            told |= {"epochs": settings.epochs}
+            told = {"encoder": name, "learning_rate": rate}
+            told |= {"temperature": settings.temperature, "epochs": settings.epochs}
             if any(told.items() <= row.items() for row in done):
                 continue
             encoder = load_encoder(settings.model, device="cpu", **settings.encoder_options)

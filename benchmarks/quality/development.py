@@ -6,12 +6,12 @@ settings and those of the other encoders come from benchmarks.defaults.
 
 from dataclasses import replace
 
-from benchmarks.quality.plan import CRANFIELD_CODES, DEFAULT, LISTS, Experiment, System, each
+from benchmarks.quality.plan import DEFAULT, DEV_CRANFIELD, DEV_SCIFACT, LISTS, Experiment, System, each
 from benchmarks.quality.reported import REPORTED
 
 COLLECTIONS = {
-    "SciFact, training claims": "beir/scifact/train?queries=benchmarks/queries/dev-scifact.txt",
-    "Cranfield, odd-numbered": f"cranfield?queries=benchmarks/queries/dev-cranfield.txt&{CRANFIELD_CODES}",
+    "SciFact, training claims": DEV_SCIFACT,
+    "Cranfield, odd-numbered": DEV_CRANFIELD,
     "NPL's lists": LISTS["npl"],  # none of which is then trained on
 }
 

@@ -5,8 +5,9 @@ the way (interpolate), for three losses three more of rate and temperature befor
 """
 
 from benchmarks.quality.plan import (
-    CRANFIELD_CODES,
     DEFAULT,
+    DEV_CRANFIELD,
+    DEV_SCIFACT,
     LABELS,
     LARGE_MODELS,
     MEASURES,
@@ -49,8 +50,8 @@ EARLIER_DEVELOPMENT = Plan(
     tuned={},
     data={"lists": tuple(LARGE_MODELS.values()), "labels": tuple(LABELS.values())},
     collections={  # claims of SciFact's training set without lists; half of Cranfield's odd-numbered queries
-        "SciFact, training claims": "beir/scifact/train?queries=benchmarks/queries/dev-scifact.txt",
-        "Cranfield, odd-numbered": f"cranfield?queries=benchmarks/queries/dev-cranfield.txt&{CRANFIELD_CODES}",
+        "SciFact, training claims": DEV_SCIFACT,
+        "Cranfield, odd-numbered": DEV_CRANFIELD,
     },
     systems=SYSTEMS
     | {

@@ -154,10 +154,8 @@ def _find_masses(
 LOSSES = {
     "bixse": (bixse_loss, ("temperature",)),
     "rince": (rince_loss, ("temperature",)),
-    "graded-contrast": (
-        contrast_loss,
-        ("temperature", "targets"),
-    ),  # what rows from before it was the package's call it
+    # As rows from before it was the package's contrast call it.
+    "graded-contrast": (contrast_loss, ("temperature", "targets")),
     "flat-contrast": (flat_contrast_loss, ("temperature", "targets")),
     "lambda": (lambda_loss, ("temperature",)),
     "brier": (brier_loss, ("temperature", "targets")),

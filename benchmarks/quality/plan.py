@@ -152,6 +152,8 @@ MINILM = {"model": "sentence-transformers/all-MiniLM-L6-v2", "document_max_lengt
 THREE_LAYERS = MINILM | {"layers": 3}
 PARAPHRASE = {"model": "encoders/paraphrase-MiniLM-L3-v2", "document_max_length": 128}
 CRANFIELD_CODES = "grades=-1:4,1:4,2:3,3:2,4:1"  # from 1, a complete answer, to 4; -1 is the source paper
+DEV_SCIFACT = "beir/scifact/train?queries=benchmarks/queries/dev-scifact.txt"
+DEV_CRANFIELD = f"cranfield?queries=benchmarks/queries/dev-cranfield.txt&{CRANFIELD_CODES}"
 LARGE_MODELS = {"scifact": "graded/scifact.jsonl", "cranfield": "graded/cranfield.jsonl"}  # lists: who wrote them
 LISTS = {  # of gradret gen, for the same queries and others
     name: f"benchmarks/results/lists/{name}:train?query_file={queries}"
