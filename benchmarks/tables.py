@@ -1,39 +1,40 @@
-"""Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md and HISTORY.md.
+"""Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md.
 
     python -m benchmarks.tables quality [--measure R@100]    systems by collection
     python -m benchmarks.tables leads [--system contrast]    how far the default loss, or another, is ahead
     python -m benchmarks.tables writers                      lists of a small model against those of a large one
     python -m benchmarks.tables transfer                     systems on the collection that they had no lists for
-    python -m benchmarks.tables curves                       fewer lists, and lists whose grades are shuffled
+    python -m benchmarks.tables curves [--chart FILE.png]    fewer lists, and lists whose grades are shuffled
     python -m benchmarks.tables tuning                       which settings of the losses were chosen, and why
     python -m benchmarks.tables loss|fit|step|gen [FILE.json]  speed of losses, of training, of writing lists
     python -m benchmarks.tables defaults                     learning rates and shares of the way, by encoder
     python -m benchmarks.tables look                         whether grades of written lists follow an encoder's order
-    python -m benchmarks.tables earlier [--measure R@100]    the earlier plan's main tables
-    python -m benchmarks.tables ablations                    what each setting did there
-    python -m benchmarks.tables apart                        SciFact's claims that no list was near to there
+    python -m benchmarks.tables runs                         how many are done, and which code made their rows
 
-Those of quality read rows.jsonl of results/reported, results/development or results/earlier (or --rows), defaults
+Those of quality and runs read results/reported/rows.jsonl, tuning results/development/rows.jsonl (or --rows), defaults
 results/development/defaults.jsonl, look results/lists/*/look.json, the others results/NAME-cpu.json. Needs no data.
+In tables of quality p is that of the paired randomisation test over queries, corrected (Holm) for the table's rows.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import click
 import numpy as np
 
 from benchmarks.quality import PLANS
-from benchmarks.quality.plan import MEASURES, list_sources
-from benchmarks.quality.report import Results, show_cell, show_setting, write_experiment, write_table
+from benchmarks.quality.plan import MEASURES, list_runs, list_sources
+from benchmarks.quality.report import Results, draw_curves, write_experiment, write_table
 from benchmarks.quality.reported import FOUR
 from benchmarks.script import RESULTS, Script
-from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, show_p, show_value
+from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, collect_versions, show_p, show_value
 from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GradretError
 from gradret.files import read_object
 
 RESAMPLES = 10_000
+PerQuery = Mapping[str, Mapping[str, float]]  # a collection's source -> query -> value
 COLUMNS = {  # experiment, its column -> shown
     **{
         (experiment, column): "mean of the four" if column == MEAN else column
@@ -43,14 +44,6 @@ COLUMNS = {  # experiment, its column -> shown
     ("held-out", "held-out lists"): "held-out lists",
 }
 TRANSFER_COLUMNS = {(f"without-{name}", name): f"{name}, without its lists" for name in FOUR}
-EARLIER_COLUMNS = {
-    ("main", "SciFact test"): "SciFact",
-    ("main", "Cranfield, even"): "Cranfield",
-    ("main", MEAN): "mean of both",
-    ("scifact-to-cranfield", "Cranfield, even"): "SciFact to Cranfield",
-    ("cranfield-to-scifact", "SciFact test"): "Cranfield to SciFact",
-    ("in-domain", MEAN): "held-out lists",
-}
 LISTS = (
     *("cross_entropy", "InfoNCE", "gradret default loss", "gradret default loss, raw grades"),
     *("gradret transport of it", "gradret transport of it, raw grades"),
@@ -64,97 +57,95 @@ CACHED = ", cached"
 # --- quality
 
 
-def write_quality(results: Results, measure: str, shown_columns: dict, leads: bool = False) -> list[str]:
-    """For each encoder its systems' means and spreads; of the measure tested also how far the primary one is ahead.
-
-    Systems of one label stand for one another: each has its experiment's data.
-
-    Args:
-        shown_columns: experiment and column -> what the table calls it.
-        leads: whether a second table says how far the primary system is ahead, of the measure that is tested.
-    """
+def write_quality(results: Results, measure: str) -> list[str]:
+    """For each encoder its systems' means and spreads."""
     plan, lines = results.plan, []
     for encoder in plan.encoders:
         found = {
             (line["experiment"], line["column"], line["system"]): line
             for _, line in results.find(encoder=encoder).iterrows()
-            if line["experiment"] in {experiment for experiment, _ in shown_columns}
+            if line["experiment"] in {experiment for experiment, _ in COLUMNS}
         }
-        columns = [column for column in shown_columns if (*column, plan.primary) in found]
+        columns = [column for column in COLUMNS if (*column, plan.primary) in found]
         if not columns:
             continue
-        labels: dict[str, list[str]] = {}
-        for experiment in dict.fromkeys(experiment for experiment, _ in columns):
-            for system in plan.experiments[experiment].systems:
-                labels.setdefault(plan.systems[system].label, []).append(system)
+        systems = dict.fromkeys(s for experiment, _ in columns for s in plan.experiments[experiment].systems)
         rows = {}
-        for label, systems in labels.items():
-            cells = [next((line for s in systems if (line := found.get((*c, s))) is not None), None) for c in columns]
+        for system in systems:
+            cells = [found.get((*column, system)) for column in columns]
             done = [line for line in cells if line is not None and line["runs"]]
             missing = next((f" ({x['runs']} of {x['wanted']} seeds)" for x in done if x["runs"] < x["wanted"]), "")
             if done:
-                rows[label + missing] = [
+                rows[plan.systems[system].label + missing] = [
                     DASH if line is None else show_value(line["mean"][measure], line["sd"][measure]) for line in cells
                 ]
-        shown = [shown_columns[column] for column in columns]
+        shown = [COLUMNS[column] for column in columns]
         lines += [*[""] * bool(lines), *write_table(f"{measure}, {encoder}", shown, rows)]
-        if leads and measure == plan.measures[0]:
-            rows = {}
-            for baseline in plan.baselines:
-                cells = [_show_lead(plan, found, column, baseline, measure) for column in columns]
-                before = rows.setdefault(plan.systems[baseline].label, [DASH] * len(cells))
-                rows[plan.systems[baseline].label] = [b if c == DASH else c for b, c in zip(before, cells, strict=True)]
-            lines += ["", *write_table(f"{plan.systems[plan.primary].label} against", shown, rows)]
     return lines
 
 
-def _show_lead(plan, found: dict, column: tuple[str, str], baseline: str, measure: str) -> str:
-    """The primary system's mean less a baseline's, the p-value of that, and in how many seeds it is above 0."""
-    ours, theirs = found.get((*column, plan.primary)), found.get((*column, baseline))
-    if ours is None or theirs is None or baseline not in ours["p"]:
-        return DASH
-    values, others = ours["values"][measure], theirs["values"][measure]
-    ahead = sum(a > b for a, b in zip(values, others * len(values) if len(others) == 1 else others, strict=True))
-    difference = ours["mean"][measure] - theirs["mean"][measure]
-    return f"{difference:+.4f} ({show_p(ours['p'][baseline]['randomisation_holm'])}; {ahead}/{len(values)})"
-
-
 def write_leads(results: Results, experiment: str, encoder: str, system: str) -> list[str]:
-    """How far a system is ahead of each other one, by collection and on their mean.
-
-    Of the seeds that are done. The interval is a bootstrap's over queries, 95 %; p the paired randomisation test's,
-    corrected (Holm) for the rows.
-    """
-    plan, sources = results.plan, list_sources(results.plan, experiment)
+    """How far a system is ahead of each other one, of the seeds that are done."""
+    plan = results.plan
     cells = {c.system: c for c in results.cells if (c.experiment, c.encoder) == (experiment, encoder)}
-    per_query = {name: results.per_query(cell) for name, cell in cells.items() if results.count_done(cell)}
-    ours = per_query.pop(system)
-    samples = {name: [find_differences(ours[s], theirs[s]) for s in sources] for name, theirs in per_query.items()}
-    return _write_differences(plan, f"{plan.systems[system].label} ahead of, {encoder}", sources, samples)
+    found = {plan.systems[name].label: results.per_query(c) for name, c in cells.items() if results.count_done(c)}
+    label = plan.systems[system].label
+    ours = found.pop(label)
+    pairs = {name: (ours, theirs) for name, theirs in found.items()}
+    return _write_differences(results, f"{label} ahead of, {encoder}", list_sources(plan, experiment), pairs)
 
 
 def write_writers(results: Results) -> list[str]:
-    """By system, lists of a small model against a large one's for the same queries; interval and p as write_leads'."""
-    sources = list_sources(results.plan, "small-model")
+    """By system, lists of a small model against a large one's for the same queries."""
+    plan, experiments = results.plan, ("small-model", "large-model")
     done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
-    samples = {
-        system: [find_differences(done["small-model", system][s], done["large-model", system][s]) for s in sources]
-        for system in results.plan.experiments["small-model"].systems
-        if system != "untrained" and {("small-model", system), ("large-model", system)} <= done.keys()
+    pairs = {
+        plan.systems[system].label: tuple(done[experiment, system] for experiment in experiments)
+        for system in plan.experiments["small-model"].systems
+        if plan.systems[system].ranker == FIT and all((experiment, system) in done for experiment in experiments)
     }
-    return _write_differences(results.plan, "small model ahead of the large one", sources, samples)
+    return _write_differences(results, "small model ahead of the large one", list_sources(plan, "small-model"), pairs)
 
 
-def _write_differences(plan, title: str, sources: list[str], samples: dict[str, list[np.ndarray]]) -> list[str]:
-    """System -> each collection's differences by query: their means, the mean of those, its interval and p."""
-    names = [name for name, source in plan.collections.items() if source in sources]
+def write_transfer(results: Results) -> list[str]:
+    """Systems on collections whose lists they were not trained on, and how far the default loss is ahead there."""
+    plan, found, rows = results.plan, {}, {}
+    done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
+    sources = [plan.collections[name] for name in FOUR]
+    for system in plan.experiments[f"without-{FOUR[0]}"].systems:
+        for place in ("", ", with its lists") if plan.systems[system].ranker == FIT else ("",):
+            trained = [("main" if place else f"without-{name}", system) for name in FOUR]
+            if not all(key in done for key in trained):
+                continue
+            name = plan.systems[system].label + place
+            found[name] = {source: done[key][source] for source, key in zip(sources, trained, strict=True)}
+            means = [np.mean([*found[name][source].values()]) for source in sources]
+            rows[name] = [f"{mean:.4f}" for mean in (*means, np.mean(means))]
+    table = write_table(f"{plan.measures[0]}, its lists left out", [*FOUR, "mean"], rows)
+    label = plan.systems[plan.primary].label
+    if label not in found:
+        return table
+    ours = found.pop(label)
+    pairs = {name: (ours, theirs) for name, theirs in found.items()}
+    return [*table, "", *_write_differences(results, f"{label}, its lists left out, ahead of", sources, pairs)]
+
+
+def _write_differences(
+    results: Results, title: str, sources: list[str], pairs: Mapping[str, tuple[PerQuery, PerQuery]]
+) -> list[str]:
+    """How far the first of each pair is ahead of the second: by collection, their mean, its interval and p.
+
+    The interval is a bootstrap's over queries, 95 %.
+    """
+    names = [name for name, source in results.plan.collections.items() if source in sources]
+    samples = {name: [find_differences(a[s], b[s]) for s in sources] for name, (a, b) in pairs.items()}
     tested, rows = compare_systems({MEAN: samples})[MEAN], {}
-    for system, sample in samples.items():
+    for name, sample in samples.items():
         means = [float(differences.mean()) for differences in sample]
         means += [float(np.mean(means))] * (len(means) > 1)
         low, high = find_interval(sample)
-        p = show_p(tested[system]["randomisation_holm"])
-        rows[plan.systems[system].label] = [*(f"{mean:+.3f}" for mean in means), f"{low:+.3f} to {high:+.3f}", p]
+        p = show_p(tested[name]["randomisation_holm"])
+        rows[name] = [*(f"{mean:+.3f}" for mean in means), f"{low:+.3f} to {high:+.3f}", p]
     return write_table(title, [*names, *["mean"] * (len(names) > 1), "95 %", "p"], rows)
 
 
@@ -164,41 +155,6 @@ def find_interval(sample: list[np.ndarray]) -> tuple[float, float]:
     drawn = [d[random.integers(0, len(d), (RESAMPLES, len(d)))].mean(1) for d in sample]
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
     return float(low), float(high)
-
-
-def write_ablations(results: Results) -> list[str]:
-    """For each experiment that varies a setting, its systems' means over collections by value."""
-    lines = []
-    for name, experiment in results.plan.experiments.items():
-        if not experiment.vary:
-            continue
-        frame = results.find(experiment=name, column=MEAN)
-        at = {(line["system"], line["value"]): line for _, line in frame.iterrows()}
-        rows = {
-            results.plan.systems[system].label: [
-                show_cell(at.get((system, value)), results.plan.measures[0]) for value in experiment.values
-            ]
-            for system in experiment.systems
-        }
-        table = write_table(experiment.title, [*map(show_setting, experiment.values)], rows)
-        lines += [*[""] * bool(lines), *table]
-    return lines
-
-
-def write_apart(results: Results, chosen: set[str]) -> list[str]:
-    """The main table on all of SciFact's test claims, on the chosen ones, and on the others."""
-    source, rows = list_sources(results.plan, "main")[0], {}
-    for cell in results.cells:
-        if cell.experiment == "main" and results.is_done(cell):
-            per_query = results.per_query(cell)[source]
-            groups = [
-                per_query.values(),
-                [value for query, value in per_query.items() if query in chosen],
-                [value for query, value in per_query.items() if query not in chosen],
-            ]
-            name = f"{results.plan.systems[cell.system].label}, {cell.encoder}"
-            rows[name] = [f"{np.mean(list(group)):.4f}" for group in groups]
-    return write_table(f"{results.plan.measures[0]}, SciFact test", ["all", "apart", "near"], rows)
 
 
 # --- speed
@@ -308,16 +264,17 @@ def write_defaults(results: list[dict]) -> list[str]:
 SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
 
 
-QUALITY, EARLIER = ("quality", "leads", "writers", "transfer", "curves", "tuning"), ("earlier", "ablations", "apart")
+QUALITY = ("quality", "leads", "writers", "transfer", "curves", "tuning", "runs")
 
 
 @click.command(cls=Script)
-@click.argument("table", type=click.Choice((*QUALITY, "defaults", "look", *SPEED, *EARLIER)))
+@click.argument("table", type=click.Choice((*QUALITY, "defaults", "look", *SPEED)))
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", type=click.Path(path_type=Path), help="Of tables of quality: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
 @click.option("--system", help="Of leads: whose. [default: the default loss]")
-def main(table, file, rows, measure, system):
+@click.option("--chart", type=click.Path(path_type=Path), help="Of curves: a PNG to write, too.")
+def main(table, file, rows, measure, system, chart):
     """Print a table made of committed results."""
     if table in SPEED:
         path = file or RESULTS / f"{table}-cpu.json"
@@ -332,42 +289,41 @@ def main(table, file, rows, measure, system):
         path = RESULTS / "development" / "defaults.jsonl"
         lines = write_defaults([*map(json.loads, path.read_text().splitlines())])
     else:
-        lines = write_rows(table, rows, measure, system)
+        name = "development" if table == "tuning" else "reported"
+        results = Results(PLANS[name], rows or RESULTS / name / ROWS_FILE)
+        lines = write_rows(results, table, measure, system)
+        if chart and table == "curves":
+            draw_curves(results, chart)
     click.echo("\n".join(lines))
 
 
-def write_rows(table: str, path: Path | None, measure: str, system: str | None) -> list[str]:
+def write_rows(results: Results, table: str, measure: str, system: str | None) -> list[str]:
     """A table of quality."""
-    name = "earlier" if table in EARLIER else "development" if table == "tuning" else "reported"
-    plan, path = PLANS[name], path or RESULTS / name / ROWS_FILE
-    columns = {"earlier": EARLIER_COLUMNS, "transfer": TRANSFER_COLUMNS}.get(table, COLUMNS)
-    varied = [experiment for experiment, chosen in plan.experiments.items() if chosen.vary]
-    shown = {
-        **{"ablations": varied, "curves": varied, "tuning": [*plan.experiments]},
-        **{"apart": ["main"], "writers": ["small-model", "large-model"]},
-    }.get(table, {experiment for experiment, _ in columns})
-    results = Results(plan, path, shown)
-    if table in ("ablations", "curves"):
-        return write_ablations(results)
-    if table == "tuning":
-        done = {
-            c.experiment for c in results.cells if c.value is None and c.runs[0].ranker == FIT and results.is_done(c)
-        }
-        plain = [line for name in plan.experiments if name in done for line in [*write_experiment(results, name), ""]]
-        return [*plain, *write_leads(results, "graded", "three-layers", "graded"), "", *write_ablations(results)]
-    if table == "apart":
-        return write_apart(results, set((RESULTS.parent / "queries" / "apart-scifact.txt").read_text().split()))
+    plan = results.plan
+    if table == "runs":
+        lines = [f"{len(results.rows)} of {len(list_runs(plan))} runs are done; made by"]
+        for made in collect_versions(results.rows.values()):
+            lines.append(f"- commit {made['commit']}, torch {made['torch']}, {made['device']}, {made['precision']}")
+        return lines
+    if table in ("curves", "tuning"):
+        done = {cell.experiment for cell in results.cells if results.count_done(cell)}
+        names = [name for name, experiment in plan.experiments.items() if experiment.vary or table == "tuning"]
+        lines = [line for name in names if name in done for line in ["", *write_experiment(results, name)]][1:]
+        leads = table == "tuning" and "graded" in done
+        return [*lines, "", *write_leads(results, "graded", "three-layers", "graded")] if leads else lines
     if table == "writers":
         return write_writers(results)
     if table == "leads":
         system = system or plan.primary
         done = dict.fromkeys(
-            (c.experiment, c.encoder) for c in results.cells if c.system == system and results.count_done(c)
+            (c.experiment, c.encoder)
+            for c in results.cells
+            if c.system == system and c.experiment in ("main", "aligned", "held-out") and results.count_done(c)
         )
         if not done:
             raise GradretError(f"--system {system}: has no row; it is one of {', '.join(plan.systems)}")
         return [line for place in done for line in ["", *write_leads(results, *place, system)]][1:]
-    return write_quality(results, measure, columns, leads=table == "earlier")
+    return write_transfer(results) if table == "transfer" else write_quality(results, measure)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Losses of the benchmark's own: other people's, the transport on a query's own list, and one that knows no ranking.
+"""Losses of the benchmark's own: other people's, and the transport on a query's own list.
 
 All take scores (B, N), grades (B, N), a temperature and a mask (B, N), and give a scalar, as gradret.loss.functions.
 The other lists' documents have grade 0 or, for the losses on the own list, a negative one (in_batch_grade).
@@ -120,21 +120,6 @@ def own_crps_loss(scores: Tensor, grades: Tensor, *, targets: str = "sqrt", mask
     return (levels.diff() * gap.square()).sum(-1).mean()
 
 
-def sorted_loss(
-    scores: Tensor, grades: Tensor, *, temperature: float, targets: str = "sqrt", mask: Tensor | None = None
-) -> Tensor:
-    """Mean of sum_k (p_(k) - q_(k))^2 over the sorted masses, p = softmax(scores / temperature).
-
-    It asks for the right masses, but not at which documents: it is the same for every permutation of the scores, and
-    can teach no ranking. A benchmark in which it helps measures something else than the grades.
-
-    Source: N times W_2^2 between the distributions of a row's masses; one-dimensional optimal transport, Peyré and
-        Cuturi (2019), section 2.6.
-    """
-    p, q = _find_masses(scores, grades, temperature, targets, mask)
-    return (p.sort(-1).values - q.sort(-1).values).square().sum(-1).mean()
-
-
 def _find_present(scores: Tensor, mask: Tensor | None) -> Tensor:
     """The mask, all True where there is none."""
     return torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
@@ -161,7 +146,6 @@ LOSSES = {
     "brier": (brier_loss, ("temperature", "targets")),
     "own-wasserstein": (own_wasserstein_loss, ("order", "targets")),
     "own-crps": (own_crps_loss, ("targets",)),
-    "sorted": (sorted_loss, ("temperature", "targets")),
 }
 
 

@@ -172,11 +172,6 @@ SETTINGS = {"epochs": 2.0, "temperature": 0.02, "targets": "sqrt", "ground": "sq
 DEFAULT = "wasserstein:.15+contrast:.85"
 
 
-def mix(other: str, share: float) -> str:
-    """The spelling of wasserstein with a share of another loss."""
-    return f"wasserstein:{1 - share:.4g}+{other}:{share:.4g}"
-
-
 def each(name: str, *values: object) -> dict[object, dict]:
     """A setting that takes each of the values, as Experiment.values."""
     return {value: {name: value} for value in values}
@@ -192,5 +187,4 @@ SYSTEMS = {  # of all plans
     "contrast": System("contrast", {"loss": "contrast"}),
     "wasserstein-1": System("Wasserstein, order 1", {"loss": "wasserstein", "order": 1}),
     "wasserstein-2": System("Wasserstein, order 2", {"loss": "wasserstein", "order": 2}),
-    "sorted": System("sorted masses (negative control)", {"loss": "sorted"}),
 }

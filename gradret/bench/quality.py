@@ -51,7 +51,7 @@ RECORDED = {  # fields of FitSettings that make two runs differ
     UNTRAINED: ("model", *FitSettings().encoder_options, "precision"),
     BM25: (),
 }
-SET_OFF, PLAIN, EDGE = "#0b66c3", "#a9b4c0", "#3c4650"
+PLAIN, EDGE = "#a9b4c0", "#3c4650"
 
 
 def measure_quality(
@@ -689,16 +689,12 @@ def draw_quality(document: dict, path: Path) -> None:
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
-def draw_bars(axes, columns: Mapping[str, dict | None], measure: str, primary: str | None = None) -> None:
-    """Horizontal bars from top to bottom: name -> what summarise gives of a column, None without a bar.
-
-    Args:
-        primary: the name whose bar is set off.
-    """
+def draw_bars(axes, columns: Mapping[str, dict | None], measure: str) -> None:
+    """Horizontal bars from top to bottom: name -> what summarise gives of a column, None without a bar."""
     places = range(len(columns))
     means = [column["mean"][measure] if column else 0.0 for column in columns.values()]
     spread = [(column["sd"][measure] or 0.0) if column else 0.0 for column in columns.values()]
-    axes.barh(places, means, 0.72, color=[SET_OFF if name == primary else PLAIN for name in columns])
+    axes.barh(places, means, 0.72, color=PLAIN)
     for place, column, mean, sd in zip(places, columns.values(), means, spread, strict=True):
         if sd:
             axes.errorbar(mean, place, xerr=sd, color=EDGE, capsize=2, linewidth=1)

@@ -61,15 +61,11 @@ def test_lambda_weighs_a_pair_by_what_its_order_changes():
     assert of("lambda", scores, GRADES) == pytest.approx(expected, rel=1e-5)
 
 
-def test_brier_and_sorted_masses():
+def test_brier_is_of_masses():
     q = torch.tensor([3**0.5, 1, 0]) / (3**0.5 + 1)
     assert of("brier", EVEN, GRADES) == pytest.approx((q - 1 / 3).square().sum().item())
-    # Sorted masses .5, .25, .25 against .75, .25, 0: right at no document, and a loss of .125 only.
     scores, grades = logits(0.25, 0.25, 0.5), torch.tensor([[2, 1, 0]])
-    assert of("sorted", scores, grades, targets="gain") == pytest.approx(0.125)
     assert of("brier", scores, grades, targets="gain") == pytest.approx(0.5)
-    shuffled = of("sorted", scores[:, [2, 0, 1]], grades, targets="gain")
-    assert shuffled == pytest.approx(0.125)
 
 
 def test_the_own_list_is_what_has_no_negative_grade():
@@ -100,10 +96,10 @@ def test_what_is_masked_does_not_count(name):
 
 
 def test_they_are_losses_once_they_are_registered():
-    with pytest.raises(ValueError, match="loss 'sorted': 'sorted' is not one of"):
-        FitSettings(loss="sorted")
+    with pytest.raises(ValueError, match="loss 'brier': 'brier' is not one of"):
+        FitSettings(loss="brier")
     losses.register()
-    assert FitSettings(loss="sorted").takes("targets") and not FitSettings(loss="sorted").takes("order")
-    assert functions.mix_losses("sorted", torch.zeros(1, 2), torch.ones(1, 2), temperature=1, order=2) == 0
+    assert FitSettings(loss="brier").takes("targets") and not FitSettings(loss="brier").takes("order")
+    assert functions.mix_losses("brier", torch.zeros(1, 2), torch.ones(1, 2), temperature=1, order=2) == 0
     settings = FitSettings(loss="contrast:.8+own-wasserstein:.2", in_batch_grade=-1)
     assert settings.loss == "contrast:.8+own-wasserstein:.2"

@@ -1,17 +1,16 @@
 """The plans of quality: their runs, which rows they find, and the tables and charts of the committed results."""
 
 import json
-from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 from conftest import REPOSITORY
 
 from benchmarks import tables
-from benchmarks.quality import PLANS, report, run
+from benchmarks.quality import PLANS, run
 from benchmarks.quality.plan import Experiment, Plan, System, list_cells, list_runs
 from benchmarks.script import RESULTS
-from gradret.bench.quality import FIT, UNTRAINED, Rows, choose_rows
+from gradret.bench.quality import FIT, UNTRAINED, Rows
 from gradret.settings import FitSettings
 
 
@@ -72,15 +71,6 @@ def test_what_is_varied():
     assert found["hot", 0.9].temperature == 0.9
 
 
-@pytest.mark.parametrize(("name", "count"), [("earlier", 412), ("earlier-development", 159)])
-def test_every_run_of_the_earlier_plans_has_a_committed_row(name, count):
-    runs = list_runs(PLANS[name])
-    stored = Rows(RESULTS / name / "rows.jsonl").read()
-    assert len(runs) == count
-    assert stored.keys() == {run.key for run in runs}
-    assert choose_rows(stored, runs, PLANS[name].measures).keys() == stored.keys()
-
-
 def test_every_committed_row_is_a_run_of_the_plan():
     stored = Rows(RESULTS / "reported" / "rows.jsonl").read()
     assert stored and stored.keys() <= {run.key for run in list_runs(PLANS["reported"])}
@@ -99,15 +89,13 @@ def test_the_first_seed_of_everything_is_done_first():
 def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     folder = REPOSITORY / "benchmarks" / "queries"
     ids = {path.stem: set(path.read_text().split()) for path in folder.iterdir()}
-    assert len(ids) == 9 and all(ids.values())
-    assert not ids["dev-cranfield"] & ids["held-out-cranfield"]
-    assert not ids["dev-scifact"] & ids["held-out-scifact"]
-    assert all(int(i) % 2 for i in ids["dev-cranfield"] | ids["held-out-cranfield"])  # the even ones are reported
+    assert len(ids) == 6 and all(ids.values())
+    assert all(int(i) % 2 for i in ids["dev-cranfield"])  # the even ones are reported
     for plan in PLANS.values():
         assert all({*run.settings.exclude} == {*plan.collections.values()} for run in list_runs(plan))
-    for reported, tuned in (("reported", "development"), ("earlier", "earlier-development")):
-        assert not {*PLANS[reported].collections.values()} & {*PLANS[tuned].collections.values()}
-        assert not any(part in source for source in PLANS[tuned].collections.values() for part in ("test", "even"))
+    tuned = PLANS["development"].collections.values()
+    assert not {*PLANS["reported"].collections.values()} & {*tuned}
+    assert not any(part in source for source in tuned for part in ("test", "even"))
 
 
 @pytest.mark.parametrize(
@@ -121,40 +109,23 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["quality"], 35),
         (["leads"], 53),
         (["tuning"], 41),
-        (["earlier"], 55),
-        (["earlier", "--measure", "R@100"], 33),
-        (["earlier", "--measure", "RR@10"], 33),
-        (["ablations"], 66),
     ],
 )
 def test_the_tables_of_the_pages_are_the_results(arguments, lines):
     table = CliRunner().invoke(tables.main, arguments).stdout.strip()
     assert len(table.splitlines()) == lines
-    page = "HISTORY.md" if arguments[0] in tables.EARLIER else "README.md"
-    text = (REPOSITORY / "benchmarks" / page).read_text()
+    text = (REPOSITORY / "benchmarks" / "README.md").read_text()
     assert [part for part in table.split("\n\n") if part not in text] == []
 
 
-def test_the_claims_apart_from_any_list():
-    table = CliRunner().invoke(tables.main, ["apart"]).stdout.splitlines()
-    assert len(table) == 30 and table[0] == "| nDCG@10, SciFact test | all | apart | near |"
-    # 199 claims are apart, 101 near.
-    _, name, every, apart, near, _ = (cell.strip() for cell in table[2].split("|"))
-    assert name == "BM25, three-layers"
-    assert (199 * float(apart) + 101 * float(near)) / 300 == pytest.approx(float(every), abs=1e-4)
-
-
-def test_the_report_shows_tests_and_how_far_curves_fall(tmp_path, monkeypatch):
-    kept = {name: PLANS["earlier"].experiments[name] for name in ("control", "noise")}
-    monkeypatch.setitem(report.PLANS, "earlier", replace(PLANS["earlier"], experiments=kept))
-    result = CliRunner().invoke(report.main, ["--plan", "earlier", "--charts", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in result.stdout.splitlines() if "|" in line}
-    assert lines["| InfoNCE, highest grade positive"][-2:] == ["+0.0218", "<0.001 |"]
-    assert lines["| InfoNCE, grades 1 to 3 positive"][-2:] == ["-0.0162", "– |"]
-    assert "| shuffled grades, the default loss" in lines
-    assert "runs are done; made by" in result.stdout and "- commit 17bcb7cf0238, torch 2.13.0+cpu" in result.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"control.png", "noise.png"}
+def test_the_chart_and_the_code_behind_the_rows(tmp_path):
+    chart = tmp_path / "curves.png"
+    assert CliRunner().invoke(tables.main, ["curves", "--chart", str(chart)]).exit_code == 0
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    first, *commits = CliRunner().invoke(tables.main, ["runs"]).stdout.splitlines()
+    rows = (RESULTS / "reported" / "rows.jsonl").read_text().splitlines()
+    assert first == f"{len(rows)} of {len(list_runs(PLANS['reported']))} runs are done; made by"
+    assert commits and all(line.startswith("- commit ") for line in commits)
 
 
 def test_without_rows_or_lists_a_command_ends_with_one_line(tmp_path, monkeypatch):
@@ -163,8 +134,8 @@ def test_without_rows_or_lists_a_command_ends_with_one_line(tmp_path, monkeypatc
     (tmp_path / "rows.jsonl").touch()
     for command, arguments, message in (
         (
-            report.main,
-            ["--rows", "rows.jsonl"],
+            tables.main,
+            ["leads", "--rows", "rows.jsonl"],
             "rows.jsonl: holds no row of the plan; python -m benchmarks.quality.run",
         ),
         (tables.main, ["quality", "--rows", "no.jsonl"], "no.jsonl: holds no row of the plan"),
@@ -195,5 +166,5 @@ def test_a_shard_does_its_own_runs(tmp_path, monkeypatch):
 
 
 def test_a_row_of_the_committed_ones_is_whole():
-    row = json.loads((RESULTS / "earlier" / "rows.jsonl").read_text().splitlines()[-1])
-    assert row["versions"]["commit"] and "code" not in row and "defaults" not in row
+    row = json.loads((RESULTS / "reported" / "rows.jsonl").read_text().splitlines()[-1])
+    assert row["versions"]["commit"] and row["code"] and row["content"].keys() == {"encoder", "data"}
