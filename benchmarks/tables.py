@@ -32,6 +32,7 @@ from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, collect_versions, 
 from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GradretError
 from gradret.files import read_object
+from gradret.settings import FitSettings
 
 RESAMPLES = 10_000
 PerQuery = Mapping[str, Mapping[str, float]]  # a collection's source -> query -> value
@@ -250,14 +251,17 @@ def write_look(results: dict[str, dict]) -> list[str]:
 
 
 def write_defaults(results: list[dict]) -> list[str]:
-    """By encoder and learning rate, rows of benchmarks.defaults: the collections' mean at each share of the way."""
-    shares = list(results[0]["shares"])
-    rows = {
-        f"{result['encoder']}, {result['learning_rate']:g}": [
-            f"{np.mean([*result['shares'][share].values()]):.3f}".lstrip("0") for share in shares
+    """By encoder and settings, rows of benchmarks.defaults: the collections' mean at each share of the way."""
+    shares, rows = list(results[0]["shares"]), {}
+    for result in results:
+        rate = f"{result['encoder']}, {result['learning_rate']:g}"
+        others = [
+            f"{name} {value}"
+            for name, value in result.items()
+            if name != "learning_rate" and value != getattr(FitSettings, name, value)
         ]
-        for result in results
-    }
+        means = [f"{np.mean([*result['shares'][share].values()]):.3f}".lstrip("0") for share in shares]
+        rows[", ".join([rate, *others])] = means
     return write_table("encoder, learning rate", ["untrained", *shares[1:]], rows)
 
 
