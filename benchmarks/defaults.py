@@ -2,7 +2,8 @@
 
     python -m benchmarks.defaults ROWS
 
-Each run is measured at several shares of the way from the encoder's own weights to the trained ones. Trains on the
+Each run is measured at several shares of the way from the encoder's own weights to the trained ones, or at the one that
+fit has chosen. Trains on the
 lists of results/lists but for those with a query that is measured; measures on development queries: the SciFact claims
 of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd numbers; among all documents: among a random part of
 them a strong encoder seems to gain where it loses. Writes a line per run to ROWS and leaves out what is there. Needs
@@ -21,8 +22,9 @@ from gradret.console import say
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import evaluate
 from gradret.files import versions
-from gradret.settings import FitSettings
-from gradret.train.loop import copy_trained, fit, interpolated
+from gradret.settings import AUTO, FitSettings
+from gradret.train.interpolation import copy_trained, interpolated
+from gradret.train.loop import fit
 
 COLLECTIONS = {
     "scifact": DEV_SCIFACT,
@@ -40,6 +42,7 @@ TRIED = (  # with the strong one, beside what it has anyway
     {"mine": "k=2,grade=0"},
 )
 RUNS = [(name, {"learning_rate": rate}) for name in ENCODERS for rate in RATES]
+RUNS += [(name, {"learning_rate": 2e-4, "interpolate": AUTO}) for name in ENCODERS]  # as fit comes
 RUNS += [(STRONG, {"learning_rate": 2e-4} | changed) for changed in TRIED]
 MEASURE = "nDCG@10"
 
@@ -61,8 +64,7 @@ def main(rows):
         settings = FitSettings(
             data=tuple(LISTS.values()),
             exclude=tuple(sorted(COLLECTIONS.values())),
-            interpolate=1.0,
-            **ENCODERS[name] | changed,
+            **ENCODERS[name] | {"interpolate": 1.0} | changed,
         )
         told = {"encoder": name, "temperature": settings.temperature, "epochs": settings.epochs} | changed
         if told in made:
@@ -72,12 +74,15 @@ def main(rows):
         if name not in untrained:
             untrained[name] = measure(encoder)
         with tempfile.TemporaryDirectory(prefix="gradret-") as folder:
-            fit(settings, Path(folder, "run"), device="cpu")
+            result = fit(settings, Path(folder, "run"), device="cpu")
             encoder = load_encoder(str(Path(folder, "run")), device="cpu")
         shares = {"0": untrained[name]}
-        for share in SHARES:
-            with interpolated(encoder, own, share):
-                shares[f"{share:g}"] = measure(encoder)
+        if settings.interpolate == AUTO:
+            shares[f"{result.share:g}"] = measure(encoder)
+        else:
+            for share in SHARES:
+                with interpolated(encoder, own, share):
+                    shares[f"{share:g}"] = measure(encoder)
         with open(rows, "a", encoding="utf-8") as file:
             file.write(json.dumps(told | {"versions": versions(), "shares": shares}) + "\n")
         say(f"{name}, {json.dumps(changed)}: {json.dumps(shares)}")

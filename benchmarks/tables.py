@@ -29,8 +29,8 @@ from benchmarks.quality.report import Results, draw_curves, write_experiment, wr
 from benchmarks.quality.reported import FOUR
 from benchmarks.script import RESULTS, Script
 from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, collect_versions, show_p, show_value
-from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GradretError
+from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import read_object
 from gradret.settings import FitSettings
 
@@ -252,16 +252,16 @@ def write_look(results: dict[str, dict]) -> list[str]:
 
 def write_defaults(results: list[dict]) -> list[str]:
     """By encoder and settings, rows of benchmarks.defaults: the collections' mean at each share of the way."""
-    shares, rows = list(results[0]["shares"]), {}
+    shares, rows = ("0", "0.25", "0.5", "1"), {}
     for result in results:
-        rate = f"{result['encoder']}, {result['learning_rate']:g}"
-        others = [
+        names = [result["encoder"], "as fit comes" if "interpolate" in result else f"{result['learning_rate']:g}"]
+        names += [
             f"{name} {value}"
             for name, value in result.items()
             if name != "learning_rate" and value != getattr(FitSettings, name, value)
         ]
-        means = [f"{np.mean([*result['shares'][share].values()]):.3f}".lstrip("0") for share in shares]
-        rows[", ".join([rate, *others])] = means
+        found = {share: f"{np.mean([*values.values()]):.3f}".lstrip("0") for share, values in result["shares"].items()}
+        rows[", ".join(names)] = [found.get(share, DASH) for share in shares]
     return write_table("encoder, learning rate", ["untrained", *shares[1:]], rows)
 
 

@@ -184,6 +184,7 @@ def fit(out, device, resume, tensorboard, as_json, **given):
         "steps": result.steps,
         "loss": result.loss,
         "dev": None if result.dev is None else {settings.dev_measure: result.dev, "step": result.dev_step},
+        "share": result.share,
         "seconds": round(result.seconds, 1),
     }
     if as_json:
@@ -193,7 +194,7 @@ def fit(out, device, resume, tensorboard, as_json, **given):
     else:
         best = f", {settings.dev_measure} {result.dev:.4f} at step {result.dev_step}" if result.dev is not None else ""
         steps = count_of(result.steps, "step")
-        kept = f", saved at {settings.interpolate:g} of the way" if settings.interpolate < 1 else ""
+        kept = "" if settings.interpolate == 1 else f", saved at {result.share:g} of the way"
         click.echo(f"{result.out}: {steps}, last loss {result.loss:.4f}{best}, {result.seconds:.0f} s{kept}")
 
 

@@ -359,10 +359,12 @@ class FitSettings:
         "linear", OPTIMISATION, "How the learning rate falls after the warm-up.", choices=("linear", "cosine")
     )
     clip: float = rare(1.0, OPTIMISATION, "The highest gradient norm; 0 for no limit.", range=ANY_COUNT)
-    interpolate: float = rare(
-        0.25,
+    interpolate: float | str = rare(
+        AUTO,
         OPTIMISATION,
-        "Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it.",
+        "Share of the way from the encoder's own weights to the trained ones that is saved; 1 is all of it; auto: "
+        ".25 or, where held-out lists say that it is worth it, .5 or 1.",
+        choices=(AUTO,),
         range=SHARE_ABOVE_0,
     )
 

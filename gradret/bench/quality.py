@@ -26,15 +26,16 @@ import numpy as np
 from tqdm import tqdm
 
 from gradret.bench import format_table
-from gradret.bench.significance import compare_systems, find_differences
 from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, command_line, count_of, say
 from gradret.data.collections import Collection, IrDatasetsCollection
 from gradret.data.lists import decode_json, open_file, query_words
 from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures, split_measures
+from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import replacing, versions, write_json, writing
-from gradret.settings import FitSettings
+from gradret.settings import AUTO, FitSettings
+from gradret.train.interpolation import share_held_out
 from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
 
@@ -284,6 +285,7 @@ class OpenedInputs:
                 pool = mining.source
                 content["pool"] = self._once(("pool", pool), lambda: open_pool(pool).fingerprint)
             key = ("lists", settings.data, settings.exclude, settings.dev, settings.weighs_from_zero, settings.seed)
+            key = (*key, settings.interpolate == AUTO)
             content["data"], summary = self._once(key, lambda: self._check_lists(settings))
             self.lists[run.key] = len(summary.kept)
             check_loss_suits(settings, summary, mining)
@@ -292,7 +294,8 @@ class OpenedInputs:
         lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
         measured = [self.open(s) for s in (*settings.exclude, settings.dev) if s is not None]
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
+        apart = share_held_out(settings, len(lists))
+        summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries, held_out=apart)
         # A file of queries that selects others changes what is kept, and no source.
         return _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
 

@@ -21,8 +21,8 @@ from gradret.data.lists import (
     TEXT_CHARACTERS,
     DocumentNames,
     Line,
-    ListFile,
     Passage,
+    RankingList,
     decode_json,
     hash64,
     is_grade,
@@ -391,18 +391,21 @@ class IrDatasetsCollection(Collection):
 
 
 class ListCollection(Collection):
-    """A ranking-list file as a collection: its distinct passages are the documents, its grades the qrels.
+    """Ranking lists as a collection: their distinct passages are the documents, their grades the qrels.
 
     See DocumentNames for the documents' ids.
+
+    Args:
+        lists: of distinct query ids.
     """
 
-    def __init__(self, path: Path):
-        self.name = str(path)
+    def __init__(self, name: str, lists: Iterable[RankingList]):
+        self.name = name
         self.drop_self = False
         self.queries, self.qrels = {}, {}
         self._documents: dict[str, str] = {}
         names = DocumentNames()
-        for ranking_list in ListFile(path):
+        for ranking_list in lists:
             judged, new = names.name(ranking_list)
             self.queries[ranking_list.query_id] = ranking_list.query
             self.qrels[ranking_list.query_id] = {doc_id: passage.grade for doc_id, passage in judged.items()}

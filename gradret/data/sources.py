@@ -206,7 +206,7 @@ def open_collection(source: Source) -> BeirCollection | IrDatasetsCollection | L
         queries = None if source.query_file is None else Path(source.query_file)
         collection = BeirCollection(*_split_directory(source.name), queries)
     else:
-        collection = ListCollection(path)
+        collection = ListCollection(str(path), ListFile(path))
     if source.queries is not None:
         select = query_selector(source.queries)
         collection.queries = {q: text for q, text in collection.queries.items() if select(q)}
@@ -435,7 +435,8 @@ class ListsSummary:
     """What a check of all lists found.
 
     kept: positions of the lists to train on; best and worst: (kept,) the highest and the lowest grade of each;
-    longest: the longest passage; the numbers of lists and judgments are of those left out.
+    longest: the longest passage; the numbers of lists and judgments are of those left out; held_out: positions of the
+    lists that are not trained on but asked how far to go.
     """
 
     kept: np.ndarray
@@ -447,6 +448,7 @@ class ListsSummary:
     disagreeing: int
     absent: int
     excluded: int
+    held_out: np.ndarray
 
     @property
     def lowest(self) -> float:
@@ -465,17 +467,23 @@ class ListsSummary:
             (self.disagreeing, "list", "left out: judged and intended grades are not in one order"),
             (self.absent, "judgment", "left out, whose documents are missing"),
             (self.excluded, "list", "left out, whose query is one to be measured"),
+            (len(self.held_out), "list", "held out, to choose how far to go"),
         )
         return text + "".join(f"; {count_of(number, noun)} {what}" for number, noun, what in notes if number)
 
 
-def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = ()) -> ListsSummary:
+def check_lists(
+    lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = (), held_out: float = 0.0
+) -> ListsSummary:
     """Read every list once: all are well formed, and no grade is negative where targets begin at grade 0.
 
-    Lists whose queries are among `exclude` (see lists.query_words) are left out, as those without passages are. Raises:
-    GradretError naming the first list at fault, or when no list is left.
+    Args:
+        exclude: words of queries (see lists.query_words) whose lists are left out, as those without passages are.
+        held_out: the share of the lists, in expectation, that is not trained on; which they are depends on the words of
+            their queries alone.
+    Raises: GradretError naming the first list at fault, or when no list is left.
     """
-    kept, best, worst = array("q"), array("d"), array("d")
+    kept, best, worst, apart = array("q"), array("d"), array("d"), array("q")
     passages, longest, empty, disagreeing, excluded = 0, "", 0, 0, 0
     for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=BAR_DELAY_S):
         ranking_list = lists[index]
@@ -484,7 +492,8 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
             disagreeing += int(lists.disagreeing[index])
             empty += not lists.disagreeing[index]
             continue
-        if query_words(ranking_list.query) in exclude:
+        words = query_words(ranking_list.query)
+        if words in exclude:
             excluded += 1
             continue
         low = min(grades)
@@ -494,6 +503,9 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
                 f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
                 f"{SOFTMAX_ADVICE}"
             )
+        if hash64("held out", words) < held_out * 2**64:
+            apart.append(index)
+            continue
         kept.append(index)
         best.append(max(grades))
         worst.append(low)
@@ -506,4 +518,4 @@ def check_lists(lists: MixedLists, *, refuse_negative: bool, exclude: Container[
             + (f"; of the judged documents {absent} are missing" if absent else "")
         )
     found = np.array(kept), np.array(best), np.array(worst)
-    return ListsSummary(*found, passages, longest, empty, disagreeing, absent, excluded)
+    return ListsSummary(*found, passages, longest, empty, disagreeing, absent, excluded, np.array(apart, np.int64))

@@ -36,6 +36,8 @@ def write_card(
     steps: int,
     dev: Sequence[dict[str, Any]],
     best_step: int | None,
+    share: float,
+    held_out: dict[str, float],
     encoder: Encoder,
     where: str,
     seconds: float,
@@ -48,6 +50,8 @@ def write_card(
         steps: optimizer steps done.
         dev: a {"step": int, settings.dev_measure: value} for each measurement.
         best_step: the step whose weights were saved, where dev chose; None for the last.
+        share: of the way from the encoder's own weights to the trained ones, which was saved.
+        held_out: share -> mean nDCG@10 of the held-out lists, which chose it; {} where it was given.
         where: what it was trained on, as "cpu, 1 process".
         seconds: that training took.
         versions: names and values; None is left out.
@@ -71,6 +75,8 @@ def write_card(
         pooling=POOLINGS[encoder.config.pooling],
         steps=steps,
         best_step=best_step,
+        share=share,
+        held_out=held_out,
         where=where,
         time=timedelta(seconds=math.ceil(seconds)),
         options=_list_options(settings),

@@ -12,14 +12,14 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gradret.console import (
     GivenUp,
@@ -36,7 +36,6 @@ from gradret.data.lists import RankingList, query_words
 from gradret.data.sources import SOFTMAX_ADVICE, ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.distributed import Processes, join_processes
 from gradret.encoder.load import choose_precision, load_encoder
-from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import evaluate, parse_measures
 from gradret.files import versions
 from gradret.loss.kernels import describe_backend
@@ -45,6 +44,17 @@ from gradret.settings import AUTO, FitSettings
 from gradret.train.batches import Batch, draw_batches
 from gradret.train.card import write_card
 from gradret.train.gradients import BatchGradients, Objective
+from gradret.train.interpolation import (
+    MEASURE,
+    SHARES,
+    choose_share,
+    copy_trained,
+    interpolate,
+    interpolated,
+    make_held_out,
+    measure_shares,
+    share_held_out,
+)
 from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
 from gradret.train.run_directory import BOARD, DEV, METRICS, RunDirectory, RunState, import_board, share_restored
@@ -61,7 +71,8 @@ GROUPS = {"cpu": 8, "cuda": 64, "mps": 32}  # texts encoded at once where all ac
 class FitResult:
     """What fit() leaves: the encoder's directory, steps done, the last loss, the best dev value and its step.
 
-    was_finished: the run had already ended, and nothing was done.
+    share: of the way from the encoder's own weights to the trained ones, which was saved. was_finished: the run had
+    already ended, and nothing was done.
     """
 
     out: Path
@@ -69,6 +80,7 @@ class FitResult:
     loss: float | None
     dev: float | None
     dev_step: int | None
+    share: float
     seconds: float
     was_finished: bool = False
 
@@ -136,7 +148,8 @@ def read_result(directory: RunDirectory, settings: FitSettings) -> FitResult:
     last: dict[str, Any] = (directory.read_lines(METRICS) or [{"step": 0, "loss": None}])[-1]
     measured = [(line[settings.dev_measure], line["step"]) for line in directory.read_lines(DEV)]
     dev, dev_step = max(measured, key=lambda pair: pair[0], default=(None, None))  # the first of equals, as in training
-    return FitResult(directory.directory, last["step"], last["loss"], dev, dev_step, 0.0, was_finished=True)
+    share = directory.share if settings.interpolate == AUTO else cast(float, settings.interpolate)
+    return FitResult(directory.directory, last["step"], last["loss"], dev, dev_step, share, 0.0, was_finished=True)
 
 
 def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:
@@ -158,6 +171,7 @@ class Inputs:
         resume: whether the settings are those of a run that is gone on with.
     Attributes:
         lists, summary: all lists, and which of them are trained on.
+        held_out: those that choose the share of the way that is saved; None where there are none.
         dev: the collection measured while training, or None.
         mining, miner: which hard negatives, and what finds them; or None.
         encoder: as it is trained, with adapters if there are any.
@@ -180,8 +194,14 @@ class Inputs:
         self.dev = open_collection(parse_source(settings.dev)) if settings.dev else None
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        self.summary = check_lists(self.lists, refuse_negative=settings.weighs_from_zero, exclude=queries)
+        self.summary = check_lists(
+            self.lists,
+            refuse_negative=settings.weighs_from_zero,
+            exclude=queries,
+            held_out=share_held_out(settings, len(self.lists)),
+        )
         check_loss_suits(settings, self.summary, mining)
+        self.held_out = make_held_out(self.lists, self.summary.held_out, self.summary.kept)
         self.miner = None
         if mining is not None:
             kept, best = self.summary.kept, self.summary.best
@@ -319,7 +339,7 @@ class Trainer:
         self.lists: Sequence[RankingList] = inputs.lists
         self.mined_round: int | None = None
         self.stop = StopRequest()
-        self.start_weights = copy_trained(self.encoder) if self.settings.interpolate < 1 else {}
+        self.start_weights = copy_trained(self.encoder) if self.settings.interpolate != 1 else {}
         self.optimizer = make_optimizer(self.encoder, self.settings.weight_decay)
         self.state = self.restore()
         self.state.chunk = self.agree_on_chunk()
@@ -373,6 +393,8 @@ class Trainer:
                     if self.is_dev_due() and state.dev_step != state.step:
                         self.measure_dev()
                     if state.step == steps or (patience is not None and state.waited >= patience):
+                        if self.inputs.dev is None:
+                            state.share, state.held_out = self.find_share()
                         return
                     self.mine()
                     self.train_step(bar)
@@ -453,13 +475,28 @@ class Trainer:
         """So long a signal waits for the end of a search; one of several processes would leave the others waiting."""
         return STEP_GRACE_S if self.processes.size > 1 else 0.0
 
+    def find_share(self) -> tuple[float, dict[str, float]]:
+        """How far from its own weights the encoder goes, and what the held-out lists say: mean nDCG@10 by share."""
+        given, inputs = self.settings.interpolate, self.inputs
+        if given != AUTO:
+            return cast(float, given), {}
+        if inputs.held_out is None:
+            return SHARES[0], {}
+        if self.processes.size > 1:  # as before a search on dev
+            self.save_step()
+        with self.stop.give_up(self.search_grace_s):
+            found = measure_shares(self.encoder, self.start_weights, inputs.held_out, inputs.precision, self.processes)
+        means = {f"{share:g}": sum(values.values()) / len(values) for share, values in found.items()}
+        return choose_share(found), means
+
     def measure_dev(self) -> None:
         """Measure the dev collection, keep the model if it is the best, and checkpoint."""
         s, state = self.settings, self.state
         assert self.inputs.dev is not None
         if self.processes.size > 1:  # it may take long, and torchrun kills those that do not end in time
             self.save_step()
-        with interpolated(self.encoder, self.start_weights, s.interpolate), self.stop.give_up(self.search_grace_s):
+        share, means = self.find_share()
+        with interpolated(self.encoder, self.start_weights, share), self.stop.give_up(self.search_grace_s):
             result = evaluate(
                 self.encoder,
                 self.inputs.dev,
@@ -472,6 +509,7 @@ class Trainer:
         state.dev_step, state.waited = state.step, state.waited + 1
         if state.best is None or value > state.best:
             state.best, state.best_step, state.waited = value, state.step, 0
+            state.share, state.held_out = share, means
         # The line first: without the checkpoint it is dropped and measured again, the other way round it is lost.
         if self.directory is not None:
             self.directory.append(DEV, {"step": state.step, s.dev_measure: value})
@@ -528,7 +566,7 @@ class Trainer:
                 lines = directory.read_lines(METRICS)
                 loss = lines[-1]["loss"] if lines else None
                 directory.restore_best(self.encoder, state)
-                interpolate(self.encoder, self.start_weights, s.interpolate)
+                interpolate(self.encoder, self.start_weights, state.share)
                 merge_adapters(self.encoder)
                 where = f"{self.encoder.device.type}, {inputs.precision}"
                 facts = {
@@ -536,14 +574,20 @@ class Trainer:
                     "steps": state.step,
                     "dev": directory.read_lines(DEV),
                     "best_step": state.best_step,
+                    "share": state.share,
+                    "held_out": state.held_out,
                     "encoder": self.encoder,
                     "where": where if self.processes.size == 1 else f"{self.processes.size} processes, {where}",
                     "seconds": sum(line["step_ms"] for line in lines) / 1000,  # also of what ran before a resume
                     "versions": versions(),
                 }
-                directory.finish(self.encoder, lambda folder: write_card(folder, settings=s, **facts))
+                directory.finish(self.encoder, lambda folder: write_card(folder, settings=s, **facts), state.share)
+                if state.held_out:
+                    shown = ", ".join(f"{value:.4f} at {share}" for share, value in state.held_out.items())
+                    say(f"{MEASURE} of the held-out lists: {shown} of the way")
         loss = self.processes.broadcast(loss)
-        return FitResult(self.out, state.step, loss, state.best, state.best_step, time.monotonic() - began)
+        seconds = time.monotonic() - began
+        return FitResult(self.out, state.step, loss, state.best, state.best_step, state.share, seconds)
 
     # The ways to end before that: one of the processes tells, the others end with it
 
@@ -609,40 +653,3 @@ def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=0.0)
-
-
-def copy_trained(encoder: Encoder) -> dict[str, Tensor]:
-    """The weights that are trained, on the CPU; of low-rank adapters B alone.
-
-    B A is what an adapter adds, and B starts at 0: taken back by a share, it takes the product back by that share.
-    """
-    return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in encoder.named_parameters()
-        if parameter.requires_grad and ".lora_A." not in name
-    }
-
-
-def interpolate(encoder: Encoder, start: dict[str, Tensor], share: float) -> None:
-    """Take weights back from where they are to `share` of the way from `start`, in place; those not in it stay.
-
-    Source: Wortsman et al. (2022), Robust fine-tuning of zero-shot models, arXiv 2109.01903.
-    """
-    parameters = dict(encoder.named_parameters())
-    with torch.no_grad():
-        for name, tensor in start.items():
-            parameters[name].copy_(torch.lerp(tensor.to(parameters[name].device), parameters[name], share))
-
-
-@contextmanager
-def interpolated(encoder: Encoder, start: dict[str, Tensor], share: float) -> Iterator[None]:
-    """While the encoder has those weights; after that it has its own again, to the bit."""
-    own = copy_trained(encoder) if start else {}
-    try:
-        interpolate(encoder, start, share)
-        yield
-    finally:
-        parameters = dict(encoder.named_parameters())
-        with torch.no_grad():
-            for name, tensor in own.items():
-                parameters[name].copy_(tensor)

@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ CONTENT_NAMES = {"data": "training data", "encoder": "encoder to start from", "p
 class RunState:
     """Where a run stands: steps done, the best dev value and its step, the step last evaluated on dev.
 
-    waited: dev measurements since the best one. chunk: of gradient caching, as found for "auto".
+    waited: dev measurements since the best one. chunk: of gradient caching, as found for "auto". share: of the way from
+    the encoder's own weights, of what is to be saved; held_out: share -> the measure that chose it.
     """
 
     step: int = 0
@@ -54,6 +55,8 @@ class RunState:
     dev_step: int | None = None
     waited: int = 0
     chunk: int | None = None
+    share: float = 1.0
+    held_out: dict[str, float] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -160,6 +163,11 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         return bool(self._record.get("finished"))
+
+    @property
+    def share(self) -> float:
+        """Of the way from the encoder's own weights, of the saved ones."""
+        return float(self._record.get("share", 1.0))
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -308,15 +316,15 @@ class RunDirectory:
                 "run's own checkpoint back, or remove its directory to start from the beginning"
             )
 
-    def finish(self, encoder: Encoder, write_card: Callable[[Path], None]) -> None:
-        """Save the encoder and its card, and drop the checkpoints."""
+    def finish(self, encoder: Encoder, write_card: Callable[[Path], None], share: float) -> None:
+        """Save the encoder and its card, write down its share of the way, and drop the checkpoints."""
         try:
             encoder.save(self.directory)
             write_card(self.directory)
             for file in self.directory.rglob("*"):
                 if file.is_file():
                     sync_file(file)
-            self._record["finished"] = True
+            self._record |= {"finished": True, "share": share}
             write_json(self.directory / RUN_FILE, self._record)
         except Exception as error:  # the tokenizer's library raises nothing narrower on a full disk
             raise self._write_error(error) from error

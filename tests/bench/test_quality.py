@@ -33,12 +33,12 @@ from gradret.bench.quality import (
     make_document,
     tabulate,
 )
-from gradret.bench.significance import find_differences, randomisation_tests
 from gradret.cli import main
 from gradret.console import GradretError
 from gradret.data.sources import open_collection, parse_source
 from gradret.encoder.load import default_device, load_encoder
 from gradret.evaluation.measures import evaluate
+from gradret.evaluation.significance import find_differences, randomisation_tests
 from gradret.settings import FitSettings
 from gradret.train.loop import Trainer, fit
 from gradret.train.mining import search_bm25

@@ -21,6 +21,8 @@ def write(directory, encoder, settings=None, **changes) -> str:
         "steps": 26,
         "dev": [],
         "best_step": None,
+        "share": 0.25,
+        "held_out": {},
         "where": "cpu, 1 process",
         "seconds": 61.2,
         "versions": VERSIONS,
@@ -67,6 +69,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
     }
     assert table(text, "## Training") == {
         "steps": "26",
+        "share of the way saved": "0.25",
         "trained on": "cpu, 1 process",
         "time": "0:01:02",
         "`--loss`": "`wasserstein:.15+contrast:.85`",
@@ -77,7 +80,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--batch-lists`": "16",
         "`--learning-rate`": "0.0002",
         "`--epochs`": "2",
-        "`--set interpolate`": "0.25",
+        "`--set interpolate`": "`auto`",
         "`--seed`": "0",
         "`--precision`": "`auto`",
         "`--lora`": "0",

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from gradret.bench.significance import DRAWS, compare_systems, correct_holm, find_differences, randomisation_tests
+from gradret.evaluation.significance import DRAWS, compare_systems, correct_holm, find_differences, randomisation_tests
 
 DIFFERENCES = st.lists(st.floats(-1, 1).map(lambda x: round(x, 3)), min_size=2, max_size=24).map(np.array)
 
