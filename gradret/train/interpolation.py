@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradret.data.collections import ListCollection
 from gradret.data.lists import RankingList
+from gradret.data.sources import ListsSummary
 from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import evaluate
@@ -20,7 +21,7 @@ from gradret.settings import AUTO, FitSettings
 SHARES = (0.25, 0.5, 1.0)  # what is tried, of the way from the encoder's own weights to the trained ones
 MEASURE, LEVEL = "nDCG@10", 0.05
 LEAST_LISTS, MOST_HELD = 100, 256  # from so many lists on a tenth is held out, at most so many
-POOL = 128  # lists whose passages are ranked: fewer make it too easy to show what more training is worth
+POOL = 512  # passages that are ranked, if the lists have so many: fewer are too easy to show what training is worth
 
 
 def share_held_out(settings: FitSettings, count: int) -> float:
@@ -28,16 +29,16 @@ def share_held_out(settings: FitSettings, count: int) -> float:
     return min(0.1, MOST_HELD / count) if settings.interpolate == AUTO and count >= LEAST_LISTS else 0.0
 
 
-def make_held_out(lists: Sequence[RankingList], held_out: np.ndarray, kept: np.ndarray) -> ListCollection | None:
+def make_held_out(lists: Sequence[RankingList], summary: ListsSummary) -> ListCollection | None:
     """The held-out lists as queries, and as documents their passages with those of some that are trained on.
 
-    Args:
-        held_out, kept: positions in `lists`.
     Returns: None where no list is held out.
     """
+    held_out, kept = summary.held_out, summary.kept
     if not len(held_out):
         return None
-    others = kept[:: max(1, math.ceil(len(kept) / max(1, POOL - len(held_out))))]
+    room = max(1, int(POOL * len(kept) / summary.passages) - len(held_out))  # for so many others
+    others = kept[:: math.ceil(len(kept) / room)]
     chosen = (lists[position] for position in [*held_out.tolist(), *others.tolist()])
     anonymous = (  # ids of different sources may be the same
         replace(entry, query_id=str(number), passages=[replace(p, doc_id=None) for p in entry.passages])

@@ -201,7 +201,7 @@ class Inputs:
             held_out=share_held_out(settings, len(self.lists)),
         )
         check_loss_suits(settings, self.summary, mining)
-        self.held_out = make_held_out(self.lists, self.summary.held_out, self.summary.kept)
+        self.held_out = make_held_out(self.lists, self.summary)
         self.miner = None
         if mining is not None:
             kept, best = self.summary.kept, self.summary.best

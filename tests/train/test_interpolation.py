@@ -14,6 +14,7 @@ from gradret import fit, read_lists, write_lists
 from gradret.bench.quality import FIT, OpenedInputs, Run
 from gradret.console import GradretError
 from gradret.data.lists import query_words
+from gradret.data.sources import MixedLists, check_lists, parse_source
 from gradret.distributed import ALONE
 from gradret.encoder.load import load_encoder
 from gradret.evaluation.measures import Evaluation
@@ -73,18 +74,23 @@ def test_lists_of_one_query_are_kept_apart_together(tiny_encoder, many):
     assert OpenedInputs([run]).lists[run.key] == len(inputs.summary.kept)  # bench counts what fit trains on
 
 
-def test_documents_are_passages_of_both_and_queries_those_kept_apart():
+def test_documents_are_passages_of_both_and_queries_those_held_out(tmp_path):
     lists = list(read_lists(SAMPLE_FILE))
-    lists[1] = replace(lists[1], query_id=lists[0].query_id)  # of another source
     for entry in lists[:2]:
-        entry.passages[0].doc_id = "d1"
-    found = make_held_out(lists, np.array([0, 1, 5]), np.array([2, 3, 4, 6]))
-    assert [*found.queries.values()] == [lists[i].query for i in (0, 1, 5)]
-    assert [[*grades.values()] for grades in found.qrels.values()] == [
-        [p.grade for p in lists[i].passages] for i in (0, 1, 5)
-    ]
-    assert found.document_count == len({p.content for entry in lists[:7] for p in entry.passages})
-    assert make_held_out(lists, np.array([], int), np.arange(96)) is None
+        entry.passages[0].doc_id = "d1"  # of two sources
+    write_lists(tmp_path / "one.jsonl", [lists[0], *lists[2:]])
+    write_lists(tmp_path / "other.jsonl", [replace(lists[1], query_id=lists[0].query_id)])
+    mixed = MixedLists([parse_source(str(tmp_path / name)) for name in ("one.jsonl", "other.jsonl")])
+    summary = replace(
+        check_lists(mixed, refuse_negative=True), kept=np.arange(1, 95), held_out=np.array([0, 95]), passages=376
+    )
+    found = make_held_out(mixed, summary)
+    assert [*found.queries.values()] == [lists[0].query, lists[1].query]
+    assert [[*grades.values()] for grades in found.qrels.values()] == [[3, 2, 1, 0]] * 2
+    assert found.document_count == 384  # there is room for all
+    few = make_held_out(mixed, replace(summary, passages=94 * 64))  # lists of 64: six others
+    assert len(few.queries) == 2 and few.document_count == 4 * (2 + 6)
+    assert make_held_out(mixed, replace(summary, held_out=np.array([], int))) is None
 
 
 def test_the_share_chosen_is_the_one_saved_and_told(tiny_encoder, tmp_path, many, monkeypatch, capsys):
