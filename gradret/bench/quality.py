@@ -35,7 +35,6 @@ from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, pa
 from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import replacing, versions, write_json, writing
 from gradret.settings import AUTO, FitSettings
-from gradret.train.interpolation import share_held_out
 from gradret.train.loop import check_loss_suits, fit
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
 
@@ -294,8 +293,8 @@ class OpenedInputs:
         lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
         measured = [self.open(s) for s in (*settings.exclude, settings.dev) if s is not None]
         queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        apart = share_held_out(settings, len(lists))
-        summary = check_lists(lists, refuse_negative=settings.weighs_from_zero, exclude=queries, held_out=apart)
+        options = {"refuse_negative": settings.weighs_from_zero, "hold_out": settings.interpolate == AUTO}
+        summary = check_lists(lists, exclude=queries, **options)
         # A file of queries that selects others changes what is kept, and no source.
         return _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
 
@@ -390,7 +389,7 @@ def measure_row(run: Run, inputs: OpenedInputs, measures: Sequence[str], device:
     Raises: GradretError; Interrupted.
     """
     collections = {source: inputs.open(source) for source in run.sources}
-    facts: dict = {"fit_seconds": None, "steps": None, "lists": inputs.lists.get(run.key)}
+    facts: dict = {"fit_seconds": None, "steps": None, "share": None, "lists": inputs.lists.get(run.key)}
     if run.ranker == BM25:
         where, precision = "cpu", None
         found = {s: measure_run(search_bm25(c, depth=DEFAULT_DEPTH), c, measures) for s, c in collections.items()}
@@ -399,7 +398,7 @@ def measure_row(run: Run, inputs: OpenedInputs, measures: Sequence[str], device:
             name, options = run.settings.model, run.settings.encoder_options
             if run.ranker == FIT:
                 result = fit(run.settings, Path(folder, "run"), device=device)
-                facts |= {"fit_seconds": round(result.seconds, 1), "steps": result.steps}
+                facts |= {"fit_seconds": round(result.seconds, 1), "steps": result.steps, "share": result.share}
                 name, options = str(result.out), {"trust_remote_code": run.settings.trust_remote_code}
             encoder = load_encoder(name, device=device, **options)
             where, precision = encoder.device.type, choose_precision(run.settings.precision, encoder.device)

@@ -396,21 +396,27 @@ class ListCollection(Collection):
     See DocumentNames for the documents' ids.
 
     Args:
-        lists: of distinct query ids.
+        lists, others: of distinct query ids; of the others only the passages are there, as documents.
     """
 
-    def __init__(self, name: str, lists: Iterable[RankingList]):
+    def __init__(self, name: str, lists: Iterable[RankingList], others: Iterable[RankingList] = ()):
         self.name = name
         self.drop_self = False
         self.queries, self.qrels = {}, {}
         self._documents: dict[str, str] = {}
         names = DocumentNames()
         for ranking_list in lists:
-            judged, new = names.name(ranking_list)
+            judged = self._add(ranking_list, names)
             self.queries[ranking_list.query_id] = ranking_list.query
             self.qrels[ranking_list.query_id] = {doc_id: passage.grade for doc_id, passage in judged.items()}
-            self._documents.update((doc_id, judged[doc_id].content) for doc_id in new)
+        for ranking_list in others:
+            self._add(ranking_list, names)
         self.document_count = len(self._documents)
+
+    def _add(self, ranking_list: RankingList, names: DocumentNames) -> dict[str, Passage]:
+        judged, new = names.name(ranking_list)
+        self._documents.update((doc_id, judged[doc_id].content) for doc_id in new)
+        return judged
 
     def documents(self, start: int = 0, characters: int | None = None) -> Iterator[Document]:
         for doc_id, content in islice(self._documents.items(), start, None):

@@ -430,6 +430,9 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
     return grades
 
 
+LEAST_LISTS, MOST_HELD = 100, 256  # from so many lists on a tenth may be held out, at most so many
+
+
 @dataclass(frozen=True)
 class ListsSummary:
     """What a check of all lists found.
@@ -467,24 +470,24 @@ class ListsSummary:
             (self.disagreeing, "list", "left out: judged and intended grades are not in one order"),
             (self.absent, "judgment", "left out, whose documents are missing"),
             (self.excluded, "list", "left out, whose query is one to be measured"),
-            (len(self.held_out), "list", "held out, to choose how far to go"),
+            (len(self.held_out), "list", "held out, to choose the share of the way that is saved"),
         )
         return text + "".join(f"; {count_of(number, noun)} {what}" for number, noun, what in notes if number)
 
 
 def check_lists(
-    lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = (), held_out: float = 0.0
+    lists: MixedLists, *, refuse_negative: bool, exclude: Container[str] = (), hold_out: bool = False
 ) -> ListsSummary:
     """Read every list once: all are well formed, and no grade is negative where targets begin at grade 0.
 
     Args:
         exclude: words of queries (see lists.query_words) whose lists are left out, as those without passages are.
-        held_out: the share of the lists, in expectation, that is not trained on; which they are depends on the words of
-            their queries alone.
+        hold_out: from LEAST_LISTS lists on hold out a tenth, at most MOST_HELD, and all lists of a query or none; which
+            they are depends on the words of the queries alone.
     Raises: GradretError naming the first list at fault, or when no list is left.
     """
-    kept, best, worst, apart = array("q"), array("d"), array("d"), array("q")
-    passages, longest, empty, disagreeing, excluded = 0, "", 0, 0, 0
+    rows, best, worst, counts, words = array("q"), array("d"), array("d"), array("q"), array("Q")
+    longest, empty, disagreeing, excluded = "", 0, 0, 0
     for index in show_bar(range(len(lists)), desc="checking lists", unit="list", delay=BAR_DELAY_S):
         ranking_list = lists[index]
         grades = [p.grade for p in ranking_list.passages]
@@ -492,8 +495,8 @@ def check_lists(
             disagreeing += int(lists.disagreeing[index])
             empty += not lists.disagreeing[index]
             continue
-        words = query_words(ranking_list.query)
-        if words in exclude:
+        query = query_words(ranking_list.query)
+        if query in exclude:
             excluded += 1
             continue
         low = min(grades)
@@ -503,19 +506,37 @@ def check_lists(
                 f"targets of 2^grade - 1 or sqrt(grade) give nothing; map it (SOURCE?grades={low:g}:0,...) or "
                 f"{SOFTMAX_ADVICE}"
             )
-        if hash64("held out", words) < held_out * 2**64:
-            apart.append(index)
-            continue
-        kept.append(index)
+        rows.append(index)
         best.append(max(grades))
         worst.append(low)
-        passages += len(grades)
+        counts.append(len(grades))
+        words.append(hash64("held out", query))
         longest = max(longest, *(p.content for p in ranking_list.passages), key=len)
     absent = lists.count_absent()
-    if not kept:
+    if not rows:
         raise GradretError(
             "no ranking list is left: the chosen queries, grades and labels match none, or all are to be measured"
             + (f"; of the judged documents {absent} are missing" if absent else "")
         )
-    found = np.array(kept), np.array(best), np.array(worst)
-    return ListsSummary(*found, passages, longest, empty, disagreeing, absent, excluded, np.array(apart, np.int64))
+    held_out = _draw_held_out(np.array(words)) if hold_out else np.zeros(len(rows), bool)
+    return ListsSummary(
+        kept=np.array(rows)[~held_out],
+        best=np.array(best)[~held_out],
+        worst=np.array(worst)[~held_out],
+        passages=int(np.array(counts)[~held_out].sum()),
+        longest=longest,
+        empty=empty,
+        disagreeing=disagreeing,
+        absent=absent,
+        excluded=excluded,
+        held_out=np.array(rows)[held_out],
+    )
+
+
+def _draw_held_out(queries: np.ndarray) -> np.ndarray:
+    """(lists,) bool: the lists of the queries with the lowest hashes, as many as are to be held out, or fewer."""
+    if len(queries) < LEAST_LISTS:
+        return np.zeros(len(queries), bool)
+    _, query, counts = np.unique(queries, return_inverse=True, return_counts=True)
+    taken: np.ndarray = np.cumsum(counts) <= min(len(queries) // 10, MOST_HELD)
+    return taken[query]

@@ -37,7 +37,7 @@ def write_card(
     dev: Sequence[dict[str, Any]],
     best_step: int | None,
     share: float,
-    held_out: dict[str, float],
+    held_out_means: dict[str, float],
     encoder: Encoder,
     where: str,
     seconds: float,
@@ -51,7 +51,7 @@ def write_card(
         dev: a {"step": int, settings.dev_measure: value} for each measurement.
         best_step: the step whose weights were saved, where dev chose; None for the last.
         share: of the way from the encoder's own weights to the trained ones, which was saved.
-        held_out: share -> mean nDCG@10 of the held-out lists, which chose it; {} where it was given.
+        held_out_means: share -> mean nDCG@10 of the held-out lists, which chose it; {} where it was given.
         where: what it was trained on, as "cpu, 1 process".
         seconds: that training took.
         versions: names and values; None is left out.
@@ -76,7 +76,7 @@ def write_card(
         steps=steps,
         best_step=best_step,
         share=share,
-        held_out=held_out,
+        held_out_means=held_out_means,
         where=where,
         time=timedelta(seconds=math.ceil(seconds)),
         options=_list_options(settings),

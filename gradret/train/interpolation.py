@@ -1,9 +1,10 @@
 """How much of what an encoder has learnt it keeps: weights between its own and the trained ones."""
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,50 +17,56 @@ from gradret.distributed import ALONE, Processes
 from gradret.encoder.model import Encoder
 from gradret.evaluation.measures import evaluate
 from gradret.evaluation.significance import find_differences, randomisation_tests
-from gradret.settings import AUTO, FitSettings
 
 SHARES = (0.25, 0.5, 1.0)  # what is tried, of the way from the encoder's own weights to the trained ones
 MEASURE, LEVEL = "nDCG@10", 0.05
-LEAST_LISTS, MOST_HELD = 100, 256  # from so many lists on a tenth is held out, at most so many
-POOL = 512  # passages that are ranked, if the lists have so many: fewer are too easy to show what training is worth
-
-
-def share_held_out(settings: FitSettings, count: int) -> float:
-    """Which share of so many lists is held out from training."""
-    return min(0.1, MOST_HELD / count) if settings.interpolate == AUTO and count >= LEAST_LISTS else 0.0
+POOL = 512  # passages ranked, if the lists have so many: among fewer it hardly shows what more training is worth
 
 
 def make_held_out(lists: Sequence[RankingList], summary: ListsSummary) -> ListCollection | None:
-    """The held-out lists as queries, and as documents their passages with those of some that are trained on.
+    """The held-out lists as queries, and as documents their passages, filled up to POOL with those of other lists.
 
+    Grades that are no measure's, not whole or none above 0, become their ranks.
     Returns: None where no list is held out.
     """
-    held_out, kept = summary.held_out, summary.kept
-    if not len(held_out):
+    if not len(summary.held_out):
         return None
-    room = max(1, int(POOL * len(kept) / summary.passages) - len(held_out))  # for so many others
-    others = kept[:: math.ceil(len(kept) / room)]
-    chosen = (lists[position] for position in [*held_out.tolist(), *others.tolist()])
-    anonymous = (  # ids of different sources may be the same
-        replace(entry, query_id=str(number), passages=[replace(p, doc_id=None) for p in entry.passages])
-        for number, entry in enumerate(chosen)
+    room = max(1, int(POOL * len(summary.kept) / summary.passages) - len(summary.held_out))
+    held_out, others = (
+        [lists[row] for row in rows.tolist()]
+        for rows in (summary.held_out, summary.kept[:: math.ceil(len(summary.kept) / room)])
     )
-    collection = ListCollection("the held-out lists", anonymous)
-    for number in range(len(held_out), len(held_out) + len(others)):
-        del collection.queries[str(number)], collection.qrels[str(number)]
-    return collection
+    grades = sorted({passage.grade for entry in held_out for passage in entry.passages})
+    is_measured = grades[-1] > 0 and all(float(grade).is_integer() for grade in grades)
+    shown = dict(zip(grades, grades if is_measured else range(len(grades)), strict=True))
+
+    def make_anonymous(name: str, entries: list[RankingList]) -> Iterator[RankingList]:
+        """With ids of our own: those of different sources may be the same."""
+        for number, entry in enumerate(entries):
+            passages = [replace(p, doc_id=None, grade=shown.get(p.grade, p.grade)) for p in entry.passages]
+            yield replace(entry, query_id=f"{name}{number}", passages=passages)
+
+    return ListCollection("the held-out lists", make_anonymous("q", held_out), make_anonymous("other", others))
 
 
-def measure_shares(
-    encoder: Encoder, start: dict[str, Tensor], held_out: ListCollection, precision: str, processes: Processes = ALONE
-) -> dict[float, dict[str, float]]:
-    """Share of the way -> query -> nDCG@10 of the held-out lists; 0 is the encoder as it came."""
-    found = {}
-    for share in (0.0, *SHARES):
-        with interpolated(encoder, start, share):
-            options = {"measures": [MEASURE], "precision": precision, "progress": False, "processes": processes}
-            found[share] = evaluate(encoder, held_out, **options).per_query[MEASURE]
-    return found
+def measure_share(
+    encoder: Encoder,
+    start: dict[str, Tensor],
+    share: float,
+    held_out: ListCollection,
+    *,
+    precision: str,
+    processes: Processes = ALONE,
+    give_up: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, float]:
+    """Query -> nDCG@10 of the held-out lists at a share of the way; 0 is the encoder as it came.
+
+    Args:
+        give_up: what may be cut short; the weights are then put back.
+    """
+    options = {"measures": [MEASURE], "precision": precision, "progress": False, "processes": processes}
+    with interpolated(encoder, start, share), give_up():
+        return evaluate(encoder, held_out, **options).per_query[MEASURE]
 
 
 def choose_share(found: dict[float, dict[str, float]]) -> float:

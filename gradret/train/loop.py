@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -52,8 +53,7 @@ from gradret.train.interpolation import (
     interpolate,
     interpolated,
     make_held_out,
-    measure_shares,
-    share_held_out,
+    measure_share,
 )
 from gradret.train.memory import adapt, check_chunk, is_out_of_memory, measure_capacity, merge_adapters
 from gradret.train.mining import BM25, MinedLists, Miner, Mining, parse_mining
@@ -80,8 +80,8 @@ class FitResult:
     loss: float | None
     dev: float | None
     dev_step: int | None
-    share: float
     seconds: float
+    share: float
     was_finished: bool = False
 
 
@@ -149,7 +149,7 @@ def read_result(directory: RunDirectory, settings: FitSettings) -> FitResult:
     measured = [(line[settings.dev_measure], line["step"]) for line in directory.read_lines(DEV)]
     dev, dev_step = max(measured, key=lambda pair: pair[0], default=(None, None))  # the first of equals, as in training
     share = directory.share if settings.interpolate == AUTO else cast(float, settings.interpolate)
-    return FitResult(directory.directory, last["step"], last["loss"], dev, dev_step, share, 0.0, was_finished=True)
+    return FitResult(directory.directory, last["step"], last["loss"], dev, dev_step, 0.0, share, was_finished=True)
 
 
 def check_alike(found: Sequence[tuple[dict[str, str], str]]) -> None:
@@ -198,7 +198,7 @@ class Inputs:
             self.lists,
             refuse_negative=settings.weighs_from_zero,
             exclude=queries,
-            held_out=share_held_out(settings, len(self.lists)),
+            hold_out=settings.interpolate == AUTO,
         )
         check_loss_suits(settings, self.summary, mining)
         self.held_out = make_held_out(self.lists, self.summary)
@@ -340,6 +340,7 @@ class Trainer:
         self.mined_round: int | None = None
         self.stop = StopRequest()
         self.start_weights = copy_trained(self.encoder) if self.settings.interpolate != 1 else {}
+        self.held_out_measures: dict[float, dict[str, float]] = {}  # share -> query -> nDCG@10, as last measured
         self.optimizer = make_optimizer(self.encoder, self.settings.weight_decay)
         self.state = self.restore()
         self.state.chunk = self.agree_on_chunk()
@@ -361,6 +362,8 @@ class Trainer:
             if self.directory is not None:
                 found = self.directory.restore(self.encoder, self.optimizer)
         state: RunState = self.processes.broadcast(found)
+        if self.settings.interpolate != AUTO:  # what an earlier version has written does not say it
+            state.share = cast(float, self.settings.interpolate)
         if self.processes.size > 1 and state.step:
             share_restored(self.encoder, self.optimizer, self.processes)
         return state
@@ -394,7 +397,7 @@ class Trainer:
                         self.measure_dev()
                     if state.step == steps or (patience is not None and state.waited >= patience):
                         if self.inputs.dev is None:
-                            state.share, state.held_out = self.find_share()
+                            state.share, state.held_out_means = self.find_share()
                         return
                     self.mine()
                     self.train_step(bar)
@@ -476,17 +479,25 @@ class Trainer:
         return STEP_GRACE_S if self.processes.size > 1 else 0.0
 
     def find_share(self) -> tuple[float, dict[str, float]]:
-        """How far from its own weights the encoder goes, and what the held-out lists say: mean nDCG@10 by share."""
+        """The share of the way that is to be saved, and the means of the held-out lists at each: share -> nDCG@10."""
         given, inputs = self.settings.interpolate, self.inputs
         if given != AUTO:
             return cast(float, given), {}
-        if inputs.held_out is None:
+        if inputs.held_out is None or self.state.step == 0:
             return SHARES[0], {}
-        if self.processes.size > 1:  # as before a search on dev
-            self.save_step()
-        with self.stop.give_up(self.search_grace_s):
-            found = measure_shares(self.encoder, self.start_weights, inputs.held_out, inputs.precision, self.processes)
-        means = {f"{share:g}": sum(values.values()) / len(values) for share, values in found.items()}
+        self.save_step()  # it may take long
+        found = self.held_out_measures
+        for share in (*SHARES, *(() if 0.0 in found else (0.0,))):  # the encoder's own weights stay what they were
+            found[share] = measure_share(
+                self.encoder,
+                self.start_weights,
+                share,
+                inputs.held_out,
+                precision=inputs.precision,
+                processes=self.processes,
+                give_up=partial(self.stop.give_up, self.search_grace_s),
+            )
+        means = {f"{share:g}": sum(found[share].values()) / len(found[share]) for share in sorted(found)}
         return choose_share(found), means
 
     def measure_dev(self) -> None:
@@ -509,11 +520,13 @@ class Trainer:
         state.dev_step, state.waited = state.step, state.waited + 1
         if state.best is None or value > state.best:
             state.best, state.best_step, state.waited = value, state.step, 0
-            state.share, state.held_out = share, means
+            state.share, state.held_out_means = share, means
         # The line first: without the checkpoint it is dropped and measured again, the other way round it is lost.
         if self.directory is not None:
             self.directory.append(DEV, {"step": state.step, s.dev_measure: value})
-            say(f"step {state.step}: dev {s.dev_measure} {value:.4f}, best {state.best:.4f} at step {state.best_step}")
+            at = f" at {share:g} of the way" if s.interpolate == AUTO else ""
+            best = f"best {state.best:.4f} at step {state.best_step}"
+            say(f"step {state.step}: dev {s.dev_measure} {value:.4f}{at}, {best}")
         self.save()
 
     def mine(self) -> None:
@@ -560,13 +573,13 @@ class Trainer:
     def finish(self, began: float) -> FitResult:
         """Save the encoder as it was best on dev, and its card; the run began at time.monotonic() = `began`."""
         s, state, inputs, directory = self.settings, self.state, self.inputs, self.directory
-        loss = None
+        loss, share = None, cast(float, state.share)  # since the last step, or the best one on dev
         with self.processes.agree():
             if directory is not None:
                 lines = directory.read_lines(METRICS)
                 loss = lines[-1]["loss"] if lines else None
                 directory.restore_best(self.encoder, state)
-                interpolate(self.encoder, self.start_weights, state.share)
+                interpolate(self.encoder, self.start_weights, share)
                 merge_adapters(self.encoder)
                 where = f"{self.encoder.device.type}, {inputs.precision}"
                 facts = {
@@ -574,20 +587,20 @@ class Trainer:
                     "steps": state.step,
                     "dev": directory.read_lines(DEV),
                     "best_step": state.best_step,
-                    "share": state.share,
-                    "held_out": state.held_out,
+                    "share": share,
+                    "held_out_means": state.held_out_means,
                     "encoder": self.encoder,
                     "where": where if self.processes.size == 1 else f"{self.processes.size} processes, {where}",
                     "seconds": sum(line["step_ms"] for line in lines) / 1000,  # also of what ran before a resume
                     "versions": versions(),
                 }
-                directory.finish(self.encoder, lambda folder: write_card(folder, settings=s, **facts), state.share)
-                if state.held_out:
-                    shown = ", ".join(f"{value:.4f} at {share}" for share, value in state.held_out.items())
+                directory.finish(self.encoder, lambda folder: write_card(folder, settings=s, **facts), share)
+                if state.held_out_means:
+                    shown = ", ".join(f"{value:.4f} at {share}" for share, value in state.held_out_means.items())
                     say(f"{MEASURE} of the held-out lists: {shown} of the way")
         loss = self.processes.broadcast(loss)
         seconds = time.monotonic() - began
-        return FitResult(self.out, state.step, loss, state.best, state.best_step, state.share, seconds)
+        return FitResult(self.out, state.step, loss, state.best, state.best_step, seconds, share)
 
     # The ways to end before that: one of the processes tells, the others end with it
 

@@ -46,7 +46,7 @@ class RunState:
     """Where a run stands: steps done, the best dev value and its step, the step last evaluated on dev.
 
     waited: dev measurements since the best one. chunk: of gradient caching, as found for "auto". share: of the way from
-    the encoder's own weights, of what is to be saved; held_out: share -> the measure that chose it.
+    the encoder's own weights, of what is to be saved; held_out_means: share -> the mean that chose it.
     """
 
     step: int = 0
@@ -55,8 +55,8 @@ class RunState:
     dev_step: int | None = None
     waited: int = 0
     chunk: int | None = None
-    share: float = 1.0
-    held_out: dict[str, float] = field(default_factory=dict)
+    share: float | None = None
+    held_out_means: dict[str, float] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -167,7 +167,7 @@ class RunDirectory:
     @property
     def share(self) -> float:
         """Of the way from the encoder's own weights, of the saved ones."""
-        return float(self._record.get("share", 1.0))
+        return float(self._record["share"])
 
     @property
     def last_checkpoint(self) -> Path | None:

@@ -22,7 +22,7 @@ def write(directory, encoder, settings=None, **changes) -> str:
         "dev": [],
         "best_step": None,
         "share": 0.25,
-        "held_out": {},
+        "held_out_means": {},
         "where": "cpu, 1 process",
         "seconds": 61.2,
         "versions": VERSIONS,

@@ -1,26 +1,31 @@
 """How much of what was learnt is saved, where held-out lists choose it."""
 
 import json
+import os
+import signal
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import SAMPLE_FILE
 from forked import run_group
 from test_resume import assert_same_run, cut_at
 
 from gradret import fit, read_lists, write_lists
 from gradret.bench.quality import FIT, OpenedInputs, Run
+from gradret.cli import main
 from gradret.console import GradretError
 from gradret.data.lists import query_words
-from gradret.data.sources import MixedLists, check_lists, parse_source
+from gradret.data.sources import MixedLists, check_lists, open_collection, parse_source
 from gradret.distributed import ALONE
 from gradret.encoder.load import load_encoder
 from gradret.evaluation.measures import Evaluation
 from gradret.settings import FitSettings
-from gradret.train import loop
-from gradret.train.interpolation import SHARES, choose_share, make_held_out, measure_shares, share_held_out
+from gradret.train import interpolation, loop
+from gradret.train.interpolation import SHARES, choose_share, copy_trained, make_held_out, measure_share
 
 
 def of(**means: float) -> dict[float, dict[str, float]]:
@@ -37,41 +42,62 @@ def test_the_least_share_that_is_not_measurably_worse():
     found = of(quarter=0.5, half=0.6, whole=0.6)
     found[1.0]["0"] += 0.01  # one query alone
     assert choose_share(found) == 0.5
-    few = {share: {"a": share, "b": share} for share in SHARES}  # two queries show nothing, whatever they say
-    assert choose_share(few) == 0.25
+    for queries in ("ab", "a"):  # too few to show anything, whatever they say
+        assert choose_share({share: dict.fromkeys(queries, share) for share in SHARES}) == 0.25
 
 
-def test_a_tenth_is_kept_apart_where_there_are_enough():
-    auto = FitSettings()
-    assert auto.interpolate == "auto"
-    assert [share_held_out(auto, n) for n in (0, 99, 100, 2560, 25600)] == [0.0, 0.0, 0.1, 0.1, 0.01]
-    assert share_held_out(replace(auto, interpolate=1.0), 1000) == 0.0
+def write_copies(path, number: int) -> str:
+    """The sample so many times, each under other queries."""
+    lists = list(read_lists(SAMPLE_FILE))
+    copies = [replace(x, query_id=f"{x.query_id}-{n}", query=f"{x.query} {n}") for n in range(1, number) for x in lists]
+    write_lists(path, [*lists, *copies])
+    return str(path)
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> str:
-    """192 lists; each query comes twice, under another id and in other capitals, on other passages."""
-    lists = list(read_lists(SAMPLE_FILE))
-    again = [replace(x, query_id=f"{x.query_id}-2", query=x.query.upper(), passages=x.passages[1:]) for x in lists]
-    path = tmp_path_factory.mktemp("lists") / "many.jsonl"
-    write_lists(path, [*lists, *again])
-    return str(path)
+    """192 lists."""
+    return write_copies(tmp_path_factory.mktemp("lists") / "many.jsonl", 2)
 
 
-def test_lists_of_one_query_are_kept_apart_together(tiny_encoder, many):
-    settings = FitSettings(data=(many,), model=str(tiny_encoder), exclude=("sample?queries=odd",))
-    inputs = loop.Inputs(settings, ALONE, "cpu")
-    kept, apart = (
-        {query_words(inputs.lists[i].query) for i in rows.tolist()}
-        for rows in (inputs.summary.kept, inputs.summary.held_out)
-    )
-    assert len(apart) > 1 and not kept & apart and len(kept | apart) == 48
-    assert len(inputs.summary.kept) + len(inputs.summary.held_out) == 96
-    assert f"; {len(inputs.summary.held_out)} lists held out, to choose how far to go" in inputs.describe()
-    whole = loop.Inputs(replace(settings, interpolate=0.5), ALONE, "cpu")
-    assert whole.held_out is None and len(whole.summary.kept) == 96
-    run = Run(FIT, settings, (), "a run")
-    assert OpenedInputs([run]).lists[run.key] == len(inputs.summary.kept)  # bench counts what fit trains on
+def test_a_tenth_of_the_lists_that_are_there_to_train_on_is_held_out(many, tmp_path):
+    mixed = MixedLists([parse_source(many)])
+    found = check_lists(mixed, refuse_negative=True, hold_out=True)
+    assert len(found.held_out) == 19
+    assert sorted([*found.kept, *found.held_out]) == list(range(192))
+    assert found.passages == sum(len(mixed[i].passages) for i in found.kept.tolist())
+    assert str(found).endswith("; 19 lists held out, to choose the share of the way that is saved")
+    again = MixedLists([parse_source("sample"), parse_source(many)])  # which lists depends on the queries alone
+    other = check_lists(again, refuse_negative=True, hold_out=True)
+    assert {again[i].query for i in other.held_out} == {mixed[i].query for i in found.held_out}
+    words = {query_words(mixed[i].query) for i in range(93)}
+    assert not len(check_lists(mixed, refuse_negative=True, exclude=words, hold_out=True).held_out)  # 99 are left
+    assert not len(check_lists(mixed, refuse_negative=True).held_out)
+    most = MixedLists([parse_source(write_copies(tmp_path / "most.jsonl", 27))])
+    assert len(check_lists(most, refuse_negative=True, hold_out=True).held_out) == 256
+
+
+def test_lists_of_one_query_are_held_out_together_or_not_at_all(tmp_path):
+    lists = [replace(x, query=x.query.upper()) for x in read_lists(SAMPLE_FILE)]
+    path = tmp_path / "twice.jsonl"
+    write_lists(path, [*(replace(x, query_id=f"{x.query_id}-2") for x in lists), *read_lists(SAMPLE_FILE)])
+    mixed = MixedLists([parse_source(str(path))])
+    found = check_lists(mixed, refuse_negative=True, hold_out=True)
+    kept, held = ({query_words(mixed[i].query) for i in rows.tolist()} for rows in (found.kept, found.held_out))
+    assert len(found.held_out) == 18 and len(held) == 9 and not kept & held
+    write_lists(path, [replace(lists[0], query_id=str(number)) for number in range(120)])
+    same = check_lists(MixedLists([parse_source(str(path))]), refuse_negative=True, hold_out=True)
+    assert len(same.kept) == 120 and not len(same.held_out)
+
+
+def test_bench_counts_what_fit_trains_on(tiny_encoder, many):
+    settings = FitSettings(data=(many,), model=str(tiny_encoder))
+    assert settings.interpolate == "auto"
+    runs = [Run(FIT, replace(settings, interpolate=share), (), str(share)) for share in ("auto", 0.5)]
+    inputs = OpenedInputs(runs)
+    assert [inputs.lists[run.key] for run in runs] == [173, 192]
+    for run in runs:
+        assert len(loop.Inputs(run.settings, ALONE, "cpu").summary.kept) == inputs.lists[run.key]
 
 
 def test_documents_are_passages_of_both_and_queries_those_held_out(tmp_path):
@@ -93,46 +119,86 @@ def test_documents_are_passages_of_both_and_queries_those_held_out(tmp_path):
     assert make_held_out(mixed, replace(summary, held_out=np.array([], int))) is None
 
 
-def test_the_share_chosen_is_the_one_saved_and_told(tiny_encoder, tmp_path, many, monkeypatch, capsys):
-    trained = {}
+@pytest.mark.parametrize(
+    ("grades", "measured"),
+    [
+        ((3, 2, 1, 0), [3, 2, 1, 0]),
+        ((2, 1, 0, -1), [2, 1, 0, -1]),
+        ((0.45, 0.3, 0.15, 0), [3, 2, 1, 0]),
+        ((0, -1, -2, -3), [3, 2, 1, 0]),
+    ],
+)
+def test_grades_that_are_no_measures_are_measured_by_their_ranks(tmp_path, many, grades, measured):
+    lists = list(read_lists(many))
+    for entry in lists:
+        for passage, grade in zip(entry.passages, grades, strict=True):
+            passage.grade = grade
+    write_lists(tmp_path / "lists.jsonl", lists)
+    mixed = MixedLists([parse_source(str(tmp_path / "lists.jsonl"))])
+    found = make_held_out(mixed, check_lists(mixed, refuse_negative=False, hold_out=True))
+    assert all([*of_query.values()] == measured for of_query in found.qrels.values())
 
-    def measure(encoder, start, held_out, precision, processes):
+
+def settings_of(tiny_encoder, many, **more) -> FitSettings:
+    options = {"max_steps": 4, "learning_rate": 1e-3, "precision": "float32"}
+    return FitSettings(data=(many,), model=str(tiny_encoder), **options | more)
+
+
+def patch_measures(monkeypatch, **means: float) -> dict[str, torch.Tensor]:
+    """Let held-out lists find these means, after a real measurement: the weights at the last one."""
+    trained: dict[str, torch.Tensor] = {}
+    said = of(**means)
+
+    def measure(encoder, start, share, held_out, **options):
         trained.update({name: p.detach().clone() for name, p in encoder.named_parameters()})
-        real = measure_shares(encoder, start, held_out, precision, processes)
-        assert all(values.keys() == held_out.queries.keys() for values in real.values())
-        return {0.0: real[0.0]} | of(quarter=0.5, half=0.7, whole=0.6)
+        assert measure_share(encoder, start, share, held_out, **options).keys() == held_out.queries.keys()
+        return said.get(share, {str(i): 0.1 for i in range(40)})
 
-    monkeypatch.setattr(loop, "measure_shares", measure)
-    settings = FitSettings(data=(many,), model=str(tiny_encoder), max_steps=3, learning_rate=1e-3, precision="float32")
-    result = fit(settings, tmp_path / "out")
-    start, saved = (dict(load_encoder(str(path)).named_parameters()) for path in (tiny_encoder, tmp_path / "out"))
+    monkeypatch.setattr(loop, "measure_share", measure)
+    return trained
+
+
+def test_the_share_chosen_is_the_one_saved_and_told(tiny_encoder, tmp_path, many, monkeypatch, capsys):
+    trained = patch_measures(monkeypatch, quarter=0.5, half=0.7, whole=0.6)
+    settings, out = settings_of(tiny_encoder, many), tmp_path / "out"
+    result = fit(settings, out)
+    start, saved = (dict(load_encoder(str(path)).named_parameters()) for path in (tiny_encoder, out))
     for name, parameter in saved.items():
         assert torch.equal(parameter, torch.lerp(start[name], trained[name], 0.5)), name
     assert result.share == 0.5
-    assert json.loads((tmp_path / "out" / "gradret.json").read_text())["share"] == 0.5
-    card = (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((out / "gradret.json").read_text())["share"] == 0.5
+    card = (out / "README.md").read_text()
     chosen = np.mean([*of(quarter=0.5, half=0.7, whole=0.6)[0.5].values()])
     assert "| share of the way saved | 0.5 |" in card and f"| **0.5 (saved)** | **{chosen:.4f}** |" in card
-    assert "nDCG@10 of the held-out lists: " in capsys.readouterr().err
-    assert fit(settings, tmp_path / "out", resume=True).share == 0.5  # finished
+    assert "Nothing was measured" not in card
+    assert "nDCG@10 of the held-out lists: 0.1000 at 0, " in capsys.readouterr().err
+    assert fit(settings, out, resume=True).share == 0.5  # finished
+    told = CliRunner().invoke(main, ["fit", "--resume", "--out", str(out), "--json"])
+    assert json.loads(told.stdout)["share"] == 0.5
 
 
-def test_each_measurement_on_dev_has_the_share_of_its_step(tiny_encoder, tmp_path, many, monkeypatch):
-    shares, values = iter([0.25, 1.0, 0.5]), iter([0.3, 0.5, 0.4])
-    monkeypatch.setattr(loop, "measure_shares", lambda *_: {0.0: {"q": 0.1}})
+def test_dev_measures_what_would_be_saved(tiny_encoder, tmp_path, many, monkeypatch, capsys):
+    shares, values, seen = iter([1.0, 0.5]), iter([0.3, 0.5, 0.4]), []
+
+    def measure(encoder, collection, *, measures, **_):
+        seen.append(encoder.fingerprint())
+        return Evaluation({"m": next(values)}, {}, {})
+
+    monkeypatch.setattr(loop, "measure_share", lambda *_, **__: {"q": 0.1})
     monkeypatch.setattr(loop, "choose_share", lambda _: next(shares))
-    monkeypatch.setattr(loop, "evaluate", lambda e, c, *, measures, **_: Evaluation({"m": next(values)}, {}, {}))
-    settings = FitSettings(
-        data=(many,), model=str(tiny_encoder), max_steps=4, dev="sample?queries=even", dev_every=2, precision="float32"
-    )
+    monkeypatch.setattr(loop, "evaluate", measure)
+    settings = settings_of(tiny_encoder, many, dev="sample?queries=even", dev_every=2)
     result = fit(settings, tmp_path / "out")
     assert (result.dev_step, result.share) == (2, 1.0)
+    assert load_encoder(str(tmp_path / "out")).fingerprint() == seen[1]
+    assert "step 2: dev nDCG@10 0.5000 at 1 of the way, best 0.5000 at step 2" in capsys.readouterr().err
 
 
 def test_a_resumed_run_goes_as_far(tiny_encoder, tmp_path, many, monkeypatch):
-    settings = FitSettings(
-        data=(many,), model=str(tiny_encoder), max_steps=4, dev="sample?queries=even", dev_every=2, precision="float32"
-    )
+    values = iter([0.3, 0.5, 0.4] * 2)  # the best before the cut
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation({"m": next(values)}, {}, {}))
+    patch_measures(monkeypatch, quarter=0.5, half=0.7, whole=0.6)
+    settings = settings_of(tiny_encoder, many, dev="sample?queries=even", dev_every=2)
     fit(settings, tmp_path / "whole")
     with monkeypatch.context() as patch:
         cut_at(3, patch)
@@ -142,12 +208,65 @@ def test_a_resumed_run_goes_as_far(tiny_encoder, tmp_path, many, monkeypatch):
     assert_same_run(tmp_path / "out", tmp_path / "whole")
 
 
+def test_a_checkpoint_that_does_not_say_how_far_goes_as_far_as_the_settings_say(
+    tiny_encoder, tmp_path, many, monkeypatch
+):
+    """One of an earlier version."""
+    values = iter([0.3, 0.5, 0.4] * 2)
+    monkeypatch.setattr(loop, "evaluate", lambda *_, **__: Evaluation({"m": next(values)}, {}, {}))
+    settings = settings_of(tiny_encoder, many, interpolate=0.25, dev="sample?queries=even", dev_every=2)
+    fit(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        cut_at(3, patch)
+        with pytest.raises(GradretError, match="cut"):
+            fit(settings, tmp_path / "out")
+    state = next((tmp_path / "out" / "checkpoints").glob("*/state.json"))
+    kept = {k: v for k, v in json.loads(state.read_text()).items() if k not in ("share", "held_out_means")}
+    state.write_text(json.dumps(kept))
+    assert fit(settings, tmp_path / "out", resume=True).share == 0.25
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_signal_while_held_out_lists_are_ranked_loses_no_step(tiny_encoder, tmp_path, many, monkeypatch):
+    settings = settings_of(tiny_encoder, many)
+    fit(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        ranked = interpolation.evaluate
+
+        def rank(*arguments, **options):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return ranked(*arguments, **options)
+
+        patch.setattr(interpolation, "evaluate", rank)
+        with pytest.raises(GradretError, match="stopped by SIGTERM after step 4 of 4, all saved"):
+            fit(settings, tmp_path / "out")
+    monkeypatch.setattr(loop.Trainer, "train_step", None)  # nothing is left but to rank them
+    fit(settings, tmp_path / "out", resume=True)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("whole", "out"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_signal_never_cuts_short_how_the_weights_are_put_back(tiny_encoder):
+    encoder, seen = load_encoder(str(tiny_encoder)), []
+    start = {name: tensor + 1 for name, tensor in copy_trained(encoder).items()}
+
+    @contextmanager
+    def give_up():
+        seen.append(encoder.fingerprint())
+        yield
+        seen.append(encoder.fingerprint())
+
+    own, lists = encoder.fingerprint(), open_collection(parse_source("sample?queries=odd"))
+    measure_share(encoder, start, 0.5, lists, precision="float32", give_up=give_up)
+    assert seen[0] == seen[1] != own == encoder.fingerprint()
+
+
 @pytest.mark.nightly
 def test_processes_choose_it_together(tiny_encoder, tmp_path, many):
-    line = f"-m gradret fit --data {many} --model {tiny_encoder} --max-steps 4 --precision float32 --json --out"
+    line = f"-m gradret fit --data {many} --model {tiny_encoder} --max-steps 6 --precision float32 --json"
     told = []
     for size in (1, 2):
-        result = run_group(size, [*line.split(), str(tmp_path / str(size))])
+        result = run_group(size, [*line.split(), "--learning-rate", "3e-3", "--out", str(tmp_path / str(size))])
         assert result.returncode == 0, result.stderr
         told.append(json.loads(result.stdout)["share"])
     assert told[0] == told[1] in SHARES
