@@ -97,15 +97,24 @@ def write_leads(results: Results, experiment: str, encoder: str, system: str) ->
 
 
 def write_writers(results: Results) -> list[str]:
-    """By system, lists of a small model against a large one's for the same queries."""
-    plan, experiments = results.plan, ("small-model", "large-model")
+    """By system, lists of a small model against a large one's for the same queries; and the systems on either."""
+    plan, writers = results.plan, {"small-model": "a small model", "large-model": "a large one"}
     done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
-    pairs = {
-        plan.systems[system].label: tuple(done[experiment, system] for experiment in experiments)
-        for system in plan.experiments["small-model"].systems
-        if plan.systems[system].ranker == FIT and all((experiment, system) in done for experiment in experiments)
-    }
-    return _write_differences(results, "small model ahead of the large one", list_sources(plan, "small-model"), pairs)
+    sources, primary = list_sources(plan, "small-model"), plan.primary
+    systems = [name for name in plan.experiments["small-model"].systems if all((w, name) in done for w in writers)]
+    labels = {name: plan.systems[name].label for name in systems}
+    rows = {}
+    for name in systems:
+        means = [np.mean([np.mean([*done[w, name][s].values()]) for s in sources]) for w in writers]
+        rows[labels[name]] = [f"{mean:.4f}" for mean in means]
+    lines = write_table(f"{plan.measures[0]}, mean of the two, lists of", [*writers.values()], rows)
+    trained = [name for name in systems if plan.systems[name].ranker == FIT]
+    pairs = {labels[name]: (done["small-model", name], done["large-model", name]) for name in trained}
+    lines += ["", *_write_differences(results, "lists of a small model ahead of a large one's", sources, pairs)]
+    for writer, shown in writers.items() if primary in trained else ():
+        pairs = {labels[name]: (done[writer, primary], done[writer, name]) for name in systems if name != primary}
+        lines += ["", *_write_differences(results, f"{labels[primary]}, lists of {shown}, ahead of", sources, pairs)]
+    return lines
 
 
 def write_transfer(results: Results) -> list[str]:
