@@ -1,7 +1,7 @@
 """Which tables do the committed results make? Markdown, as it stands in benchmarks/README.md.
 
     python -m benchmarks.tables quality [--measure R@100]    systems by collection
-    python -m benchmarks.tables leads [--system contrast]    how far the default loss, or another, is ahead
+    python -m benchmarks.tables leads [--system contrast]    how far the default loss, fit or another is ahead
     python -m benchmarks.tables writers                      lists of a small model against those of a large one
     python -m benchmarks.tables transfer                     systems on the collection that they had no lists for
     python -m benchmarks.tables curves [--chart FILE.png]    fewer lists, and lists whose grades are shuffled
@@ -285,7 +285,7 @@ QUALITY = ("quality", "leads", "writers", "transfer", "curves", "tuning", "runs"
 @click.argument("file", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--rows", type=click.Path(path_type=Path), help="Of tables of quality: a rows.jsonl.")
 @click.option("--measure", default=MEASURES[0], show_default=True, type=click.Choice(MEASURES), help="Of quality.")
-@click.option("--system", help="Of leads: whose. [default: the default loss]")
+@click.option("--system", help="Of leads: whose. [default: the default loss; of aligned encoders fit]")
 @click.option("--chart", type=click.Path(path_type=Path), help="Of curves: a PNG to write, too.")
 def main(table, file, rows, measure, system, chart):
     """Print a table made of committed results."""
@@ -327,15 +327,15 @@ def write_rows(results: Results, table: str, measure: str, system: str | None) -
     if table == "writers":
         return write_writers(results)
     if table == "leads":
-        system = system or plan.primary
-        done = dict.fromkeys(
-            (c.experiment, c.encoder)
-            for c in results.cells
-            if c.system == system and c.experiment in ("main", "aligned", "held-out") and results.count_done(c)
-        )
-        if not done:
+        lines = []
+        for experiment, encoder in dict.fromkeys((c.experiment, c.encoder) for c in results.cells):
+            ours = system or ("fit" if experiment == "aligned" else plan.primary)
+            cells = [c for c in results.cells if (c.experiment, c.encoder, c.system) == (experiment, encoder, ours)]
+            if experiment in ("main", "aligned", "held-out") and any(map(results.count_done, cells)):
+                lines += [*[""] * bool(lines), *write_leads(results, experiment, encoder, ours)]
+        if not lines:
             raise GradretError(f"--system {system}: has no row; it is one of {', '.join(plan.systems)}")
-        return [line for place in done for line in ["", *write_leads(results, *place, system)]][1:]
+        return lines
     return write_transfer(results) if table == "transfer" else write_quality(results, measure)
 
 
