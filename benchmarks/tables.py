@@ -319,7 +319,9 @@ def write_rows(results: Results, table: str, measure: str, system: str | None) -
             lines.append(f"- commit {made['commit']}, torch {made['torch']}, {made['device']}, {made['precision']}")
         return lines
     if table in ("curves", "tuning"):
-        done = {cell.experiment for cell in results.cells if results.count_done(cell)}
+        started = {cell.experiment for cell in results.cells if results.count_done(cell)}
+        missing = {cell.experiment for cell in results.cells if not results.count_done(cell)}
+        done = started if table == "tuning" else started - missing  # a curve is shown whole
         names = [name for name, experiment in plan.experiments.items() if experiment.vary or table == "tuning"]
         lines = [line for name in names if name in done for line in ["", *write_experiment(results, name)]][1:]
         leads = table == "tuning" and "graded" in done

@@ -110,6 +110,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
         (["leads"], 63),
         (["writers"], 24),
         (["transfer"], 14),
+        (["curves"], 7),
         (["tuning"], 41),
     ],
 )
