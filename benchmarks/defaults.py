@@ -3,11 +3,10 @@
     python -m benchmarks.defaults ROWS
 
 Each run is measured at several shares of the way from the encoder's own weights to the trained ones, or at the one that
-fit has chosen. Trains on the
-lists of results/lists but for those with a query that is measured; measures on development queries: the SciFact claims
-of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd numbers; among all documents: among a random part of
-them a strong encoder seems to gain where it loses. Writes a line per run to ROWS and leaves out what is there. Needs
-the data that benchmarks/README.md names.
+fit has chosen. Trains on the lists of results/lists but for those with a query that is measured; measures on
+development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd numbers;
+among all documents: among a random part of them a strong encoder seems to gain where it loses. Writes a line per run to
+ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
 """
 
 import json
@@ -23,7 +22,7 @@ from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import evaluate
 from gradret.files import versions
 from gradret.settings import AUTO, FitSettings
-from gradret.train.interpolation import copy_trained, interpolated
+from gradret.train.interpolation import SHARES, copy_trained, interpolated
 from gradret.train.loop import fit
 
 COLLECTIONS = {
@@ -32,7 +31,7 @@ COLLECTIONS = {
     "npl": "beir/npl?queries=odd",
 }
 ENCODERS = {"three layers": THREE_LAYERS, "paraphrase-MiniLM-L3-v2": PARAPHRASE, "all-MiniLM-L6-v2": MINILM}
-RATES, SHARES = (5e-5, 2e-4, 5e-4), (1.0, 0.5, 0.25)
+RATES = (5e-5, 2e-4, 5e-4)
 STRONG = "all-MiniLM-L6-v2"
 TRIED = (  # with the strong one, beside what it has anyway
     {"loss": "infonce", "positive_from": 1.0},

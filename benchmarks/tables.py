@@ -44,7 +44,6 @@ COLUMNS = {  # experiment, its column -> shown
     },
     ("held-out", "held-out lists"): "held-out lists",
 }
-TRANSFER_COLUMNS = {(f"without-{name}", name): f"{name}, without its lists" for name in FOUR}
 LISTS = (
     *("cross_entropy", "InfoNCE", "gradret default loss", "gradret default loss, raw grades"),
     *("gradret transport of it", "gradret transport of it, raw grades"),
@@ -90,16 +89,14 @@ def write_leads(results: Results, experiment: str, encoder: str, system: str) ->
     plan = results.plan
     cells = {c.system: c for c in results.cells if (c.experiment, c.encoder) == (experiment, encoder)}
     found = {plan.systems[name].label: results.per_query(c) for name, c in cells.items() if results.count_done(c)}
-    label = plan.systems[system].label
-    ours = found.pop(label)
-    pairs = {name: (ours, theirs) for name, theirs in found.items()}
-    return _write_differences(results, f"{label} ahead of, {encoder}", list_sources(plan, experiment), pairs)
+    title = f"{plan.systems[system].label} ahead of, {encoder}"
+    return _write_leads(results, title, list_sources(plan, experiment), found, plan.systems[system].label)
 
 
 def write_writers(results: Results) -> list[str]:
     """By system, lists of a small model against a large one's for the same queries; and the systems on either."""
     plan, writers = results.plan, {"small-model": "a small model", "large-model": "a large one"}
-    done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
+    done = _find_done(results)
     sources, primary = list_sources(plan, "small-model"), plan.primary
     systems = [name for name in plan.experiments["small-model"].systems if all((w, name) in done for w in writers)]
     labels = {name: plan.systems[name].label for name in systems}
@@ -112,15 +109,15 @@ def write_writers(results: Results) -> list[str]:
     pairs = {labels[name]: (done["small-model", name], done["large-model", name]) for name in trained}
     lines += ["", *_write_differences(results, "lists of a small model ahead of a large one's", sources, pairs)]
     for writer, shown in writers.items() if primary in trained else ():
-        pairs = {labels[name]: (done[writer, primary], done[writer, name]) for name in systems if name != primary}
-        lines += ["", *_write_differences(results, f"{labels[primary]}, lists of {shown}, ahead of", sources, pairs)]
+        title = f"{labels[primary]}, lists of {shown}, ahead of"
+        found = {labels[name]: done[writer, name] for name in systems}
+        lines += ["", *_write_leads(results, title, sources, found, labels[primary])]
     return lines
 
 
 def write_transfer(results: Results) -> list[str]:
     """Systems on collections whose lists they were not trained on, and how far the default loss is ahead there."""
-    plan, found, rows = results.plan, {}, {}
-    done = {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
+    plan, done, found, rows = results.plan, _find_done(results), {}, {}
     sources = [plan.collections[name] for name in FOUR]
     for system in plan.experiments[f"without-{FOUR[0]}"].systems:
         for place in ("", ", with its lists") if plan.systems[system].ranker == FIT else ("",):
@@ -135,9 +132,20 @@ def write_transfer(results: Results) -> list[str]:
     label = plan.systems[plan.primary].label
     if label not in found:
         return table
-    ours = found.pop(label)
-    pairs = {name: (ours, theirs) for name, theirs in found.items()}
-    return [*table, "", *_write_differences(results, f"{label}, its lists left out, ahead of", sources, pairs)]
+    return [*table, "", *_write_leads(results, f"{label}, its lists left out, ahead of", sources, found, label)]
+
+
+def _find_done(results: Results) -> dict[tuple[str, str], PerQuery]:
+    """Experiment and system -> its measures, of the seeds that are done."""
+    return {(c.experiment, c.system): results.per_query(c) for c in results.cells if results.count_done(c)}
+
+
+def _write_leads(
+    results: Results, title: str, sources: list[str], found: Mapping[str, PerQuery], ours: str
+) -> list[str]:
+    """How far one of what was found is ahead of each other one."""
+    pairs = {name: (found[ours], theirs) for name, theirs in found.items() if name != ours}
+    return _write_differences(results, title, sources, pairs)
 
 
 def _write_differences(

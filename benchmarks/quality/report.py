@@ -7,10 +7,10 @@ import pandas as pd
 
 from benchmarks.quality.plan import Cell, Plan, list_cells, list_runs, list_sources
 from gradret.bench import require_matplotlib
-from gradret.bench.quality import DASH, MEAN, Rows, choose_rows, mean_per_query, show_p, show_value, tabulate
+from gradret.bench.quality import DASH, EDGE, MEAN, Rows, choose_rows, mean_per_query, show_p, show_value, tabulate
 from gradret.console import GradretError
 
-SET_OFF, UNTRAINED = "#0b66c3", "#3c4650"
+SET_OFF = "#0b66c3"
 COLOURS, MARKERS = ("#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#8c564b"), "sD^vP"
 
 
@@ -126,7 +126,7 @@ def draw_curves(results: Results, path: Path) -> None:
     varied = {name: experiment for name, experiment in plan.experiments.items() if experiment.vary}
     systems = dict.fromkeys(system for experiment in varied.values() for system in experiment.systems)
     trained = [system for system in systems if plan.systems[system].ranker == "fit" and system != plan.primary]
-    styles = {system: {"color": UNTRAINED, "linewidth": 1.2, "linestyle": ":"} for system in systems}
+    styles = {system: {"color": EDGE, "linewidth": 1.2, "linestyle": ":"} for system in systems}
     for system, colour, marker in zip(trained, COLOURS, MARKERS, strict=False):
         styles[system] = {"color": colour, "marker": marker, "linewidth": 1.2}
     styles[plan.primary] = {"color": SET_OFF, "marker": "o", "linewidth": 2.4, "zorder": 3}
