@@ -132,7 +132,7 @@ def draw_curves(results: Results, path: Path) -> None:
     styles[plan.primary] = {"color": SET_OFF, "marker": "o", "linewidth": 2.4, "zorder": 3}
     with plt.rc_context({"font.size": 9}):
         figure, panels = plt.subplots(
-            1, len(varied), figsize=(3.2 * len(varied), 3.0), layout="constrained", sharey=True, squeeze=False
+            1, len(varied), figsize=(3.6 * len(varied), 3.4), layout="constrained", sharey=True, squeeze=False
         )
         shown = {}
         for axes, (name, experiment) in zip(panels[0], varied.items(), strict=True):
@@ -146,6 +146,6 @@ def draw_curves(results: Results, path: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0, 0].set_ylabel(f"{plan.measures[0]}, mean of collections")
-        figure.legend(shown.values(), shown, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
         plt.close(figure)

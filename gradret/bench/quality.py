@@ -28,14 +28,14 @@ from tqdm import tqdm
 from gradret.bench import format_table
 from gradret.console import GivenUp, GradretError, Interrupted, StopRequest, command_line, count_of, say
 from gradret.data.collections import Collection, IrDatasetsCollection
-from gradret.data.lists import decode_json, open_file, query_words
-from gradret.data.sources import ListsSummary, MixedLists, check_lists, open_collection, parse_source
+from gradret.data.lists import decode_json, open_file
+from gradret.data.sources import ListsSummary, open_collection, parse_source
 from gradret.encoder.load import choose_precision, load_encoder
 from gradret.evaluation.measures import DEFAULT_DEPTH, evaluate, measure_run, parse_measures, split_measures
 from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import replacing, versions, write_json, writing
 from gradret.settings import AUTO, FitSettings
-from gradret.train.loop import check_loss_suits, fit
+from gradret.train.loop import check_loss_suits, fit, open_lists
 from gradret.train.mining import import_bm25s, open_pool, parse_mining, search_bm25
 
 FIT, UNTRAINED, BM25 = "fit", "untrained", "bm25"
@@ -290,11 +290,8 @@ class OpenedInputs:
             check_loss_suits(settings, summary, mining)
 
     def _check_lists(self, settings: FitSettings) -> tuple[str, ListsSummary]:
-        lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
-        measured = [self.open(s) for s in (*settings.exclude, settings.dev) if s is not None]
-        queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        options = {"refuse_negative": settings.weighs_from_zero, "hold_out": settings.interpolate == AUTO}
-        summary = check_lists(lists, exclude=queries, **options)
+        measured = [self.open(source) for source in (*settings.exclude, settings.dev) if source is not None]
+        lists, summary = open_lists(settings, measured)
         # A file of queries that selects others changes what is kept, and no source.
         return _digest([lists.fingerprint.encode(), summary.kept.tobytes()]), summary
 

@@ -12,7 +12,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,7 @@ from gradret.console import (
     say,
     show_bar,
 )
+from gradret.data.collections import Collection
 from gradret.data.lists import RankingList, query_words
 from gradret.data.sources import SOFTMAX_ADVICE, ListsSummary, MixedLists, check_lists, open_collection, parse_source
 from gradret.distributed import Processes, join_processes
@@ -190,16 +191,9 @@ class Inputs:
             )
         parse_measures([settings.dev_measure])
         self.mining = mining = parse_mining(settings.mine) if settings.mine else None
-        self.lists = MixedLists([parse_source(s) for s in settings.data], seed=settings.seed)
         self.dev = open_collection(parse_source(settings.dev)) if settings.dev else None
         measured = [open_collection(parse_source(s)) for s in settings.exclude] + ([self.dev] if self.dev else [])
-        queries = {query_words(text) for collection in measured for text in collection.queries.values()}
-        self.summary = check_lists(
-            self.lists,
-            refuse_negative=settings.weighs_from_zero,
-            exclude=queries,
-            hold_out=settings.interpolate == AUTO,
-        )
+        self.lists, self.summary = open_lists(settings, measured)
         check_loss_suits(settings, self.summary, mining)
         self.held_out = make_held_out(self.lists, self.summary)
         self.miner = None
@@ -274,6 +268,14 @@ class Inputs:
             longest = self.encoder.config.document_max_length
         mean = sum(counts) / len(counts)
         return longest, math.ceil(self.batch_lists * self._texts_per_list() * mean / longest)
+
+
+def open_lists(settings: FitSettings, measured: Iterable[Collection]) -> tuple[MixedLists, ListsSummary]:
+    """All lists of the settings' data, and which are trained on: none with a query of what is measured."""
+    lists = MixedLists([parse_source(source) for source in settings.data], seed=settings.seed)
+    queries = {query_words(text) for collection in measured for text in collection.queries.values()}
+    options = {"refuse_negative": settings.weighs_from_zero, "hold_out": settings.interpolate == AUTO}
+    return lists, check_lists(lists, exclude=queries, **options)
 
 
 def count_steps(settings: FitSettings, lists: int) -> int:
