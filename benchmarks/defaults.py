@@ -1,12 +1,12 @@
-"""Where `fit`'s learning rate and share of the way come from, and what else was tried with a strong encoder.
+"""Where `fit`'s learning rate, epochs and share of the way come from, and what else was tried with a strong encoder.
 
     python -m benchmarks.defaults ROWS
 
 Each run is measured at several shares of the way from the encoder's own weights to the trained ones, or at the one that
-fit has chosen. Trains on the lists of results/lists but for those with a query that is measured; measures on
-development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd numbers;
-among all documents: among a random part of them a strong encoder seems to gain where it loses. Writes a line per run to
-ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
+fit has chosen. Trains on the lists of results/lists, or on 50 of them, but for those with a query that is measured;
+measures on development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd
+numbers; among all documents: among a random part of them a strong encoder seems to gain where it loses. Writes a line
+per run to ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
 """
 
 import json
@@ -32,6 +32,7 @@ COLLECTIONS = {
 }
 ENCODERS = {"three layers": THREE_LAYERS, "paraphrase-MiniLM-L3-v2": PARAPHRASE, "all-MiniLM-L6-v2": MINILM}
 RATES = (5e-5, 2e-4, 5e-4)
+FEW = "lists"  # how many are trained on, no setting of fit: those for the queries of curve-50.txt or another
 STRONG = "all-MiniLM-L6-v2"
 TRIED = (  # with the strong one, beside what it has anyway
     {"loss": "infonce", "positive_from": 1.0},
@@ -40,9 +41,11 @@ TRIED = (  # with the strong one, beside what it has anyway
     {"batch_lists": 64, "epochs": 4.0},
     {"mine": "k=2,grade=0"},
 )
+BASE = {"interpolate": 1.0, "epochs": 2.0}  # of every run, before what it changes
 RUNS = [(name, {"learning_rate": rate}) for name in ENCODERS for rate in RATES]
 RUNS += [(name, {"learning_rate": 2e-4, "interpolate": AUTO}) for name in ENCODERS]  # as fit comes
 RUNS += [(STRONG, {"learning_rate": 2e-4} | changed) for changed in TRIED]
+RUNS += [(name, {"learning_rate": 2e-4, "epochs": epochs, FEW: 50}) for name in ENCODERS for epochs in (2.0, 8.0)]
 MEASURE = "nDCG@10"
 
 
@@ -60,10 +63,11 @@ def main(rows):
     made = [{key: value for key, value in row.items() if key not in ("versions", "shares")} for row in done]
     untrained = {row["encoder"]: row["shares"]["0"] for row in done}
     for name, changed in RUNS:
+        few = f"&queries=benchmarks/queries/curve-{changed[FEW]}.txt" if FEW in changed else ""
         settings = FitSettings(
-            data=tuple(LISTS.values()),
+            data=tuple(f"{source}{few}" for source in LISTS.values()),
             exclude=tuple(sorted(COLLECTIONS.values())),
-            **ENCODERS[name] | {"interpolate": 1.0} | changed,
+            **ENCODERS[name] | BASE | {key: value for key, value in changed.items() if key != FEW},
         )
         told = {"encoder": name, "temperature": settings.temperature, "epochs": settings.epochs} | changed
         if told in made:

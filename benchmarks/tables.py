@@ -18,11 +18,13 @@ In tables of quality p is that of the paired randomisation test over queries, co
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 import click
 import numpy as np
 
+from benchmarks.defaults import BASE, FEW
 from benchmarks.quality import PLANS
 from benchmarks.quality.plan import MEASURES, list_runs, list_sources
 from benchmarks.quality.report import Results, draw_curves, write_experiment, write_table
@@ -270,12 +272,13 @@ def write_look(results: dict[str, dict]) -> list[str]:
 def write_defaults(results: list[dict]) -> list[str]:
     """By encoder and settings, rows of benchmarks.defaults: the collections' mean at each share of the way."""
     shares, rows = ("0", "0.25", "0.5", "1"), {}
+    usual = {f.name: f.default for f in fields(FitSettings)} | BASE | {FEW: None}
     for result in results:
         names = [result["encoder"], "as fit comes" if "interpolate" in result else f"{result['learning_rate']:g}"]
         names += [
             f"{name} {value}"
             for name, value in result.items()
-            if name != "learning_rate" and value != getattr(FitSettings, name, value)
+            if name not in ("learning_rate", "interpolate") and value != usual.get(name, value)
         ]
         found = {share: f"{np.mean([*values.values()]):.3f}".lstrip("0") for share, values in result["shares"].items()}
         rows[", ".join(names)] = [found.get(share, DASH) for share in shares]

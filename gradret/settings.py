@@ -346,7 +346,13 @@ class FitSettings:
         needs="in_batch",
     )
 
-    epochs: float = setting(2.0, OPTIMISATION, "Passes over the lists.", range=POSITIVE)
+    epochs: float | str = setting(
+        AUTO,
+        OPTIMISATION,
+        "Passes over the lists; auto: 2, or with fewer than 160 lists as many as make 320 of them, at most 8.",
+        choices=(AUTO,),
+        range=POSITIVE,
+    )
     max_steps: int | None = setting(None, OPTIMISATION, "Steps after which the run ends sooner.", range=COUNT)
     batch_lists: int = setting(16, OPTIMISATION, "Lists whose passages share a batch, over all processes.", range=COUNT)
     accumulate: int = rare(1, OPTIMISATION, "Batches per optimizer step.", range=COUNT)

@@ -246,7 +246,7 @@ def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     result = invoke("fit", "--model", tiny_encoder, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert (document["out"], document["steps"]) == ("gradret-model", 12)
+    assert (document["out"], document["steps"]) == ("gradret-model", 20)
     result = invoke("bench", "eval", "--model", "gradret-model", "--run", "out.run", "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
@@ -257,7 +257,7 @@ def test_fit_without_options_then_eval(tiny_encoder, tmp_path, monkeypatch):
     assert table.splitlines()[0].split() == ["sample", "AP"]
     assert table.splitlines()[2].split()[0] == "gradret-model"
     finished = invoke("fit", "--resume")
-    assert finished.stdout == "gradret-model: already finished, 12 steps\n"
+    assert finished.stdout == "gradret-model: already finished, 20 steps\n"
 
 
 def test_a_report_without_its_extra_names_the_install_command(monkeypatch):

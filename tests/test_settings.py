@@ -49,7 +49,7 @@ def test_losses_that_are_refused(spelling, message):
     ("given", "message"),
     [
         ({"epochs": 0}, "epochs must be above 0, got 0"),
-        ({"epochs": "2"}, "epochs must be a number, got '2'"),
+        ({"epochs": "2"}, "epochs must be a number or 'auto', got '2'"),
         ({"max_steps": 2.0}, "max_steps must be a whole number, got 2.0"),
         ({"seed": -1}, "seed must be 0 or above, got -1"),
         ({"order": True}, "order must be one of 1, 2; got True"),

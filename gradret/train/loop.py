@@ -65,6 +65,7 @@ STEP_GRACE_S = 8.0
 PROBED_TEXTS = 256  # a batch of more is tried on a few texts first: where a CPU's memory ends, nothing says so
 SAMPLED_LISTS = 64  # whose lengths stand for all
 ADAM_BYTES = 8  # per parameter, that the optimizer takes in its first step
+LEAST_EPOCHS, MOST_EPOCHS, LEAST_READ = 2, 8, 320  # without --epochs: passes over the lists, and lists read in them
 GROUPS = {"cpu": 8, "cuda": 64, "mps": 32}  # texts encoded at once where all activations are kept: enough to be fast
 
 
@@ -278,10 +279,17 @@ def open_lists(settings: FitSettings, measured: Iterable[Collection]) -> tuple[M
     return lists, check_lists(lists, exclude=queries, **options)
 
 
+def count_epochs(settings: FitSettings, lists: int) -> float:
+    """Passes over the lists. Few are read more often, or there would be hardly a step."""
+    if settings.epochs == AUTO:
+        return min(MOST_EPOCHS, max(LEAST_EPOCHS, LEAST_READ / lists))
+    return cast(float, settings.epochs)
+
+
 def count_steps(settings: FitSettings, lists: int) -> int:
-    """Optimizer steps of a run: every list at least `epochs` times, the last step filled up."""
+    """Optimizer steps of a run: every list at least as often as there are epochs, the last step filled up."""
     size = min(settings.batch_lists, lists) * settings.accumulate
-    steps = max(1, math.ceil(settings.epochs * lists / size - 1e-9))
+    steps = max(1, math.ceil(count_epochs(settings, lists) * lists / size - 1e-9))
     return steps if settings.max_steps is None else min(steps, settings.max_steps)
 
 

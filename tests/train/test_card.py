@@ -79,7 +79,7 @@ def test_the_card_of_a_run_with_everything_at_its_default(encoder, tmp_path):
         "`--set ground`": "`sqrt`",
         "`--batch-lists`": "16",
         "`--learning-rate`": "0.0002",
-        "`--epochs`": "2",
+        "`--epochs`": "`auto`",
         "`--set interpolate`": "`auto`",
         "`--seed`": "0",
         "`--precision`": "`auto`",

@@ -87,6 +87,16 @@ def test_steps():
     assert count_steps(FitSettings(batch_lists=16, epochs=3), 6) == 3
 
 
+@pytest.mark.parametrize(
+    ("lists", "batch_lists", "steps"),
+    # 2 epochs from 160 lists on, below 320 lists are read, below 40 every one eight times
+    [(1000, 16, 125), (160, 16, 20), (96, 16, 20), (96, 64, 5), (40, 16, 20), (39, 16, 20), (6, 16, 8)],
+)
+def test_few_lists_are_read_more_often(lists, batch_lists, steps):
+    assert count_steps(FitSettings(batch_lists=batch_lists), lists) == steps
+    assert count_steps(FitSettings(batch_lists=batch_lists, epochs=2), lists) <= steps
+
+
 def test_biases_and_norms_do_not_decay(tiny_encoder):
     encoder = load_encoder(str(tiny_encoder))
     decayed, kept = make_optimizer(encoder, 0.1).param_groups
