@@ -3,7 +3,7 @@
     python -m benchmarks.defaults ROWS
 
 Each run is measured at several shares of the way from the encoder's own weights to the trained ones, or at the one that
-fit has chosen. Trains on the lists of results/lists, or on 50 or 100, but for those with a query that is measured;
+fit has chosen. Trains on the lists of results/lists, or on 50 of them, but for those with a query that is measured;
 measures on development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd
 numbers; among all documents: among a random part of them a strong encoder seems to gain where it loses. Writes a line
 per run to ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
@@ -46,7 +46,6 @@ RUNS = [(name, {"learning_rate": rate}) for name in ENCODERS for rate in RATES]
 RUNS += [(name, {"learning_rate": 2e-4, "interpolate": AUTO}) for name in ENCODERS]  # as fit comes
 RUNS += [(STRONG, {"learning_rate": 2e-4} | changed) for changed in TRIED]
 RUNS += [(name, {"learning_rate": 2e-4, "epochs": epochs, FEW: 50}) for name in ENCODERS for epochs in (2.0, 8.0)]
-RUNS += [(name, {"learning_rate": 2e-4, "interpolate": AUTO, "epochs": AUTO, FEW: 100}) for name in ENCODERS]
 MEASURE = "nDCG@10"
 
 

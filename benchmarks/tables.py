@@ -34,7 +34,7 @@ from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, collect_versions, 
 from gradret.console import GradretError
 from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import read_object
-from gradret.settings import AUTO, FitSettings
+from gradret.settings import FitSettings
 
 RESAMPLES = 10_000
 PerQuery = Mapping[str, Mapping[str, float]]  # a collection's source -> query -> value
@@ -278,7 +278,7 @@ def write_defaults(results: list[dict]) -> list[str]:
         names += [
             f"{name} {value}"
             for name, value in result.items()
-            if name not in ("learning_rate", "interpolate") and value not in (usual.get(name, value), AUTO)
+            if name not in ("learning_rate", "interpolate") and value != usual.get(name, value)
         ]
         found = {share: f"{np.mean([*values.values()]):.3f}".lstrip("0") for share, values in result["shares"].items()}
         rows[", ".join(names)] = [found.get(share, DASH) for share in shares]

@@ -368,8 +368,8 @@ class FitSettings:
     interpolate: float | str = rare(
         AUTO,
         OPTIMISATION,
-        "Share of the way from the encoder's own weights to the trained ones that is saved; auto: .25, or from 50 "
-        "lists on what a tenth of them, at least 10, finds best, which are then not trained on.",
+        "Share of the way from the encoder's own weights to the trained ones that is saved; auto: .25, or from 100 "
+        "lists on what a tenth of them, which is then not trained on, finds best.",
         choices=(AUTO,),
         range=SHARE_ABOVE_0,
     )
