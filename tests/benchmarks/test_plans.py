@@ -102,7 +102,7 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     ("arguments", "lines"),
     [
         (["loss"], 43),
-        (["defaults"], 19),
+        (["defaults"], 25),
         (["step"], 17),
         (["gen"], 5),
         (["fit"], 14),
