@@ -44,7 +44,7 @@ COLUMNS = {  # experiment, its column -> shown
         for experiment in ("main", "aligned")
         for column in (*FOUR, MEAN)
     },
-    ("held-out", "held-out lists"): "held-out lists",
+    ("held-out", "sample's lists"): "sample's lists",
 }
 LISTS = (
     *("cross_entropy", "InfoNCE", "gradret default loss", "gradret default loss, raw grades"),

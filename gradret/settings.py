@@ -349,7 +349,7 @@ class FitSettings:
     epochs: float | str = setting(
         AUTO,
         OPTIMISATION,
-        "Passes over the lists; auto: 2, or with fewer than 160 lists as many as make 320 of them, at most 8.",
+        "Passes over the lists; auto: 2, or with fewer than 160 to train on as many as make 320 of them, at most 8.",
         choices=(AUTO,),
         range=POSITIVE,
     )
@@ -369,7 +369,7 @@ class FitSettings:
         AUTO,
         OPTIMISATION,
         "Share of the way from the encoder's own weights to the trained ones that is saved; auto: .25, or from 100 "
-        "lists on what a tenth of them, which is then not trained on, finds best.",
+        "lists on .25, .5 or 1, the least with which a tenth of them, not trained on, ranks not measurably worse.",
         choices=(AUTO,),
         range=SHARE_ABOVE_0,
     )

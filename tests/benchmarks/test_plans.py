@@ -91,6 +91,10 @@ def test_queries_that_are_reported_are_neither_tuned_on_nor_trained_on():
     ids = {path.stem: set(path.read_text().split()) for path in folder.iterdir()}
     assert len(ids) == 6 and all(ids.values())
     assert all(int(i) % 2 for i in ids["dev-cranfield"])  # the even ones are reported
+    lists = {
+        line.split("\t")[0] for line in open(RESULTS / "lists" / "scifact" / "qrels" / "train.tsv", encoding="utf-8")
+    }
+    assert len(lists) == 305 and not ids["dev-scifact"] & lists  # a heading among them
     for plan in PLANS.values():
         assert all({*run.settings.exclude} == {*plan.collections.values()} for run in list_runs(plan))
     tuned = PLANS["development"].collections.values()
