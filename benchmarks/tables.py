@@ -335,8 +335,8 @@ def write_rows(results: Results, table: str, measure: str, system: str | None) -
         done = started if table == "tuning" else started - missing  # a curve is shown whole
         names = [name for name, experiment in plan.experiments.items() if experiment.vary or table == "tuning"]
         lines = [line for name in names if name in done for line in ["", *write_experiment(results, name)]][1:]
-        leads = table == "tuning" and "graded" in done
-        return [*lines, "", *write_leads(results, "graded", "three-layers", "graded")] if leads else lines
+        leads = table == "tuning" and "contrast" in done
+        return [*lines, "", *write_leads(results, "contrast", "three-layers", "contrast")] if leads else lines
     if table == "writers":
         return write_writers(results)
     if table == "leads":

@@ -6,7 +6,7 @@ settings and those of the other encoders come from benchmarks.defaults.
 
 from dataclasses import replace
 
-from benchmarks.quality.plan import DEFAULT, DEV_CRANFIELD, DEV_SCIFACT, LISTS, Experiment, System, each
+from benchmarks.quality.plan import DEV_CRANFIELD, DEV_SCIFACT, LISTS, Experiment, System, each
 from benchmarks.quality.reported import REPORTED
 
 COLLECTIONS = {
@@ -22,12 +22,7 @@ DEVELOPMENT = replace(
     collections=COLLECTIONS,
     systems=REPORTED.systems
     | {
-        # Rows from before commit 2a79842, where the package's contrast was the benchmark's flat one.
-        "contrast": System("contrast with grade 0 alone", {"loss": "contrast"}),
-        "wasserstein": System("the default loss with it", {"loss": DEFAULT}),
-        "graded": System("contrast with all of lower grades", {"loss": "graded-contrast"}),
-        "contrast-now": System("contrast with all of lower grades", {"loss": "contrast"}),
-        "graded-wasserstein": System("the default loss with that", {"loss": "wasserstein:.15+graded-contrast:.85"}),
+        "flat-wasserstein": System("the default loss with it", {"loss": "wasserstein:.15+flat-contrast:.85"}),
     },
     experiments={
         "own": Experiment(
@@ -36,16 +31,16 @@ DEVELOPMENT = replace(
             systems=("untrained", "contrast", "own-wasserstein", "own-crps"),
             seeds=1,
         ),
-        "graded": Experiment(
-            "A contrast with all of lower grades in place of one with those of grade 0",
+        "contrast": Experiment(
+            "A contrast with all of lower grades or with those of grade 0",
             encoders=("three-layers",),
-            systems=("contrast", "wasserstein", "rince", "graded", "graded-wasserstein"),
+            systems=("flat-contrast", "flat-wasserstein", "rince", "contrast", "wasserstein"),
             seeds=2,
         ),
         "aligned": Experiment(
             "The same with an encoder that was trained for retrieval",
             encoders=("all-MiniLM-L6-v2",),
-            systems=("flat-contrast", "contrast-now"),
+            systems=("flat-contrast", "contrast"),
             seeds=1,
         ),
         "temperatures": Experiment(

@@ -139,8 +139,6 @@ def _find_masses(
 LOSSES = {
     "bixse": (bixse_loss, ("temperature",)),
     "rince": (rince_loss, ("temperature",)),
-    # As rows from before it was the package's contrast call it.
-    "graded-contrast": (contrast_loss, ("temperature", "targets")),
     "flat-contrast": (flat_contrast_loss, ("temperature", "targets")),
     "lambda": (lambda_loss, ("temperature",)),
     "brier": (brier_loss, ("temperature", "targets")),

@@ -57,8 +57,7 @@ class Plan:
 
     Attributes:
         measures: canonical names of ir_measures; the first is the one tested.
-        baselines: systems that the others are tested against.
-        primary: the system set off in charts, which tables compare with the baselines.
+        primary: the system set off in charts, which tables compare with the others.
         settings: of every run, before the encoder's, the system's, the two together and the varied value.
         encoders: name -> fields of FitSettings: the encoder's own, and others that suit it, such as a learning rate.
         tuned: encoder -> system -> fields of FitSettings for the two together.
@@ -68,7 +67,6 @@ class Plan:
     """
 
     measures: Sequence[str]
-    baselines: Sequence[str]
     primary: str
     settings: Mapping
     encoders: Mapping[str, Mapping]

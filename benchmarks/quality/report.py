@@ -1,5 +1,6 @@
 """What came of a plan's runs: its results, its experiments as Markdown tables, and the chart of those with an axis."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pandas as pd
 
 from benchmarks.quality.plan import Cell, Plan, list_cells, list_runs, list_sources
 from gradret.bench import require_matplotlib
-from gradret.bench.quality import DASH, EDGE, MEAN, Rows, choose_rows, mean_per_query, show_p, show_value, tabulate
+from gradret.bench.quality import DASH, EDGE, MEAN, Rows, choose_rows, mean_per_query, show_value, tabulate
 from gradret.console import GradretError
 
 SET_OFF = "#0b66c3"
@@ -20,7 +21,7 @@ class Results:
     Attributes:
         rows: key of a run -> its row.
         frame: a line per cell and column (a collection's name, or MEAN), with "mean", "sd" and "values" of each
-            measure, "runs", "wanted", and "p": baseline -> p-values.
+            measure, "runs" and "wanted".
     Raises: GradretError when there are no rows.
     """
 
@@ -35,7 +36,7 @@ class Results:
         for (experiment, encoder, value), cells in _group(self.cells).items():
             runs = {cell.system: cell.runs for cell in cells}
             sources = list_sources(plan, experiment)
-            for row in tabulate(runs, self.rows, plan.measures, sources, plan.baselines):
+            for row in tabulate(runs, self.rows, plan.measures, sources, ()):
                 line = {"experiment": experiment, "encoder": encoder, "value": value}
                 line |= {key: row[key] for key in ("system", "runs", "wanted")}
                 line["label"] = plan.systems[row["system"]].label
@@ -83,11 +84,7 @@ def write_table(first: str, others: Sequence[str], rows: Mapping[str, Sequence[s
 
 
 def write_experiment(results: Results, name: str) -> list[str]:
-    """Lines of Markdown: a table per encoder, of collections or, where something is varied, of its values.
-
-    p is that of the paired randomisation test over queries against the first of the plan's baselines that is in the
-    table, corrected (Holm) for the table's systems.
-    """
+    """Lines of Markdown: a table per encoder, of collections or, where something is varied, of its values."""
     plan, measure = results.plan, results.plan.measures[0]
     experiment, lines = plan.experiments[name], []
     for encoder in experiment.encoders or plan.encoders:
@@ -103,13 +100,10 @@ def write_experiment(results: Results, name: str) -> list[str]:
                 cells = [show_cell(at.get((system, value)), measure) for value in experiment.values]
                 rows[plan.systems[system].label] = cells
         else:
-            header = [*("mean" if c == MEAN else c for c in columns), "p"]
-            baseline = next(b for b in (*plan.baselines, None) if b is None or b in set(frame["system"]))
+            header = ["mean" if c == MEAN else c for c in columns]
             for system in experiment.systems:
                 found = {line["column"]: line for _, line in frame[frame["system"] == system].iterrows()}
-                p = found[columns[-1]]["p"].get(baseline) if columns[-1] in found else None
-                cells = [show_cell(found.get(column), measure) for column in columns]
-                rows[plan.systems[system].label] = [*cells, show_p(p and p["randomisation_holm"])]
+                rows[plan.systems[system].label] = [show_cell(found.get(column), measure) for column in columns]
         lines += [*[""] * bool(lines), *write_table(title, header, rows)]
     return lines
 
@@ -117,7 +111,8 @@ def write_experiment(results: Results, name: str) -> list[str]:
 def draw_curves(results: Results, path: Path) -> None:
     """A PNG of the first measure's mean over collections: a panel per experiment that varies a number.
 
-    The plan's primary system is set off. Raises: GradretError without matplotlib.
+    The plan's primary system is set off. The values stand in the file's Description, too, so that they can be checked.
+    Raises: GradretError without matplotlib.
     """
     require_matplotlib()
     import matplotlib.pyplot as plt
@@ -134,12 +129,13 @@ def draw_curves(results: Results, path: Path) -> None:
         figure, panels = plt.subplots(
             1, len(varied), figsize=(3.6 * len(varied), 3.4), layout="constrained", sharey=True, squeeze=False
         )
-        shown = {}
+        shown, values = {}, {}
         for axes, (name, experiment) in zip(panels[0], varied.items(), strict=True):
             frame = results.find(experiment=name, column=MEAN)
             for system in experiment.systems:
                 lines = frame[frame["system"] == system].sort_values("value")
                 means = [mean[plan.measures[0]] for mean in lines["mean"]]
+                values[f"{name} {system}"] = [round(mean, 4) for mean in means]
                 (shown[plan.systems[system].label],) = axes.plot(lines["value"], means, markersize=4, **styles[system])
             axes.set_xticks([*experiment.values], [str(value) for value in experiment.values])
             axes.set_xlabel(experiment.vary)
@@ -147,5 +143,5 @@ def draw_curves(results: Results, path: Path) -> None:
             axes.spines[["top", "right"]].set_visible(False)
         panels[0, 0].set_ylabel(f"{plan.measures[0]}, mean of collections")
         figure.legend(shown.values(), shown, loc="outside lower center", ncols=2, frameon=False)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        figure.savefig(path, dpi=150, metadata={"Software": None, "Description": json.dumps(values)})
         plt.close(figure)
