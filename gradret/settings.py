@@ -368,8 +368,8 @@ class FitSettings:
     interpolate: float | str = rare(
         AUTO,
         OPTIMISATION,
-        "Share of the way from the encoder's own weights to the trained ones that is saved; auto: .25, or from 100 "
-        "lists on .25, .5 or 1, the least with which a tenth of them, not trained on, ranks not measurably worse.",
+        "Share of the way from the encoder's own weights to the trained ones that is saved; auto: .25, or from 50 "
+        "lists on .25, .5 or 1, the least that ranks a tenth of them, not trained on, as well to .02 as the best.",
         choices=(AUTO,),
         range=SHARE_ABOVE_0,
     )

@@ -20,7 +20,7 @@ from benchmarks.quality.plan import (
 from gradret.settings import FitSettings
 
 GENTLE = {"learning_rate": 2e-4, "temperature": 0.01, "interpolate": 0.25}
-AS_IT_COMES = {name: getattr(FitSettings, name) for name in GENTLE}
+AS_IT_COMES = {name: getattr(FitSettings, name) for name in (*GENTLE, "epochs")}
 WARM = {"temperature": 0.05}
 SLOW = {"learning_rate": 2e-4}
 COLLECTIONS = {
@@ -151,7 +151,7 @@ REPORTED = Plan(
     | {
         "curve": Experiment(
             "Trained on a part of the lists, drawn at random",
-            systems=("untrained", "infonce", "infonce-1", "wasserstein"),
+            systems=("untrained", "infonce", "infonce-1", "fit", "wasserstein"),
             seeds=1,
             vary="lists",
             values={n: {"source": f"queries=benchmarks/queries/curve-{n}.txt"} for n in (50, 100, 200, 400)}

@@ -430,7 +430,7 @@ def _read_judged(part: RankingList, source: Source) -> list[float]:
     return grades
 
 
-LEAST_LISTS, MOST_HELD = 100, 256  # from so many lists on a tenth may be held out, at most so many
+LEAST_LISTS, LEAST_HELD, MOST_HELD = 50, 10, 256  # from so many lists on a tenth is held out, within these bounds
 
 
 @dataclass(frozen=True)
@@ -482,8 +482,8 @@ def check_lists(
 
     Args:
         exclude: words of queries (see lists.query_words) whose lists are left out, as those without passages are.
-        hold_out: from LEAST_LISTS lists on hold out a tenth, at most MOST_HELD, and all lists of a query or none; which
-            they are depends on the words of the queries alone.
+        hold_out: from LEAST_LISTS lists on hold out a tenth, from LEAST_HELD to MOST_HELD, and all lists of a query or
+            none; which they are depends on the words of the queries alone.
     Raises: GradretError naming the first list at fault, or when no list is left.
     """
     rows, best, worst, counts, words = array("q"), array("d"), array("d"), array("q"), array("Q")
@@ -538,5 +538,5 @@ def _draw_held_out(queries: np.ndarray) -> np.ndarray:
     if len(queries) < LEAST_LISTS:
         return np.zeros(len(queries), bool)
     _, query, counts = np.unique(queries, return_inverse=True, return_counts=True)
-    taken: np.ndarray = np.cumsum(counts) <= min(len(queries) // 10, MOST_HELD)
+    taken: np.ndarray = np.cumsum(counts) <= np.clip(len(queries) // 10, LEAST_HELD, MOST_HELD)
     return taken[query]

@@ -350,7 +350,7 @@ class Trainer:
         self.mined_round: int | None = None
         self.stop = StopRequest()
         self.start_weights = copy_trained(self.encoder) if self.settings.interpolate != 1 else {}
-        self.held_out_measures: dict[float, dict[str, float]] = {}  # share -> query -> nDCG@10, as last measured
+        self.held_out_means: dict[float, float] = {}  # share -> nDCG@10, as last measured
         self.optimizer = make_optimizer(self.encoder, self.settings.weight_decay)
         self.state = self.restore()
         self.state.chunk = self.agree_on_chunk()
@@ -496,9 +496,9 @@ class Trainer:
         if inputs.held_out is None or self.state.step == 0:
             return SHARES[0], {}
         self.save_step()  # it may take long
-        found = self.held_out_measures
-        for share in (*SHARES, *(() if 0.0 in found else (0.0,))):  # the encoder's own weights stay what they were
-            found[share] = measure_share(
+        means = self.held_out_means
+        for share in (*SHARES, *(() if 0.0 in means else (0.0,))):  # the encoder's own weights stay what they were
+            means[share] = measure_share(
                 self.encoder,
                 self.start_weights,
                 share,
@@ -507,8 +507,7 @@ class Trainer:
                 processes=self.processes,
                 give_up=partial(self.stop.give_up, self.search_grace_s),
             )
-        means = {f"{share:g}": sum(found[share].values()) / len(found[share]) for share in sorted(found)}
-        return choose_share(found), means
+        return choose_share(means), {f"{share:g}": means[share] for share in sorted(means)}
 
     def measure_dev(self) -> None:
         """Measure the dev collection, keep the model if it is the best, and checkpoint."""
