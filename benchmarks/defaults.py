@@ -3,10 +3,10 @@
     python -m benchmarks.defaults ROWS
 
 Each run is measured at several shares of the way from the encoder's own weights to the trained ones, or at the one that
-fit has chosen. Trains on the lists of results/lists, or on 50 of them, but for those with a query that is measured;
-measures on development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt, NPL's of odd
-numbers; among all documents: among a random part of them a strong encoder seems to gain where it loses. Writes a line
-per run to ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
+fit has chosen. Trains on the lists of results/lists, or on 50, 100 or 200 of them, but for those with a query that is
+measured; measures on development queries: the SciFact claims of dev-scifact.txt, Cranfield's of dev-cranfield.txt,
+NPL's of odd numbers; among all documents: among a random part of them a strong encoder seems to gain where it loses.
+Writes a line per run to ROWS and leaves out what is there. Needs the data that benchmarks/README.md names.
 """
 
 import json
@@ -43,9 +43,12 @@ TRIED = (  # with the strong one, beside what it has anyway
 )
 BASE = {"interpolate": 1.0, "epochs": 2.0}  # of every run, before what it changes
 RUNS = [(name, {"learning_rate": rate}) for name in ENCODERS for rate in RATES]
-RUNS += [(name, {"learning_rate": 2e-4, "interpolate": AUTO}) for name in ENCODERS]  # as fit comes
 RUNS += [(STRONG, {"learning_rate": 2e-4} | changed) for changed in TRIED]
 RUNS += [(name, {"learning_rate": 2e-4, "epochs": epochs, FEW: 50}) for name in ENCODERS for epochs in (2.0, 8.0)]
+AS_IT_COMES = {"learning_rate": 2e-4, "epochs": AUTO}
+RUNS += [(name, AS_IT_COMES | {FEW: lists}) for name in ENCODERS for lists in (100, 200)]
+AS_IT_COMES |= {"interpolate": AUTO}
+RUNS += [(name, AS_IT_COMES | few) for name in ENCODERS for few in ({}, {FEW: 100}, {FEW: 200})]
 MEASURE = "nDCG@10"
 
 

@@ -34,7 +34,7 @@ from gradret.bench.quality import DASH, FIT, MEAN, ROWS_FILE, collect_versions, 
 from gradret.console import GradretError
 from gradret.evaluation.significance import compare_systems, find_differences
 from gradret.files import read_object
-from gradret.settings import FitSettings
+from gradret.settings import AUTO, FitSettings
 
 RESAMPLES = 10_000
 PerQuery = Mapping[str, Mapping[str, float]]  # a collection's source -> query -> value
@@ -270,19 +270,31 @@ def write_look(results: dict[str, dict]) -> list[str]:
 
 
 def write_defaults(results: list[dict]) -> list[str]:
-    """By encoder and settings, rows of benchmarks.defaults: the collections' mean at each share of the way."""
-    shares, rows = ("0", "0.25", "0.5", "1"), {}
-    usual = {f.name: f.default for f in fields(FitSettings)} | BASE | {FEW: None}
+    """Rows of benchmarks.defaults: the collections' mean at each share of the way, and at the one that fit chooses.
+
+    A table of all lists by encoder and settings, and one of fewer by encoder and their number.
+    """
+    columns = {"0": "untrained", "0.25": "0.25", "0.5": "0.5", "1": "1", AUTO: "as fit comes"}
+    tables: dict[str, dict[str, dict[str, str]]] = {"encoder, learning rate": {}, "encoder, lists": {}}
+    usual = {f.name: f.default for f in fields(FitSettings)} | BASE
     for result in results:
-        names = [result["encoder"], "as fit comes" if "interpolate" in result else f"{result['learning_rate']:g}"]
+        rows = [*tables.values()][FEW in result]
+        names = [result["encoder"], str(result[FEW]) if FEW in result else f"{result['learning_rate']:g}"]
         names += [
             f"{name} {value}"
             for name, value in result.items()
-            if name not in ("learning_rate", "interpolate") and value != usual.get(name, value)
+            if name not in ("learning_rate", "interpolate", FEW) and value not in (AUTO, usual.get(name, value))
         ]
         found = {share: f"{np.mean([*values.values()]):.3f}".lstrip("0") for share, values in result["shares"].items()}
-        rows[", ".join(names)] = [found.get(share, DASH) for share in shares]
-    return write_table("encoder, learning rate", ["untrained", *shares[1:]], rows)
+        if "interpolate" in result:
+            share = max(found, key=float)
+            found = {"0": found["0"], AUTO: f"{found[share]} ({share})"}
+        rows.setdefault(", ".join(names), {}).update(found)
+    lines = []
+    for title, rows in tables.items():
+        shown = {name: [found.get(share, DASH) for share in columns] for name, found in rows.items()}
+        lines += [*[""] * bool(lines), *write_table(title, [*columns.values()], shown)]
+    return lines
 
 
 SPEED = {"loss": write_loss, "fit": write_fit, "step": write_step, "gen": write_gen}
