@@ -275,7 +275,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_encoder, tmp_path, monkeyp
     spoil.calls = 0
     monkeypatch.setattr(objective, "mix_losses", spoil)
     settings = FitSettings(
-        model=str(tiny_encoder), loss="infonce", batch_lists=2, checkpoint_every=2, precision="float32"
+        model=str(tiny_encoder),
+        loss="infonce",
+        batch_lists=2,
+        checkpoint_every=2,
+        precision="float32",
+        interpolate=1.0,
     )
     with pytest.raises(GradretError) as error:
         fit(settings, tmp_path / "out")
