@@ -46,7 +46,10 @@ DEVELOPMENT = replace(
         "temperatures": Experiment(
             "Temperatures at learning rate 5e-4",
             encoders=("three-layers",),
-            systems=("infonce-1", "kl", "wasserstein", "bixse", "rince", "lambda", "brier"),
+            systems=(
+                *("infonce-1", "kl", "wasserstein", "wasserstein-1", "wasserstein-2"),
+                *("bixse", "rince", "lambda", "brier"),
+            ),
             seeds=1,
             vary="temperature",
             values=each("temperature", 0.01, 0.05),
