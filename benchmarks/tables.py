@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.defaults import BASE, FEW
+from benchmarks.defaults import BASE, ENCODERS, FEW
 from benchmarks.quality import PLANS
 from benchmarks.quality.plan import MEASURES, list_runs, list_sources
 from benchmarks.quality.report import Results, draw_curves, write_experiment, write_table
@@ -277,7 +277,7 @@ def write_defaults(results: list[dict]) -> list[str]:
     columns = {"0": "untrained", "0.25": "0.25", "0.5": "0.5", "1": "1", AUTO: "as fit comes"}
     tables: dict[str, dict[str, dict[str, str]]] = {"encoder, learning rate": {}, "encoder, lists": {}}
     usual = {f.name: f.default for f in fields(FitSettings)} | BASE
-    for result in results:
+    for result in sorted(results, key=lambda result: [*ENCODERS].index(result["encoder"])):
         rows = [*tables.values()][FEW in result]
         names = [result["encoder"], str(result[FEW]) if FEW in result else f"{result['learning_rate']:g}"]
         names += [
@@ -289,7 +289,8 @@ def write_defaults(results: list[dict]) -> list[str]:
         if "interpolate" in result:
             share = max(found, key=float)
             found = {"0": found["0"], AUTO: f"{found[share]} ({share})"}
-        rows.setdefault(", ".join(names), {}).update(found)
+        name = ", ".join(names)
+        rows[name] = found | rows.get(name, {})
     lines = []
     for title, rows in tables.items():
         shown = {name: [found.get(share, DASH) for share in columns] for name, found in rows.items()}
