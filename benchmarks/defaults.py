@@ -45,10 +45,10 @@ BASE = {"interpolate": 1.0, "epochs": 2.0}  # of every run, before what it chang
 RUNS = [(name, {"learning_rate": rate}) for name in ENCODERS for rate in RATES]
 RUNS += [(STRONG, {"learning_rate": 2e-4} | changed) for changed in TRIED]
 RUNS += [(name, {"learning_rate": 2e-4, "epochs": epochs, FEW: 50}) for name in ENCODERS for epochs in (2.0, 8.0)]
-AS_IT_COMES = {"learning_rate": 2e-4, "epochs": AUTO}
-RUNS += [(name, AS_IT_COMES | {FEW: lists}) for name in ENCODERS for lists in (100, 200)]
-AS_IT_COMES |= {"interpolate": AUTO}
-RUNS += [(name, AS_IT_COMES | few) for name in ENCODERS for few in ({}, {FEW: 100}, {FEW: 200})]
+FEWER = ({FEW: 100}, {FEW: 200})
+RUNS += [(name, {"learning_rate": 2e-4, "epochs": AUTO} | few) for name in ENCODERS for few in FEWER]
+AS_IT_COMES = {"learning_rate": 2e-4, "epochs": AUTO, "interpolate": AUTO}
+RUNS += [(name, AS_IT_COMES | few) for name in ENCODERS for few in ({}, *FEWER)]
 MEASURE = "nDCG@10"
 
 
